@@ -1,0 +1,42 @@
+# The whole developer's interface. `make demo` and `make test` set up .venv by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test check fix bench clean lock
+
+setup: $(STAMP)  ## .venv from requirements.lock, and the project in it
+
+# torch first and by its exact pin (it selects the CPU or CUDA build of the machine); DeepSpeed builds against it.
+$(STAMP): requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $$(grep -E '^(torch|setuptools|wheel|packaging)==' requirements.lock)
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation -r requirements.lock
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: setup  ## the main job on drawn images: no network service, no GPU
+	$(BIN)/raydetr run -c jobs/configs/demo.yaml
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup  ## the figures of the README that are ratios
+	for script in tests/benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+lock:  ## write the versions that .venv holds
+	$(BIN)/pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu$$//; s/+cu[0-9]*$$//' > requirements.lock
+
+clean:  ## everything that can be made again, but not the runs
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +

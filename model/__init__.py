@@ -1,0 +1,34 @@
+"""The network, in pure torch: it knows no ranks, writes no logs and reads no files but weights.
+
+Use: `build_model(DetrConfig(num_classes=80)).to("cuda")(PixelBatch.collate(images).to("cuda"))`.
+"""
+
+import torch
+
+from model.batch import ImageBatch, PixelBatch
+from model.config import CriterionConfig, DetrConfig
+from model.criterion import Criterion
+from model.deformable_detr import DeformableDetr, init_weights
+from model.postprocess import postprocess
+
+__all__ = [
+    "Criterion",
+    "CriterionConfig",
+    "DetrConfig",
+    "ImageBatch",
+    "PixelBatch",
+    "build_model",
+    "postprocess",
+]
+
+
+def build_model(config: DetrConfig, generator: torch.Generator | None = None) -> DeformableDetr:
+    """A detector with initial weights.
+
+    Args:
+        config: the architecture.
+        generator: source of the draws, on the CPU; torch's global one when None.
+    """
+    model = DeformableDetr(config)
+    init_weights(model, generator)
+    return model

@@ -1,0 +1,110 @@
+"""Architecture and loss settings of the detectors: frozen values, checked when made."""
+
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_type_hints
+
+
+@dataclass(frozen=True)
+class DetrConfig:
+    """What the network is; nothing about how it is trained (Deformable DETR, arXiv 2010.04159, appendix A.4)."""
+
+    arch: Literal["deformable_detr"] = "deformable_detr"
+    """Which detector."""
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet_tiny"] = "resnet50"
+    """Feature extractor; `resnet_tiny` (about 0.5 M parameters, strides 8, 16, 32) is for demos on a CPU."""
+    backbone_norm: Literal["frozen_batch_norm", "group_norm"] = "frozen_batch_norm"
+    """Frozen batch norm for pretrained weights, group norm when the backbone is trained from scratch."""
+    dilation: bool = False
+    """Dilate the last backbone stage instead of striding it (DC5)."""
+    num_classes: int = 91
+    """Logits of a query. In a pipeline it follows from the label map of the data."""
+    num_queries: int = 300
+    """Object queries of the decoder."""
+    hidden_dim: int = 256
+    """Width of the transformer."""
+    heads: int = 8
+    """Attention heads; divides hidden_dim."""
+    encoder_layers: int = 6
+    """Encoder layers."""
+    decoder_layers: int = 6
+    """Decoder layers."""
+    ffn_dim: int = 1024
+    """Width of the feed-forward blocks."""
+    dropout: float = 0.1
+    """Dropout probability in the transformer."""
+    feature_levels: int = 4
+    """Feature levels: C3, C4, C5 and strided convolutions after that; 1 uses C5 alone."""
+    points: int = 4
+    """Sampling points of a head and level."""
+    with_box_refine: bool = False
+    """Every decoder layer refines the boxes of the layer before it."""
+    two_stage: bool = False
+    """The encoder proposes the queries; needs with_box_refine."""
+    class_loss: Literal["focal", "softmax"] = "focal"
+    """Sigmoid focal loss with num_classes logits, or softmax with one more logit for "no object"."""
+    auxiliary_losses: bool = True
+    """Give the output of every decoder layer for deep supervision."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        for name in ("num_classes", "num_queries", "hidden_dim", "heads", "decoder_layers", "ffn_dim", "points"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}, it must be at least 1")
+        if self.encoder_layers < 0:
+            raise ValueError(f"model.encoder_layers is {self.encoder_layers}, it must not be negative")
+        if self.hidden_dim % self.heads:
+            raise ValueError(f"model.hidden_dim {self.hidden_dim} is not a multiple of model.heads {self.heads}")
+        if self.hidden_dim % 32:
+            raise ValueError(f"model.hidden_dim {self.hidden_dim} is not a multiple of 32, the groups of the norms")
+        if not 1 <= self.feature_levels <= 5:
+            raise ValueError(f"model.feature_levels is {self.feature_levels}, it must be 1 to 5")
+        if self.feature_levels == 2:
+            raise ValueError("model.feature_levels is 2: use 1 (C5), or 3 and more (C3, C4, C5 and beyond)")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout is {self.dropout}, it must be in [0, 1)")
+        if self.two_stage and not self.with_box_refine:
+            raise ValueError("model.two_stage needs model.with_box_refine: the proposals are refined boxes")
+
+    @property
+    def num_logits(self) -> int:
+        """Logits of a query: the classes, and "no object" under softmax."""
+        return self.num_classes + (self.class_loss == "softmax")
+
+
+def _check_choices(config: DetrConfig) -> None:
+    """Refuse a value that is none of its field's choices, naming the nearest one."""
+    hints: dict[str, Any] = get_type_hints(type(config))
+    for name, hint in hints.items():
+        choices, value = get_args(hint), getattr(config, name)
+        if choices and value not in choices:
+            nearest = difflib.get_close_matches(str(value), choices, n=1)
+            raise ValueError(
+                f"model.{name} is {value!r}, it must be one of {', '.join(choices)}"
+                + (f"; did you mean {nearest[0]}?" if nearest else "")
+            )
+
+
+@dataclass(frozen=True)
+class CriterionConfig:
+    """Loss weights; the matching costs are the same numbers (appendix A.4). DETR's are class 1, bbox 5, giou 2."""
+
+    class_weight: float = 2.0
+    """Weight of the classification loss and cost."""
+    bbox_weight: float = 5.0
+    """Weight of the L1 box loss and cost."""
+    giou_weight: float = 2.0
+    """Weight of the generalised IoU loss and cost."""
+    focal_alpha: float = 0.25
+    """Focal loss: weight of the positive term."""
+    focal_gamma: float = 2.0
+    """Focal loss: focusing exponent."""
+    no_object_weight: float = 0.1
+    """Softmax loss: weight of the "no object" class."""
+
+    def __post_init__(self) -> None:
+        for name in ("class_weight", "bbox_weight", "giou_weight", "no_object_weight", "focal_gamma"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.criterion.{name} is {getattr(self, name)}, it must not be negative")
+        if not 0 <= self.focal_alpha <= 1:
+            raise ValueError(f"train.criterion.focal_alpha is {self.focal_alpha}, it must be in [0, 1]")

@@ -1,0 +1,404 @@
+"""One YAML is one pipeline: typed, frozen sections, strict about unknown keys.
+
+`load_config(path, ["train.epochs=3"])` reads a file and applies overrides; every problem is a `ConfigError` that names
+the file, the key and the mend. Derived values are methods beside the fields they come from.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from model.config import CriterionConfig, DetrConfig
+from pipeline.errors import UserError
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used."""
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class SplitSection(Section):
+    annotations: str
+    """COCO JSON file, relative to dataset.root."""
+    images: str
+    """Folder of the images, relative to dataset.root."""
+
+
+class SyntheticSection(Section):
+    """Draw a synthetic COCO-format dataset into dataset.root when it is not there yet (see `raydetr synth`)."""
+
+    train_images: int = Field(1000, ge=1)
+    """Images of the training split."""
+    val_images: int = Field(250, ge=1)
+    """Images of the validation split."""
+    image_size: int = Field(128, ge=64)
+    """Side of the square images, in pixels."""
+    seed: int = 0
+    """Seed of the drawing."""
+
+
+class DatasetSection(Section):
+    root: str = "data"
+    """Folder that the splits' paths are relative to."""
+    train: SplitSection = SplitSection(annotations="annotations/instances_train2017.json", images="train2017")
+    """Training split."""
+    val: SplitSection = SplitSection(annotations="annotations/instances_val2017.json", images="val2017")
+    """Validation split."""
+    labels: Literal["contiguous", "coco91"] = "contiguous"
+    """Logits numbered 0..n-1 in the order of the category ids, or by the raw category id (91 logits)."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What an unusable image or annotation does: stop with an error, or be left out and counted."""
+    synthetic: SyntheticSection | None = None
+    """Draw the dataset instead of reading one."""
+
+    @property
+    def name(self) -> str:
+        """Name of the dataset, after its folder."""
+        return Path(self.root).resolve().name
+
+
+class ShardsSection(Section):
+    out: str | None = None
+    """Folder of the shards; the default is <runs>/shards/<dataset>."""
+    workers: int | None = Field(None, ge=1)
+    """Shards written at once; the default is the number of CPUs of the cluster."""
+    max_samples: int = Field(1000, ge=1)
+    """Most samples of a shard."""
+    max_bytes: int = Field(256 * 2**20, ge=1024)
+    """Most bytes of a shard (one sample may exceed it)."""
+    segmentations: bool = False
+    """Keep the annotations' segmentations."""
+
+
+class AugmentSection(Section):
+    """Training augmentation of DETR (reference: facebookresearch/detr, datasets/coco.py); sizes in pixels."""
+
+    flip: float = Field(0.5, ge=0, le=1)
+    """Probability of a horizontal flip."""
+    short_sides: tuple[int, ...] = tuple(range(480, 801, 32))
+    """Lengths that the short side is resized to, one drawn for each image."""
+    max_side: int = 1333
+    """Most pixels of the long side."""
+    crop: float = Field(0.5, ge=0, le=1)
+    """Probability of resizing, cropping and resizing again instead of resizing once."""
+    crop_short_sides: tuple[int, ...] = (400, 500, 600)
+    """Lengths of the short side before a crop."""
+    crop_min: int = Field(384, ge=1)
+    """Least side of a crop."""
+    crop_max: int = Field(600, ge=1)
+    """Greatest side of a crop."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "AugmentSection":
+        if not self.short_sides or min(self.short_sides) < 1:
+            raise ValueError("short_sides must name at least one positive length")
+        if self.max_side < max(self.short_sides):
+            raise ValueError(f"max_side {self.max_side} is less than the greatest of short_sides")
+        if self.crop > 0 and (not self.crop_short_sides or min(self.crop_short_sides) < 1):
+            raise ValueError("crop_short_sides must name at least one positive length")
+        if self.crop_min > self.crop_max:
+            raise ValueError(f"crop_min {self.crop_min} is more than crop_max {self.crop_max}")
+        return self
+
+
+class InitSection(Section):
+    backbone: str | None = None
+    """Backbone weights: a path or URL of torchvision's state dict, or `imagenet` for the published ones."""
+    weights: str | None = None
+    """Detector weights: a path of a checkpoint folder or a weights file."""
+    reset_heads: bool = False
+    """Re-initialise the heads when the weights file has another number of classes."""
+
+
+class TrainSection(Section):
+    epochs: int = Field(50, ge=1)
+    """Passes over the training split."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many optimizer steps, if that comes before the last epoch."""
+    global_batch: int = Field(32, ge=1)
+    """Images of an optimizer step, over all workers."""
+    micro_batch: int = Field(2, ge=1)
+    """Images that go through the network at once."""
+    lr: float = Field(2e-4, gt=0)
+    """Learning rate of the transformer and the heads."""
+    lr_backbone: float = Field(2e-5, ge=0)
+    """Learning rate of the backbone."""
+    lr_sampling_factor: float = Field(0.1, ge=0)
+    """Factor on lr for the `reference_points` and `sampling_offsets` projections."""
+    lr_drop_epochs: tuple[float, ...] = (40.0,)
+    """Epochs (fractions allowed) after which the learning rates are multiplied by 0.1."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rates rise linearly from 0."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """Decoupled weight decay, on all parameters."""
+    clip_grad_norm: float = Field(0.1, ge=0)
+    """Most norm of the gradient of a step; 0 does not clip."""
+    freeze_backbone: Literal["none", "stem_and_layer1", "all"] = "stem_and_layer1"
+    """Backbone parameters that are not trained."""
+    zero_stage: Literal[0, 1] = 0
+    """DeepSpeed ZeRO stage: 1 shards the optimizer's state over the workers."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the network: fp32, or bf16 autocast with fp32 parameters."""
+    seed: int = 0
+    """Seed of the initial weights, the order, the augmentation and the dropout."""
+    window: int = Field(8, ge=1)
+    """Shards whose samples are shuffled together."""
+    loader_workers: int = Field(2, ge=0)
+    """Decoding processes of a training worker; 0 decodes in the worker itself."""
+    checkpoint_epochs: float = Field(1.0, gt=0)
+    """Epochs (fractions allowed) between checkpoints; the last step always writes one."""
+    keep_checkpoints: int | None = Field(3, ge=1)
+    """Newest checkpoints that are kept; null keeps all."""
+    log_steps: int = Field(10, ge=1)
+    """Steps between two points of the training curves."""
+    max_restarts: int = Field(3, ge=0)
+    """Times that lost workers are started again before the step fails."""
+    augment: AugmentSection = AugmentSection()
+    """Training augmentation."""
+    criterion: CriterionConfig = CriterionConfig()
+    """Loss weights."""
+    init: InitSection = InitSection()
+    """Weights to begin with."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainSection":
+        if self.global_batch % self.micro_batch:
+            raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
+        return self
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of an optimizer step, over all workers."""
+        return self.global_batch // self.micro_batch
+
+    def total_steps(self, samples: int) -> int:
+        """Optimizer steps of the whole schedule for a split of `samples` images."""
+        steps = -(-self.epochs * samples // self.global_batch)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+
+class EvaluateSection(Section):
+    batch_size: int = Field(2, ge=1)
+    """Images that go through the network at once."""
+    workers: int | None = Field(None, ge=1)
+    """Inference tasks at once; the default is cluster.workers."""
+    short_side: int = Field(800, ge=1)
+    """Length that the short side is resized to, in pixels."""
+    max_side: int = Field(1333, ge=1)
+    """Most pixels of the long side."""
+    max_detections: int = Field(100, ge=1)
+    """Detections kept of an image."""
+    curve: bool = False
+    """Score every kept checkpoint, not the last alone: the AP curve of the run."""
+    pictures: int = Field(8, ge=0)
+    """Pictures of detections beside ground truth that are logged."""
+    picture_score: float = Field(0.4, ge=0, le=1)
+    """Least score of a detection that is drawn."""
+
+
+class RegisterSection(Section):
+    model_name: str = "raydetr"
+    """Registered model that the run becomes a version of."""
+    metric: str = "AP"
+    """Metric by which @champion moves: a key of metrics.json."""
+
+
+class TrackingSection(Section):
+    uri: str | None = None
+    """MLflow tracking server; the default is a SQLite database under `runs`."""
+    experiment: str = "raydetr"
+    """MLflow experiment of the run."""
+
+
+class ClusterSection(Section):
+    address: str | None = None
+    """Ray to join: host:port, ray://host:port or auto; null starts one here (or joins the one of a submitted job)."""
+    workers: int = Field(1, ge=1)
+    """Training workers."""
+    cpus_per_worker: float = Field(1, gt=0)
+    """CPUs that Ray sets aside for a training or inference worker; also its torch threads."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the network runs; auto takes a GPU where Ray has one for each worker."""
+    require_compiled: bool = True
+    """Refuse to train without the compiled attention operator."""
+
+
+class Config(Section):
+    """A whole pipeline. `raydetr config -c FILE` prints it with all defaults."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; its folder is <runs>/<name>."""
+    runs: str = "runs"
+    """Folder of all runs, on a disk that every worker sees."""
+    dataset: DatasetSection = DatasetSection()
+    shards: ShardsSection = ShardsSection()
+    model: DetrConfig = DetrConfig()
+    train: TrainSection = TrainSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    register_: RegisterSection = Field(RegisterSection(), alias="register")
+    tracking: TrackingSection = TrackingSection()
+    cluster: ClusterSection = ClusterSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        if self.train.micro_batches % self.cluster.workers:
+            raise ValueError(
+                f"train.global_batch {self.train.global_batch} is {self.train.micro_batches} micro-batches of "
+                f"{self.train.micro_batch}, which {self.cluster.workers} cluster.workers cannot share equally"
+            )
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        return Path(self.runs).resolve() / self.name
+
+    @property
+    def shards_folder(self) -> Path:
+        """Folder of the dataset's shards, shared by runs."""
+        return Path(self.shards.out or Path(self.runs) / "shards" / self.dataset.name).resolve()
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLflow tracking server, with the embedded default filled in."""
+        return self.tracking.uri or f"sqlite:///{Path(self.runs).resolve() / 'mlflow.db'}"
+
+    def model_for(self, num_classes: int) -> DetrConfig:
+        """The architecture for a dataset's label map."""
+        return replace(self.model, num_classes=num_classes)
+
+
+def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file and apply `section.key=value` overrides (values are YAML).
+
+    Raises ConfigError naming the file, the key and the mend for anything that is not a valid configuration.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file with -c") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: must hold sections such as `train:`, not {type(data).__name__}")
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_config(data, str(path))
+
+
+def parse_config(data: Mapping[str, Any], source: str) -> Config:
+    """Check a plain mapping; `source` names it in errors."""
+    if isinstance(data.get("model"), Mapping) and "num_classes" in data["model"]:
+        raise ConfigError(f"{source}: model.num_classes follows from dataset.labels and the categories; remove it")
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(dict(problem)) for problem in error.errors(include_url=False)]
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+
+
+def dump_config(config: Config) -> dict[str, Any]:
+    """The whole configuration as plain values; `parse_config` takes it back."""
+    data = config.model_dump(mode="json", by_alias=True)
+    del data["model"]["num_classes"]
+    return data
+
+
+def plain(section: Any) -> Any:
+    """A section (or a dataclass) as plain JSON values."""
+    return json.loads(json.dumps(asdict(section) if is_dataclass(section) else section.model_dump(mode="json")))
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def digest(values: Any) -> str:
+    """SHA-256 of JSON values, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` for every flattened key in which two plain mappings differ."""
+    before, after = flatten(old), flatten(new)
+    missing = "(absent)"
+    return [
+        f"{key}: {before.get(key, missing)} -> {after.get(key, missing)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, missing) != after.get(key, missing)
+    ]
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"--set {override}: write section.key=value, for example --set train.epochs=10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}") from error
+    target = data
+    for part in parts[:-1]:
+        if target.get(part) is None:
+            target[part] = {}
+        target = target[part]
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {override}: {part} is a value, not a section")
+    target[parts[-1]] = value
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        close = difflib.get_close_matches(location[-1], _keys_at(location[:-1]), n=1, cutoff=0.5)
+        hint = f"did you mean `{'.'.join([*location[:-1], close[0]])}`?" if close else "see `raydetr config`"
+        return f"unknown key `{key}`; {hint}"
+    if problem["type"] == "missing":
+        return f"`{key}` is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key and not message.startswith(key) else message
+    return f"`{key}` is {problem['input']!r}: {message}"
+
+
+def _keys_at(location: list[str]) -> list[str]:
+    """The keys that a section takes."""
+    section: Any = Config
+    for part in location:
+        section = _section_type(_fields(section).get(part))
+    return [key for key in _fields(section) if not (section is DetrConfig and key == "num_classes")]
+
+
+def _fields(section: Any) -> dict[str, Any]:
+    if is_dataclass(section):
+        return {field.name: field.type for field in fields(section)}
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        return {field.alias or name: field.annotation for name, field in section.model_fields.items()}
+    return {}
+
+
+def _section_type(annotation: Any) -> Any:
+    """The section class in `Section | None`."""
+    return next((kind for kind in get_args(annotation) if kind is not type(None)), annotation)

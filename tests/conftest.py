@@ -1,0 +1,43 @@
+"""Fixtures that every test may use."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tests.ranks import Ranks, ranks_of
+
+from pipeline.distributed import World, close, init_world
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images beside the project; tests that need it are skipped where it is missing."""
+    folder = PROJECT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the real images (../shared/data) are not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One MLflow database for all tests: making one takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    """This process as a world of its own; one for all tests, since DeepSpeed remembers the process group."""
+    torch.set_num_threads(1)
+    made = init_world("cpu")
+    yield made
+    close(made)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Two processes that train together."""
+    with ranks_of(2, tmp_path_factory.mktemp("ranks") / "store") as two:
+        yield two
