@@ -1,0 +1,76 @@
+"""The multi-scale deformable attention module (arXiv 2010.04159, section 4.1).
+
+Shapes: B batch, Q queries, S cells of all levels, C hidden channels, M heads, L levels, P points a head and level.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.boxes import at_least_float32
+from model.ops import ms_deform_attn
+
+
+class MSDeformAttn(nn.Module):
+    """Attention of each query to M * L * P sampled points instead of all cells.
+
+    Where the points lie: the query predicts, for every head, level and point, an offset from its reference point and a
+    weight. An offset is in cells of its level, so it is divided by that level's (width, height) before it is added to
+    the reference point, which is a fraction of the padded canvas: the same offset reaches further on a coarser level.
+    With reference boxes instead of points the offset is in halves of the box's size, split over the P points, so that
+    points start inside the box whatever its scale; the level plays no part then. The softmax of the weights runs over
+    all L * P points of a head at once, so that levels compete with each other.
+
+    Padding: reference points are given per level, scaled by the part of the level's canvas that the image fills (the
+    valid ratio), since padding may differ by a cell from level to level. Offsets are not kept off the padding; values
+    of padded cells are set to 0 after their projection, like everything outside the canvas.
+    """
+
+    def __init__(self, hidden_dim: int, heads: int, levels: int, points: int) -> None:
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.sampling_offsets = nn.Linear(hidden_dim, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(hidden_dim, heads * levels * points)
+        self.value_proj = nn.Linear(hidden_dim, hidden_dim)
+        self.output_proj = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(
+        self,
+        query: Tensor,
+        reference: Tensor,
+        source: Tensor,
+        spatial_shapes: Sequence[tuple[int, int]],
+        padding: Tensor,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: `[B, Q, C]`, with its position code.
+            reference: `[B, Q, L, 2]` points (x, y) or `[B, Q, L, 4]` boxes cxcywh, in 0..1 over the level's canvas.
+            source: `[B, S, C]` features of all levels.
+            spatial_shapes: L pairs (H, W).
+            padding: `[B, S]`, True on padding.
+
+        Returns:
+            `[B, Q, C]`.
+        """
+        batch, queries, _ = query.shape
+        value = self.value_proj(source).masked_fill(padding[..., None], 0.0)
+        value = value.view(batch, -1, self.heads, value.shape[-1] // self.heads)  # [B, S, M, D]
+        offsets = self.sampling_offsets(query).view(batch, queries, self.heads, self.levels, self.points, 2)
+        weights = at_least_float32(self.attention_weights(query)).view(batch, queries, self.heads, -1)
+        weights = F.softmax(weights, dim=-1).view(batch, queries, self.heads, self.levels, self.points)
+        locations = self._locations(reference, at_least_float32(offsets), spatial_shapes)
+        output: Tensor = self.output_proj(ms_deform_attn(value, spatial_shapes, locations, weights))
+        return output
+
+    def _locations(self, reference: Tensor, offsets: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> Tensor:
+        """Sampling locations [B, Q, M, L, P, 2]: in fp32, as 16 bits would move a sample by a third of a cell."""
+        reference = reference[:, :, None, :, None]  # [B, Q, 1, L, 1, 2 or 4]
+        if reference.shape[-1] == 4:
+            return reference[..., :2] + offsets / self.points * reference[..., 2:] * 0.5
+        # A copy that does not block: nothing waits for the device.
+        sizes = torch.tensor([(w, h) for h, w in spatial_shapes], dtype=offsets.dtype)
+        return reference + offsets / sizes.to(offsets.device, non_blocking=True)[:, None]

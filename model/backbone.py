@@ -1,0 +1,174 @@
+"""ResNet (arXiv 1512.03385) as feature extractor, with torchvision's state-dict names and without its classifier.
+
+Norms are frozen batch norm, for published weights, or group norm, for training from scratch: statistics of a batch are
+never used, so an image's features do not depend on what else is in its batch.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Norm = Literal["frozen_batch_norm", "group_norm"]
+Frozen = Literal["none", "stem_and_layer1", "all"]
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch norm with fixed statistics and affine terms: four buffers, nothing that is trained."""
+
+    eps = 1e-5
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `[batch, channels, height, width]`."""
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+def _group_norm(channels: int) -> nn.Module:
+    """16 channels a group, the other good choice of arXiv 1803.08494 (table 3); it suits narrow nets too."""
+    return nn.GroupNorm(max(1, channels // 16), channels)
+
+
+_NORMS: dict[str, Callable[[int], nn.Module]] = {"frozen_batch_norm": FrozenBatchNorm2d, "group_norm": _group_norm}
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
+    padding = dilation * (kernel // 2)
+    return nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=padding, dilation=dilation, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int, dilation: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = _conv(inputs, width, 3, stride, dilation)
+        self.bn1 = norm(width)
+        self.conv2 = _conv(width, width, 3, dilation=dilation)
+        self.bn2 = norm(width)
+        self.downsample = _shortcut(inputs, width, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch, inputs, H, W]` to `[batch, width, H / stride, W / stride]`."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions around a shortcut; the stride is in the 3x3, as in torchvision."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, width: int, stride: int, dilation: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = _conv(inputs, width, 1)
+        self.bn1 = norm(width)
+        self.conv2 = _conv(width, width, 3, stride, dilation)
+        self.bn2 = norm(width)
+        self.conv3 = _conv(width, width * self.expansion, 1)
+        self.bn3 = norm(width * self.expansion)
+        self.downsample = _shortcut(inputs, width * self.expansion, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch, inputs, H, W]` to `[batch, 4 * width, H / stride, W / stride]`."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+def _shortcut(inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]) -> nn.Sequential | None:
+    if stride == 1 and inputs == outputs:
+        return None
+    return nn.Sequential(_conv(inputs, outputs, 1, stride), norm(outputs))
+
+
+# name: (block, blocks of each stage, width of each stage)
+_ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...], tuple[int, ...]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3), (64, 128, 256, 512)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3), (64, 128, 256, 512)),
+    "resnet_tiny": (BasicBlock, (1, 1, 1, 1), (32, 64, 96, 128)),
+}
+
+
+class Backbone(nn.Module):
+    """The stages of a ResNet whose outputs a detector uses.
+
+    Args:
+        name: `resnet18`, `resnet34`, `resnet50`, `resnet101`, or `resnet_tiny` (0.5 M parameters, a stem of three 3x3
+            convolutions, for small images on a CPU).
+        norm: the norm of every convolution.
+        dilation: dilate the last stage instead of striding it (DC5), which doubles the resolution of C5.
+        only_last: give C5 alone instead of C3, C4 and C5.
+    """
+
+    def __init__(self, name: str, norm: Norm, dilation: bool = False, only_last: bool = False) -> None:
+        super().__init__()
+        block, depths, widths = _ARCHITECTURES[name]
+        make_norm = _NORMS[norm]
+        self.name = name
+        self.only_last = only_last
+        stem_width = widths[0]
+        if name == "resnet_tiny":
+            self.conv1: nn.Module = nn.Sequential(
+                _conv(3, stem_width // 2, 3, stride=2),
+                make_norm(stem_width // 2),
+                nn.ReLU(),
+                _conv(stem_width // 2, stem_width // 2, 3),
+                make_norm(stem_width // 2),
+                nn.ReLU(),
+                _conv(stem_width // 2, stem_width, 3, stride=2),
+            )
+            self.maxpool: nn.Module = nn.Identity()
+        else:
+            self.conv1 = _conv(3, stem_width, 7, stride=2)
+            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.bn1 = make_norm(stem_width)
+        inputs = stem_width
+        for stage, (depth, width) in enumerate(zip(depths, widths, strict=True), start=1):
+            stride = 1 if stage == 1 else 2
+            last_dilated = dilation and stage == 4
+            blocks: list[nn.Module] = []
+            for index in range(depth):
+                # A dilated stage keeps its stride at 1; its first block sees the grid it was trained on, undilated.
+                block_stride = stride if index == 0 and not last_dilated else 1
+                blocks.append(block(inputs, width, block_stride, 2 if last_dilated and index else 1, make_norm))
+                inputs = width * block.expansion
+            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+        outputs = [width * block.expansion for width in widths[1:]]
+        self.channels = tuple(outputs[-1:] if only_last else outputs)
+        """Channels of the feature maps that `forward` gives."""
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """Feature maps `[batch, channels, H / stride, W / stride]` of images `[batch, 3, H, W]`, strides 8, 16, 32."""
+        x = self.maxpool(F.relu(self.bn1(self.conv1(pixels))))
+        features = []
+        for stage in range(1, 5):
+            x = self.get_submodule(f"layer{stage}")(x)
+            features.append(x)
+        return features[-1:] if self.only_last else features[1:]
+
+    def freeze(self, frozen: Frozen) -> None:
+        """Choose what is trained: everything, all but the stem and layer1 (the published recipe), or nothing."""
+        if frozen not in ("none", "stem_and_layer1", "all"):
+            raise ValueError(f'cannot freeze "{frozen}": choose none, stem_and_layer1 or all')
+        for name, parameter in self.named_parameters():
+            early = name.startswith(("conv1.", "bn1.", "layer1."))
+            parameter.requires_grad_(frozen == "none" or (frozen == "stem_and_layer1" and not early))

@@ -1,0 +1,73 @@
+"""Batches of images of different sizes: padded to one canvas, with a mask that says what is padding.
+
+`PixelBatch` is what a loader makes: bytes, on the host. `ImageBatch` is what a model takes: normalised, on its device.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images that are ready for a model."""
+
+    pixels: Tensor
+    """[batch, 3, height, width] float, normalised with the ImageNet mean and std, 0 on padding."""
+    mask: Tensor
+    """[batch, height, width] bool, True on padding."""
+
+
+@dataclass(frozen=True)
+class PixelBatch:
+    """Images as bytes on one canvas, padded to the right and below."""
+
+    pixels: Tensor
+    """[batch, 3, height, width] uint8 RGB, 0 on padding."""
+    mask: Tensor
+    """[batch, height, width] bool, True on padding."""
+
+    @classmethod
+    def collate(cls, images: Sequence[NDArray[np.uint8]]) -> "PixelBatch":
+        """Pad images to the largest height and width among them.
+
+        Args:
+            images: RGB `[height, width, 3]` uint8 each.
+
+        Raises:
+            ValueError: there is no image, or one is not RGB uint8 with at least one pixel.
+        """
+        if not images:
+            raise ValueError("a batch needs at least one image")
+        for index, image in enumerate(images):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+                raise ValueError(f"image {index} of the batch is {image.dtype} {image.shape}, expected uint8 (h, w, 3)")
+        height = max(image.shape[0] for image in images)
+        width = max(image.shape[1] for image in images)
+        pixels = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+        mask = torch.ones(len(images), height, width, dtype=torch.bool)
+        for index, image in enumerate(images):
+            h, w = image.shape[:2]
+            pixels[index, :, :h, :w] = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+            mask[index, :h, :w] = False
+        return cls(pixels, mask)
+
+    def pin_memory(self) -> "PixelBatch":
+        """The same in page-locked memory, from which a copy to a GPU does not block (`DataLoader` calls this)."""
+        return PixelBatch(self.pixels.pin_memory(), self.mask.pin_memory())
+
+    def to(self, device: torch.device | str) -> ImageBatch:
+        """Copy the bytes to `device` and normalise them there."""
+        pixels = self.pixels.to(device, non_blocking=True)
+        mask = self.mask.to(device, non_blocking=True)
+        mean = torch.tensor(IMAGENET_MEAN).mul_(255).view(3, 1, 1).to(device, non_blocking=True)
+        scale = torch.tensor(IMAGENET_STD).mul_(255).reciprocal_().view(3, 1, 1).to(device, non_blocking=True)
+        normalised = (pixels.float() - mean).mul_(scale).masked_fill_(mask[:, None], 0.0)
+        return ImageBatch(normalised, mask)

@@ -1,0 +1,85 @@
+"""Boxes as centre and size or as corners, and the generalised IoU between them (arXiv 1902.09630).
+
+Shapes: `[..., 4]` means any leading dimensions. cxcywh is (centre x, centre y, width, height), xyxy is (left, top,
+right, bottom); the unit is whatever the caller uses. Nothing here reads a value back from the device: boxes that are
+not finite give results that are not finite, which the training loop reduces over the ranks and then raises on all.
+"""
+
+import torch
+from torch import Tensor
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """Corners `[..., 4]` of boxes given as centre and size `[..., 4]`."""
+    centre, size = boxes[..., :2], boxes[..., 2:]
+    return torch.cat((centre - size / 2, centre + size / 2), dim=-1)
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """Centre and size `[..., 4]` of boxes given by their corners `[..., 4]`."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat(((low + high) / 2, high - low), dim=-1)
+
+
+def box_area(boxes: Tensor) -> Tensor:
+    """Area `[...]` of xyxy boxes `[..., 4]`."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
+    """Generalised IoU in -1..1 of xyxy boxes, element by element.
+
+    The IoU of two boxes without area counts as 0, so the result stays finite and so does its gradient.
+
+    Args:
+        first: xyxy `[..., 4]`.
+        second: xyxy `[..., 4]`, broadcastable to `first`.
+
+    Returns:
+        `[...]`, 1 for equal boxes, towards -1 for small ones far apart.
+    """
+    overlap = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
+    overlap = overlap.clamp(min=0)
+    hull = torch.maximum(first[..., 2:], second[..., 2:]) - torch.minimum(first[..., :2], second[..., :2])
+    intersection = overlap[..., 0] * overlap[..., 1]
+    union = box_area(first) + box_area(second) - intersection
+    enclosing = hull[..., 0] * hull[..., 1]
+    tiny = torch.finfo(union.dtype).tiny
+    return intersection / union.clamp(min=tiny) - (enclosing - union) / enclosing.clamp(min=tiny)
+
+
+def pairwise_generalized_iou(first: Tensor, second: Tensor) -> Tensor:
+    """Generalised IoU `[..., n, m]` of every xyxy box `[..., n, 4]` with every box `[..., m, 4]`."""
+    return generalized_iou(first[..., :, None, :], second[..., None, :, :])
+
+
+def check_boxes(boxes: Tensor, name: str) -> None:
+    """Refuse cxcywh boxes that no loss can use. It reads the values, so call it on the host, not in a training step.
+
+    Args:
+        boxes: cxcywh `[n, 4]`.
+        name: what the boxes are, for the message.
+
+    Raises:
+        ValueError: a box is not finite or has a negative size.
+    """
+    if boxes.ndim != 2 or boxes.shape[-1] != 4:
+        raise ValueError(f"{name}: boxes have the shape {tuple(boxes.shape)}, expected (n, 4) as cx, cy, w, h")
+    unusable = ~torch.isfinite(boxes).all(-1) | (boxes[:, 2:] < 0).any(-1)
+    if unusable.any():
+        first = int(unusable.nonzero()[0])
+        raise ValueError(
+            f"{name}: {int(unusable.sum())} of {len(boxes)} boxes are not finite or have a negative size, "
+            f"first box {first}: {boxes[first].tolist()} as cx, cy, w, h"
+        )
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Logit of `x` in 0..1, with both x and 1 - x kept at least `eps` from 0."""
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in fp32, or in fp64 where it is that already: what coordinates and losses are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

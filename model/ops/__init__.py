@@ -1,0 +1,62 @@
+"""The multi-scale deformable attention operator (arXiv 2010.04159, equation 3).
+
+Shapes: B batch, S cells of all levels, M heads, D channels of a head, Q queries, L levels, P points.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from model.ops import reference
+
+
+def compiled() -> bool:
+    """Whether the compiled kernels are in use; without them it is `model.ops.reference`."""
+    return False
+
+
+def ms_deform_attn(
+    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """Weighted sums of values sampled at a few points of every level.
+
+    Args:
+        value: `[B, S, M, D]`, the levels one after the other, each row by row; S is the sum of their H * W.
+        spatial_shapes: L pairs (H, W) of ints.
+        sampling_locations: `[B, Q, M, L, P, 2]`, (x, y) in 0..1 over the level's whole canvas, padding included; cells
+            are centred at (i + 0.5) / size, values between them are bilinear and outside they are 0.
+        attention_weights: `[B, Q, M, L, P]`.
+
+    Returns:
+        `[B, Q, M * D]`, head by head, of value's type.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    _check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
+    return reference.ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights)
+
+
+def _check_shapes(
+    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
+) -> None:
+    if value.ndim != 4 or sampling_locations.ndim != 6 or attention_weights.ndim != 5:
+        raise ValueError(
+            f"ms_deform_attn takes value [B, S, M, D], sampling_locations [B, Q, M, L, P, 2] and attention_weights "
+            f"[B, Q, M, L, P]; got {tuple(value.shape)}, {tuple(sampling_locations.shape)}, "
+            f"{tuple(attention_weights.shape)}"
+        )
+    batch, cells, heads, _ = value.shape
+    if sum(h * w for h, w in spatial_shapes) != cells:
+        raise ValueError(f"spatial_shapes {list(spatial_shapes)} do not add up to the {cells} cells of value")
+    if sampling_locations.shape[:-1] != attention_weights.shape or sampling_locations.shape[-1] != 2:
+        raise ValueError(
+            f"sampling_locations {tuple(sampling_locations.shape)} do not fit attention_weights "
+            f"{tuple(attention_weights.shape)}"
+        )
+    b, _, m, levels, _ = attention_weights.shape
+    if (b, m, levels) != (batch, heads, len(spatial_shapes)):
+        raise ValueError(
+            f"attention_weights {tuple(attention_weights.shape)} do not fit value {tuple(value.shape)} and "
+            f"{len(spatial_shapes)} levels"
+        )

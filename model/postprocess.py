@@ -1,0 +1,46 @@
+"""Turn a model's outputs into detections in pixels.
+
+Shapes: B batch, Q queries, C logits.
+"""
+
+import torch
+from torch import Tensor
+
+from model.boxes import at_least_float32, cxcywh_to_xyxy
+
+
+@torch.no_grad()
+def postprocess(
+    pred_logits: Tensor, pred_boxes: Tensor, sizes: Tensor, class_loss: str, top: int = 100
+) -> list[dict[str, Tensor]]:
+    """The best detections of each image, without suppression and without clipping to the image.
+
+    Under the focal loss a detection is a pair of a query and a class, so a query may appear more than once. Under the
+    softmax loss a query has one class, its most probable one other than "no object", as in DETR's evaluation.
+
+    Args:
+        pred_logits: `[B, Q, C]`.
+        pred_boxes: `[B, Q, 4]` cxcywh in 0..1.
+        sizes: `[B, 2]`, original (height, width) of each image in pixels.
+        class_loss: `focal` or `softmax`.
+        top: most detections of an image.
+
+    Returns:
+        Of each image `scores` [k] in falling order, `labels` [k] and `boxes` [k, 4] xyxy in pixels.
+    """
+    if class_loss not in ("focal", "softmax"):
+        raise ValueError(f'class_loss is "{class_loss}", it must be focal or softmax')
+    if sizes.shape != (len(pred_logits), 2):
+        raise ValueError(f"sizes has the shape {tuple(sizes.shape)}, expected ({len(pred_logits)}, 2) as height, width")
+    logits = at_least_float32(pred_logits)
+    if class_loss == "focal":
+        probabilities = logits.sigmoid().flatten(1)  # [B, Q * C]
+        scores, index = probabilities.topk(min(top, probabilities.shape[1]), dim=1)
+        query, labels = index // logits.shape[-1], index % logits.shape[-1]
+    else:
+        best, classes = logits.softmax(-1)[..., :-1].max(-1)  # [B, Q]
+        scores, query = best.topk(min(top, best.shape[1]), dim=1)
+        labels = classes.gather(1, query)
+    boxes = cxcywh_to_xyxy(at_least_float32(pred_boxes)).gather(1, query[..., None].expand(-1, -1, 4))
+    boxes = boxes * sizes.to(boxes).flip(1).repeat(1, 2)[:, None]  # width, height, width, height
+    return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes, strict=True)]

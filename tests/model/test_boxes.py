@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from model.boxes import (
+    at_least_float32,
+    box_area,
+    check_boxes,
+    cxcywh_to_xyxy,
+    generalized_iou,
+    inverse_sigmoid,
+    pairwise_generalized_iou,
+    xyxy_to_cxcywh,
+)
+
+
+def test_corners_and_centres_are_inverse() -> None:
+    boxes = torch.tensor([[0.5, 0.4, 0.2, 0.6], [0.1, 0.2, 0.0, 0.0]], dtype=torch.float64)
+    corners = cxcywh_to_xyxy(boxes)
+    torch.testing.assert_close(corners[0], torch.tensor([0.4, 0.1, 0.6, 0.7], dtype=torch.float64))
+    torch.testing.assert_close(xyxy_to_cxcywh(corners), boxes)
+    torch.testing.assert_close(box_area(corners), torch.tensor([0.12, 0.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [
+        pytest.param([0.0, 0.0, 2.0, 2.0], 1.0, id="equal"),
+        pytest.param([1.0, 1.0, 3.0, 3.0], 1 / 7 - 2 / 9, id="overlap"),
+        pytest.param([4.0, 0.0, 6.0, 2.0], -4 / 12, id="apart"),
+        pytest.param([0.5, 0.5, 1.5, 1.5], 1 / 4, id="inside"),
+        pytest.param([3.0, 3.0, 3.0, 3.0], -5 / 9, id="no area"),
+    ],
+)
+def test_generalized_iou_by_hand(second: list[float], expected: float) -> None:
+    first = torch.tensor([0.0, 0.0, 2.0, 2.0])
+    assert generalized_iou(first, torch.tensor(second)).item() == pytest.approx(expected)
+
+
+def test_two_boxes_without_area_are_finite_with_finite_gradient() -> None:
+    box = torch.tensor([0.3, 0.3, 0.3, 0.3], requires_grad=True)
+    value = generalized_iou(box, torch.tensor([0.3, 0.3, 0.3, 0.3]))
+    value.backward()
+    assert torch.isfinite(value)
+    assert box.grad is not None
+    assert torch.isfinite(box.grad).all()
+
+
+def test_pairwise_is_every_pair() -> None:
+    boxes = cxcywh_to_xyxy(torch.rand(2, 7, 4, generator=torch.Generator().manual_seed(0)))
+    pairs = pairwise_generalized_iou(boxes[:, :3], boxes[:, 3:])
+    assert pairs.shape == (2, 3, 4)
+    torch.testing.assert_close(pairs[1, 2, 0], generalized_iou(boxes[1, 2], boxes[1, 3]))
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        pytest.param([[0.5, 0.5, float("nan"), 0.1]], id="nan"),
+        pytest.param([[0.5, 0.5, 0.1, 0.1], [float("inf"), 0.5, 0.1, 0.1]], id="infinite"),
+        pytest.param([[0.5, 0.5, -0.1, 0.1]], id="negative size"),
+        pytest.param([[0.5, 0.5, 0.1]], id="three numbers"),
+    ],
+)
+def test_unusable_boxes_are_refused_by_name(boxes: list[list[float]]) -> None:
+    with pytest.raises(ValueError, match="image 7"):
+        check_boxes(torch.tensor(boxes), "image 7")
+
+
+def test_usable_boxes_pass() -> None:
+    check_boxes(torch.empty(0, 4), "no object")
+    check_boxes(torch.tensor([[0.5, 0.5, 0.0, 1.0]]), "no width")
+
+
+def test_inverse_sigmoid_is_clamped() -> None:
+    x = torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
+    expected = torch.tensor([1e-5, 1 / 3, 1e5], dtype=torch.float64).log()
+    torch.testing.assert_close(inverse_sigmoid(x), expected)
+
+
+def test_at_least_float32() -> None:
+    kinds = {torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
+    for kind, expected in kinds.items():
+        assert at_least_float32(torch.zeros(1, dtype=kind)).dtype == expected

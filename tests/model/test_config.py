@@ -1,0 +1,44 @@
+import pytest
+
+from model.config import CriterionConfig, DetrConfig
+
+
+def test_published_settings_are_the_defaults() -> None:
+    config = DetrConfig()
+    assert (config.num_queries, config.hidden_dim, config.ffn_dim, config.feature_levels, config.points) == (
+        *(300, 256, 1024),
+        *(4, 4),
+    )
+    loss = CriterionConfig()
+    assert (loss.class_weight, loss.bbox_weight, loss.giou_weight) == (2.0, 5.0, 2.0)
+
+
+def test_logits() -> None:
+    assert DetrConfig(num_classes=5).num_logits == 5
+    assert DetrConfig(num_classes=5, class_loss="softmax").num_logits == 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        pytest.param({"backbone": "resnet5"}, "did you mean resnet50", id="backbone"),
+        pytest.param({"class_loss": "bce"}, "one of focal, softmax", id="class loss"),
+        pytest.param({"num_queries": 0}, "model.num_queries is 0", id="no query"),
+        pytest.param({"hidden_dim": 100}, "not a multiple of model.heads", id="heads"),
+        pytest.param({"hidden_dim": 80}, "not a multiple of 32", id="groups"),
+        pytest.param({"feature_levels": 6}, "must be 1 to 5", id="sixth level"),
+        pytest.param({"feature_levels": 2}, "use 1", id="two levels"),
+        pytest.param({"dropout": 1.0}, "dropout", id="dropout"),
+        pytest.param({"two_stage": True}, "needs model.with_box_refine", id="two-stage"),
+    ],
+)
+def test_impossible_architectures_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DetrConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_impossible_losses_are_refused() -> None:
+    with pytest.raises(ValueError, match="giou_weight"):
+        CriterionConfig(giou_weight=-1)
+    with pytest.raises(ValueError, match="focal_alpha"):
+        CriterionConfig(focal_alpha=2)

@@ -1,0 +1,259 @@
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from model import DetrConfig, build_model
+from model.deformable_detr import DeformableDetr
+from model.weights import IMAGENET_FILES, export_weights, load_backbone, load_weights, read_tensors, unique_tensors
+
+
+def make_detector(seed: int = 0, **settings: Any) -> DeformableDetr:
+    small = {"backbone": "resnet_tiny", "hidden_dim": 32, "heads": 4, "ffn_dim": 32, "num_queries": 5, "num_classes": 3}
+    small |= {"encoder_layers": 1, "decoder_layers": 2}
+    return build_model(DetrConfig(**(small | settings)), torch.Generator().manual_seed(seed))
+
+
+def copy_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal(model: torch.nn.Module, expected: dict[str, Tensor]) -> None:
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    assert not [name for name in state if not torch.equal(state[name], expected[name])]
+
+
+def torchvision_state(model: DeformableDetr) -> dict[str, Tensor]:
+    """What torchvision's file of this backbone would hold."""
+    generator = torch.Generator().manual_seed(9)
+    state = {
+        name: torch.rand(tensor.shape, generator=generator) for name, tensor in model.backbone.state_dict().items()
+    }
+    counters = {name.replace("mean", "x"): torch.tensor(0) for name in state if name.endswith("running_mean")}
+    state |= {name.replace("running_x", "num_batches_tracked"): counter for name, counter in counters.items()}
+    return state | {"fc.weight": torch.rand(10, 4), "fc.bias": torch.rand(10)}
+
+
+VARIANTS = {"base": {}, "refine": {"with_box_refine": True}, "two-stage": {"with_box_refine": True, "two_stage": True}}
+
+
+class TestOwnFormat:
+    @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
+    def test_out_and_in(self, tmp_path: Path, settings: dict[str, Any]) -> None:
+        model, other = make_detector(**settings), make_detector(seed=1, **settings)
+        export_weights(model, tmp_path / "model.safetensors")
+        report = load_weights(other, tmp_path)  # the folder
+        assert_equal(other, copy_of(model))
+        assert report.format == "raydetr"
+        assert set(report.loaded) == set(unique_tensors(model))
+        assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+    def test_each_tensor_is_written_once(self, tmp_path: Path) -> None:
+        export_weights(make_detector(with_box_refine=True), tmp_path / "w.safetensors")
+        with safe_open(tmp_path / "w.safetensors", "pt") as file:
+            assert file.metadata() == {"format": "raydetr"}
+            assert not [name for name in file.keys() if name.startswith("transformer.decoder.bbox")]  # noqa: SIM118
+
+    def test_a_state_dict_with_all_names_is_taken(self) -> None:
+        model, other = make_detector(), make_detector(seed=1)
+        load_weights(other, copy_of(model))
+        assert_equal(other, copy_of(model))
+
+    def test_a_torch_file_is_taken(self, tmp_path: Path) -> None:
+        model, other = make_detector(), make_detector(seed=1)
+        torch.save(copy_of(model), tmp_path / "w.pth")
+        load_weights(other, tmp_path / "w.pth")
+        assert_equal(other, copy_of(model))
+
+    def test_unknown_format_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="choose raydetr"):
+            export_weights(make_detector(), tmp_path / "w", format="onnx")
+
+    def test_a_failed_write_leaves_nothing(self, tmp_path: Path) -> None:
+        (tmp_path / "taken").mkdir()
+        with pytest.raises(OSError, match="taken"):
+            export_weights(make_detector(), tmp_path / "taken")
+        assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+class TestOtherClassCount:
+    def test_refused_with_the_mend(self) -> None:
+        model = make_detector(num_classes=3)
+        before = copy_of(model)
+        with pytest.raises(ValueError, match=r"has 7 class logits and the model has 3.*train\.init\.reset_heads: true"):
+            load_weights(model, make_detector(num_classes=7).state_dict())
+        assert_equal(model, before)
+
+    @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
+    def test_reset_keeps_the_rest(self, settings: dict[str, Any]) -> None:
+        model, source = make_detector(num_classes=3, **settings), make_detector(seed=1, num_classes=7, **settings)
+        before, given = copy_of(model), copy_of(source)
+        report = load_weights(model, source.state_dict(), reset_heads=True)
+        expected = {name: (before if "class_embed" in name else given)[name] for name in before}
+        assert_equal(model, expected)
+        assert set(report.reset) == {name for name in unique_tensors(model) if "class_embed" in name}
+        assert "class heads start anew: class_embed.0.weight" in str(report)
+
+    def test_equal_counts_reset_nothing(self) -> None:
+        model, source = make_detector(), make_detector(seed=1)
+        assert not load_weights(model, source.state_dict(), reset_heads=True).reset
+        assert_equal(model, copy_of(source))
+
+
+class TestFilesThatDoNotFit:
+    @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+    def test_truncated(self, tmp_path: Path, name: str) -> None:
+        path = tmp_path / name
+        if name == "w.pth":
+            torch.save(copy_of(make_detector()), path)
+        else:
+            export_weights(make_detector(), path)
+        path.write_bytes(path.read_bytes()[:-5000])
+        with pytest.raises(ValueError, match=f"{name}: damaged"):
+            load_weights(make_detector(), path)
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            pytest.param("w.safetensors", b"", id="empty safetensors"),
+            pytest.param("w.pth", b"", id="empty torch file"),
+            pytest.param("w.pth", b"<html>not found</html>", id="a web page"),
+        ],
+    )
+    def test_no_weights_file(self, tmp_path: Path, name: str, content: bytes) -> None:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}: damaged, or not a weights file"):
+            read_tensors(tmp_path / name)
+
+    def test_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="there is no such weights file"):
+            load_weights(make_detector(), tmp_path / "w.safetensors")
+        with pytest.raises(ValueError, match=r"model\.safetensors: there is no such"):
+            load_weights(make_detector(), tmp_path)
+
+    def test_code_in_a_file_is_not_run(self, tmp_path: Path) -> None:
+        class Harmful:
+            def __reduce__(self) -> tuple[Any, ...]:
+                return (Path.touch, (tmp_path / "touched",))
+
+        torch.save({"x": Harmful()}, tmp_path / "w.pth")
+        with pytest.raises(ValueError, match=r"w\.pth"):
+            read_tensors(tmp_path / "w.pth")
+        assert not (tmp_path / "touched").exists()
+
+    def test_something_else_than_tensors(self, tmp_path: Path) -> None:
+        torch.save({"epoch": 3}, tmp_path / "w.pth")
+        with pytest.raises(ValueError, match="something else than tensors"):
+            read_tensors(tmp_path / "w.pth")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            pytest.param(
+                lambda s: s.pop("transformer.level_embed"), "1 tensors .* missing: transformer.l", id="missing"
+            ),
+            pytest.param(lambda s: s.update(extra=torch.zeros(1)), "not the model's: extra", id="unexpected"),
+            pytest.param(
+                lambda s: s.update({"query_embed.weight": torch.zeros(9, 64)}),
+                r"query_embed.weight is \[9, 64\], the model's is \[5, 64\]",
+                id="shape",
+            ),
+            pytest.param(
+                lambda s: s.update({"class_embed.1.bias": torch.ones(3)}), "differs from class_embed.1", id="shared"
+            ),
+            pytest.param(
+                lambda s: s.update({"query_embed.weight": torch.zeros(5, 64, dtype=torch.int64)}),
+                "not floating point",
+                id="integers",
+            ),
+        ],
+    )
+    def test_what_does_not_fit_is_named_and_nothing_changes(self, change: Any, message: str) -> None:
+        model, state = make_detector(), copy_of(make_detector(seed=1))
+        before = copy_of(model)
+        change(state)
+        with pytest.raises(ValueError, match=message):
+            load_weights(model, state)
+        assert_equal(model, before)
+
+    def test_another_network(self) -> None:
+        with pytest.raises(ValueError, match="not weights of a detector"):
+            load_weights(make_detector(), {"encoder.weight": torch.zeros(2)})
+
+    def test_left_over_counters_are_ignored(self) -> None:
+        model = make_detector()
+        state = copy_of(model) | {"transformer.total_ops": torch.zeros(1), "total_params": torch.zeros(1)}
+        assert set(load_weights(model, state).ignored) == {"transformer.total_ops", "total_params"}
+
+
+class TestBackbone:
+    def test_torchvision_state_dict(self, tmp_path: Path) -> None:
+        model = make_detector(backbone="resnet18")
+        before, state = copy_of(model), torchvision_state(model)
+        torch.save(state, tmp_path / "resnet18.pth")
+        report = load_backbone(model, tmp_path / "resnet18.pth")
+        expected = {n: state[n.removeprefix("backbone.")] if n.startswith("backbone.") else before[n] for n in before}
+        assert_equal(model, expected)
+        assert report.format == "torchvision"
+        assert {"fc.weight", "bn1.num_batches_tracked"} <= set(report.ignored)
+
+    def test_load_weights_knows_it_too(self) -> None:
+        model = make_detector()
+        state = torchvision_state(model)
+        assert load_weights(model, state).format == "torchvision"
+        assert torch.equal(model.backbone.get_parameter("layer1.0.conv1.weight"), state["layer1.0.conv1.weight"])
+
+    @pytest.mark.parametrize("right", [True, False], ids=["right", "wrong"])
+    def test_digest_in_the_name_is_checked(self, tmp_path: Path, right: bool) -> None:
+        model = make_detector()
+        torch.save(torchvision_state(model), tmp_path / "w.pth")
+        digest = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()[:8] if right else "0123abcd"
+        path = (tmp_path / "w.pth").rename(tmp_path / f"resnet-{digest}.pth")
+        if right:
+            load_backbone(model, path)
+        else:
+            with pytest.raises(ValueError, match=r"its name says 0123abcd.*get it again"):
+                load_backbone(model, path)
+
+    def test_from_a_url_through_the_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr(torch.hub, "_hub_dir", None)
+        model = make_detector()
+        torch.save(torchvision_state(model), tmp_path / "w.pth")
+        digest = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()[:8]
+        source = (tmp_path / "w.pth").rename(tmp_path / f"net-{digest}.pth")
+        load_backbone(model, source.as_uri())
+        source.unlink()
+        load_backbone(model, source.as_uri())  # now from the cache
+        wrong = tmp_path / "net-00000000.pth"
+        wrong.write_bytes(b"else")
+        with pytest.raises(ValueError, match="invalid hash value"):
+            load_backbone(model, wrong.as_uri())
+        with pytest.raises(ValueError, match=r"cannot be downloaded.*give its path"):
+            load_backbone(model, (tmp_path / "none-00000000.pth").as_uri())
+
+    def test_imagenet_of_a_tiny_backbone_does_not_exist(self) -> None:
+        with pytest.raises(ValueError, match="no published ImageNet weights of resnet_tiny"):
+            load_backbone(make_detector(), "imagenet")
+        assert IMAGENET_FILES["resnet50"] == "resnet50-0676ba61.pth"
+
+    def test_batch_norm_statistics_need_frozen_batch_norm(self) -> None:
+        with pytest.raises(ValueError, match=r"set model\.backbone_norm: frozen_batch_norm"):
+            load_weights(make_detector(backbone_norm="group_norm"), torchvision_state(make_detector()))
+
+    def test_another_depth_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"does not fit.*layer1\.0\.conv1\.weight is \[64, 64, 1, 1\]"):
+            load_weights(make_detector(backbone="resnet18"), torchvision_state(make_detector(backbone="resnet50")))
+
+    def test_wrong_sources(self, tmp_path: Path) -> None:
+        model = make_detector()
+        with pytest.raises(ValueError, match="no such file of backbone weights"):
+            load_backbone(model, tmp_path / "none.pth")
+        torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
+        with pytest.raises(ValueError, match="not a torchvision ResNet state dict"):
+            load_backbone(model, tmp_path / "other.pth")
