@@ -1,0 +1,135 @@
+"""Shards both splits of a dataset as Ray tasks; what is sharded already is not done again."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipeline.coco import Source, open_source
+from pipeline.config import Config, SplitSection
+from pipeline.errors import UserError
+from pipeline.log import get_logger
+from pipeline.manifest import Manifest, read_manifest
+from pipeline.shards import (
+    ShardPlan,
+    WriteAll,
+    WriteTask,
+    WrittenShard,
+    check_same_categories,
+    shard_split,
+    shards_folder,
+    verify_shard,
+)
+from pipeline.synthetic import draw_dataset
+
+CANCEL_SECONDS = 30
+"""Longest wait for cancelled tasks to end."""
+
+logger = get_logger(__name__)
+
+
+def shard(config: Config, *, verify: bool = False) -> dict[str, Manifest]:
+    """Writes the shards of `train` and `val`, drawing the synthetic dataset first when one is configured.
+
+    Ray must be connected, and every node must see the dataset and the shards' folder.
+
+    Args:
+        config: the pipeline.
+        verify: decode every image fully; shards that are there already are read again.
+
+    Returns:
+        The manifests by split.
+
+    Raises:
+        UserError: bad input, other shards in the folder, or no space.
+    """
+    root = Path(config.dataset.root).absolute()
+    if config.dataset.synthetic is not None:
+        draw_dataset(root, config.dataset.synthetic)
+    train, val = _open(root, config.dataset.train), _open(root, config.dataset.val)
+    check_same_categories(train, val)
+    out = shards_folder(config.runs, config.dataset, config.shards)
+    manifests: dict[str, Manifest] = {}
+    for split, source in (("train", train), ("val", val)):
+        found = (out / split / "manifest.json").exists()
+        manifests[split] = shard_split(
+            source,
+            split,
+            out,
+            config.dataset,
+            config.shards,
+            verify=verify,
+            write_all=_write_with_ray(split, config.shards.workers),
+        )
+        if verify and found:
+            _verify(manifests[split], config.shards.workers)
+    return manifests
+
+
+def read_manifests(config: Config) -> dict[str, Manifest]:
+    """The manifests by split of shards that were written before. Raises `UserError` where there are none."""
+    out = shards_folder(config.runs, config.dataset, config.shards)
+    return {split: read_manifest(out / split) for split in ("train", "val")}
+
+
+def _open(root: Path, split: SplitSection) -> Source:
+    return open_source(root / split.annotations, root / split.images)
+
+
+def _write_with_ray(split: str, workers: int | None) -> WriteAll:
+    def write_all(plans: list[ShardPlan], task: WriteTask) -> Iterator[WrittenShard]:
+        return _run(f"shard {split}", task, plans, workers)
+
+    return write_all
+
+
+def _verify(manifest: Manifest, workers: int | None) -> None:
+    def check(number: int) -> None:
+        verify_shard(manifest, number)
+
+    for _ in _run(f"verify {manifest.split}", check, list(range(len(manifest.shards))), workers):
+        pass
+    logger.info("%s: all %d samples decode", manifest.split, len(manifest.samples))
+
+
+def _run(what: str, task: Callable[[Any], Any], arguments: list[Any], workers: int | None) -> Iterator[Any]:
+    """The results of a task for each argument, as they come, with a progress bar; one failure ends the others."""
+
+    def one(argument: Any) -> Any:
+        return task(argument)
+
+    remote = ray.remote(num_cpus=1)(one)
+    most = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    waiting = list(reversed(arguments))
+    running: list[Any] = []
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(what, total=len(arguments))
+        try:
+            while waiting or running:
+                while waiting and len(running) < most:
+                    running.append(remote.remote(waiting.pop()))
+                done, running = ray.wait(running)
+                for reference in done:
+                    yield _result(reference)
+                    progress.advance(bar)
+        finally:
+            for reference in running:
+                ray.cancel(reference)
+            # What was cancelled may still write: the caller removes its folder only after this.
+            if running:
+                ray.wait(running, num_returns=len(running), timeout=CANCEL_SECONDS)
+
+
+def _result(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from None
+        raise
