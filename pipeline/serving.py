@@ -1,0 +1,303 @@
+"""A detector that answers: pictures in, detections with category names out.
+
+    detector = Detector.from_checkpoint(Path("runs/demo/checkpoints/checkpoint-900"))
+    detector(Path("street.jpg").read_bytes())
+    # [{"category_id": 3, "category": "car", "score": 0.91, "bbox": [x, y, width, height]}, ...]
+
+`Detector.save` writes the folder that a registered model carries (weights as safetensors, the rest as JSON), and
+`answer` is what the registered model's `predict` does. `predict` draws the detections of a model on pictures.
+"""
+
+import io
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from model import DetrConfig, ImageBatch, PixelBatch, build_model, postprocess
+from pipeline.checkpoint import STATE, load_model_weights, read_state
+from pipeline.coco import LabelMap
+from pipeline.config import EvaluateSection
+from pipeline.errors import UserError
+from pipeline.files import write_json
+from pipeline.transforms import decode_image, plan_eval
+
+FORMAT = 1
+SETTINGS = "detector.json"
+WEIGHTS = "model.safetensors"
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+EXIF_ORIENTATION = 0x0112
+
+Detection = dict[str, Any]
+"""category_id, category, score, bbox (xywh pixels of the picture, not clipped)."""
+
+
+class Detector:
+    """A network with what it takes to use it: label map and evaluation sizes.
+
+    Args:
+        model: the network; it is put into evaluation mode on `device`.
+        config: its architecture.
+        labels: between its logits and the category ids.
+        evaluate: sizes that pictures are resized to, and the most detections of a picture.
+        device: where it runs.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: DetrConfig,
+        labels: LabelMap,
+        evaluate: EvaluateSection,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.model = model.to(device).eval()
+        self.config = config
+        self.labels = labels
+        self.evaluate = evaluate
+        self.device = torch.device(device)
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Path, evaluate: EvaluateSection | None = None, device: torch.device | str = "cpu"
+    ) -> "Detector":
+        """Load a checkpoint; the sizes are the greatest of its training where `evaluate` is not given.
+
+        Raises:
+            UserError: the folder is not a whole checkpoint.
+        """
+        state = read_state(checkpoint)
+        if evaluate is None:
+            augment = state.config["train"]["augment"]
+            evaluate = EvaluateSection(short_side=max(augment["short_sides"]), max_side=augment["max_side"])
+        config = state.detr_config()
+        model = _with_weights(config, load_model_weights(checkpoint), checkpoint)
+        return cls(model, config, LabelMap.from_json(state.labels), evaluate, device)
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device | str = "cpu") -> "Detector":
+        """Load what `save` wrote.
+
+        Raises:
+            UserError: the folder is not one that `save` wrote, or its format is another.
+        """
+        try:
+            settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+            weights = load_file(folder / WEIGHTS)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{folder}: not a folder of a registered detector ({error})") from error
+        if settings.get("format") != FORMAT:
+            raise UserError(f"{folder / SETTINGS}: format {settings.get('format')!r} is not {FORMAT}, which this reads")
+        config = DetrConfig(**settings["model"])
+        evaluate = EvaluateSection(**settings["evaluate"])
+        model = _with_weights(config, weights, folder)
+        return cls(model, config, LabelMap.from_json(settings["labels"]), evaluate, device)
+
+    def save(self, folder: Path) -> None:
+        """Write weights (safetensors) and settings (JSON), which `load` reads."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+        save_file(weights, folder / WEIGHTS)
+        sizes = ("short_side", "max_side", "max_detections")
+        settings = {
+            "format": FORMAT,
+            "model": asdict(self.config),
+            "labels": self.labels.to_json(),
+            "evaluate": {name: getattr(self.evaluate, name) for name in sizes},
+        }
+        write_json(folder / SETTINGS, settings)
+
+    def __call__(self, image: bytes | NDArray[np.uint8], score_threshold: float = 0.0) -> list[Detection]:
+        """Detect the objects of one picture, best first.
+
+        Args:
+            image: an encoded picture, which is turned as its EXIF says, or RGB uint8 [height, width, 3].
+            score_threshold: least score.
+
+        Raises:
+            UserError: the bytes are not a picture.
+        """
+        pixels = read_picture(image) if isinstance(image, bytes) else image
+        height, width = pixels.shape[:2]
+        plan = plan_eval(width, height, self.evaluate.short_side, self.evaluate.max_side)
+        batch = PixelBatch.collate([plan.apply_image(pixels)]).to(self.device)
+        found = self.detect(batch, torch.tensor([[height, width]]))[0]
+        return [
+            {
+                "category_id": entry["category_id"],
+                "category": self.labels.names[entry["category_id"]],
+                "score": entry["score"],
+                "bbox": entry["bbox"],
+            }
+            for entry in found
+            if entry["score"] >= score_threshold
+        ]
+
+    @torch.inference_mode()
+    def detect(self, batch: ImageBatch, sizes: torch.Tensor) -> list[list[dict[str, Any]]]:
+        """Detect the objects of a batch.
+
+        Args:
+            batch: normalised images on the detector's device.
+            sizes: [batch, 2] height and width of the original images, in pixels.
+
+        Returns:
+            For each image category_id, bbox (xywh in original pixels, not clipped) and score, best first; logits that
+            are no category are left out.
+
+        Raises:
+            FloatingPointError: the network gives numbers that are not finite.
+        """
+        outputs = self.model(batch)
+        logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
+        if not bool(torch.isfinite(logits).all() & torch.isfinite(boxes).all()):
+            raise FloatingPointError("the network gives numbers that are not finite: its weights are spoilt")
+        results = postprocess(
+            logits, boxes, sizes.to(self.device), self.config.class_loss, self.evaluate.max_detections
+        )
+        return [_entries(result, self.labels) for result in results]
+
+
+def _entries(result: dict[str, torch.Tensor], labels: LabelMap) -> list[dict[str, Any]]:
+    """One image's detections with original category ids and xywh boxes."""
+    columns = (result["scores"].tolist(), result["labels"].tolist(), result["boxes"].double().tolist())
+    entries = []
+    for score, label, (left, top, right, bottom) in zip(*columns, strict=True):
+        category_id = labels.category(label)
+        if category_id is not None:
+            box = [left, top, right - left, bottom - top]
+            entries.append({"category_id": category_id, "bbox": box, "score": score})
+    return entries
+
+
+def _with_weights(config: DetrConfig, weights: dict[str, torch.Tensor], source: Path) -> torch.nn.Module:
+    model = build_model(config)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{source}: the weights are not those of its architecture ({error})") from error
+    return model
+
+
+def read_picture(content: bytes) -> NDArray[np.uint8]:
+    """Decode a picture to RGB [height, width, 3], turned as its EXIF says: as a viewer shows it.
+
+    Raises:
+        UserError: it is not a picture, or cut off.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if image.format in ("JPEG", "PNG") and image.getexif().get(EXIF_ORIENTATION, 1) == 1:
+                return decode_image(content, *image.size)
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise UserError("these bytes are not a picture") from error
+    except Exception as error:  # Pillow's plugins raise many kinds for damaged files
+        raise UserError(f"the picture cannot be decoded: {error}") from error
+
+
+def answer(detector: Detector, images: Sequence[bytes], score_threshold: float) -> list[str]:
+    """Return one JSON list of detections an image: the answer of the registered model."""
+    return [json.dumps(detector(bytes(image), score_threshold)) for image in images]
+
+
+def predict(
+    model: str,
+    images: Sequence[Path],
+    out: Path,
+    *,
+    tracking_uri: str,
+    score_threshold: float = 0.4,
+    device: str | None = None,
+) -> int:
+    """Draw a model's detections on pictures, and write them to `<out>/detections.json`.
+
+    Args:
+        model: `models:/name@alias`, `models:/name/version`, or a folder: a checkpoint or a registered detector's.
+        images: pictures, and folders whose pictures are meant.
+        out: folder of the drawn pictures (PNG).
+        tracking_uri: MLflow server of the registry.
+        score_threshold: least score.
+        device: where the network runs; a GPU where there is one when None.
+
+    Returns:
+        How many pictures were drawn.
+
+    Raises:
+        UserError: naming the model or the picture that cannot be used.
+    """
+    from pipeline.report import draw_boxes
+
+    paths = list(_pictures(images))
+    detector = open_detector(model, tracking_uri, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    out.mkdir(parents=True, exist_ok=True)
+    found, taken = [], set()
+    for path in paths:
+        try:
+            pixels = read_picture(path.read_bytes())
+        except (OSError, UserError) as error:
+            raise UserError(f"{path}: {error}") from error
+        detections = detector(pixels, score_threshold)
+        name = path.stem
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        draw_boxes(pixels, detections, detector.labels.names).save(out / f"{name}.png")
+        found.append({"file_name": str(path), "drawn": f"{name}.png", "detections": detections})
+    write_json(out / "detections.json", found)
+    return len(paths)
+
+
+def _pictures(images: Sequence[Path]) -> Iterator[Path]:
+    for path in images:
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+            if not inside:
+                raise UserError(f"{path}: no picture in this folder ({', '.join(PICTURES)})")
+            yield from inside
+        elif path.is_file():
+            yield path
+        else:
+            raise UserError(f"{path}: no such picture or folder")
+
+
+def open_detector(model: str, tracking_uri: str, device: str = "cpu") -> Detector:
+    """Load a detector by its registered name, or from a folder.
+
+    Raises:
+        UserError: there is no such model or folder.
+    """
+    if not model.startswith("models:/"):
+        return _from_folder(Path(model), device)
+    from pipeline.tracking import connect, first_line, server_errors
+
+    connect(tracking_uri)
+    from mlflow.artifacts import download_artifacts
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            local = download_artifacts(artifact_uri=model, dst_path=folder, tracking_uri=tracking_uri)
+        except server_errors() as error:
+            raise UserError(
+                f"{model}: not found in the registry at {tracking_uri} ({first_line(error)}); `raydetr register` makes "
+                "a version, and --tracking-uri names another registry"
+            ) from error
+        return _from_folder(Path(local), device)
+
+
+def _from_folder(folder: Path, device: str) -> Detector:
+    for place in (folder, folder / "artifacts" / "detector"):
+        if (place / SETTINGS).is_file():
+            return Detector.load(place, device)
+    if (folder / STATE).is_file():
+        return Detector.from_checkpoint(folder, device=device)
+    raise UserError(f"{folder}: neither a checkpoint (with {STATE}) nor a registered detector (with {SETTINGS})")
