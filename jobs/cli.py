@@ -1,0 +1,184 @@
+"""The command line: `raydetr COMMAND --help` shows an example of each.
+
+Exit code 0: done; 1: failed; 2: the input is wrong (one line on stderr says what, where and how to mend it).
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+app = typer.Typer(
+    help="Train Deformable DETR on COCO-format data: shard, train, evaluate, register.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The pipeline's YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the file; may be repeated."),
+]
+
+
+@app.command(epilog="Example: raydetr run -c jobs/configs/demo.yaml --set train.epochs=2")
+def run(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Do the whole pipeline: shard, train, evaluate, register. What is done already is not done again."""
+    from jobs.run import run_pipeline
+
+    run_pipeline(_load(config, overrides))
+
+
+@app.command(epilog="Example: raydetr shard -c my.yaml --verify")
+def shard(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Decode every image fully.")] = False,
+) -> None:
+    """Write the dataset as WebDataset tars with a manifest."""
+    from jobs.run import Pipeline
+
+    with Pipeline(_load(config, overrides)) as pipeline:
+        pipeline.shard(verify=verify)
+
+
+@app.command(epilog="Example: raydetr train -c my.yaml --set cluster.workers=8")
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train on the shards, from the newest checkpoint of the run if there is one."""
+    from jobs.run import Pipeline
+
+    with Pipeline(_load(config, overrides)) as pipeline:
+        pipeline.train()
+
+
+@app.command(epilog="Example: raydetr evaluate --annotations val.json --detections detections.json --out scores")
+def evaluate(
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="The pipeline's YAML file.")] = None,
+    overrides: Overrides = None,
+    annotations: Annotated[Path | None, typer.Option(help="Ground truth: a COCO JSON file (no config then).")] = None,
+    detections: Annotated[Path | None, typer.Option(help="Detections: a file in COCO's result format.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder that metrics.json is written to.")] = None,
+) -> None:
+    """Score a run's last checkpoint on the validation split, or a file of detections."""
+    if annotations or detections or out:
+        if not (annotations and detections and out):
+            raise UserError("scoring a file takes --annotations, --detections and --out together")
+        from pipeline.evaluate import evaluate_files
+        from pipeline.report import metrics_table
+
+        typer.echo(metrics_table(evaluate_files(annotations, detections, out)))
+    elif config is None:
+        raise UserError("give a configuration with -c, or --annotations, --detections and --out")
+    else:
+        from jobs.run import Pipeline
+
+        with Pipeline(_load(config, overrides)) as pipeline:
+            pipeline.evaluate()
+
+
+@app.command(epilog="Example: raydetr register -c my.yaml --set register.model_name=cells")
+def register(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Make the scored checkpoint a version of the registered model; @champion moves if it is better."""
+    from jobs.run import Pipeline
+
+    with Pipeline(_load(config, overrides)) as pipeline:
+        pipeline.register()
+
+
+@app.command(epilog="Example: raydetr predict -m models:/raydetr-demo@champion --out drawn picture.jpg")
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="models:/NAME@ALIAS, models:/NAME/VERSION or a folder.")],
+    out: Annotated[Path, typer.Option(help="Folder of the drawn pictures and detections.json.")],
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow server of the registry; the default is runs/mlflow.db.")
+    ] = None,
+    score_threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score that is drawn.")] = 0.4,
+) -> None:
+    """Draw a registered model's detections on pictures."""
+    from pipeline.serving import predict as predict_pictures
+
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs').resolve() / 'mlflow.db'}"
+    count = predict_pictures(model, images, out, tracking_uri=uri, score_threshold=score_threshold)
+    typer.echo(f"{count} pictures with their detections in {out}")
+
+
+@app.command(epilog="Example: raydetr synth data/shapes --train-images 1000 --val-images 250")
+def synth(
+    out: Annotated[Path, typer.Argument(help="Folder of the dataset.")],
+    train_images: Annotated[int, typer.Option(min=1, help="Images of the training split.")] = 1000,
+    val_images: Annotated[int, typer.Option(min=1, help="Images of the validation split.")] = 250,
+    image_size: Annotated[int, typer.Option(min=64, help="Side of the square images, in pixels.")] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
+) -> None:
+    """Draw a COCO-format dataset of shapes."""
+    from pipeline.config import SyntheticSection
+    from pipeline.synthetic import draw_dataset
+
+    draw_dataset(
+        out, SyntheticSection(train_images=train_images, val_images=val_images, image_size=image_size, seed=seed)
+    )
+    typer.echo(f"{train_images} + {val_images} images in {out}")
+
+
+@app.command(epilog="Example: raydetr config -c my.yaml --set train.epochs=10")
+def config(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print the whole configuration with all defaults, as YAML."""
+    import yaml
+
+    from pipeline.config import dump_config
+
+    typer.echo(yaml.safe_dump(dump_config(_load(config, overrides)), sort_keys=False), nl=False)
+
+
+@app.command(epilog="Example: raydetr doctor --address 10.0.0.1:6379")
+def doctor(
+    address: Annotated[str | None, typer.Option(help="A Ray cluster that should answer.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what is here and what is missing; exit code 1 if something that is needed is."""
+    from jobs.doctor import examine
+
+    findings = examine(address)
+    if as_json:
+        typer.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            typer.echo(f"{finding.state:<8} {finding.what:<22} {finding.detail}")
+    if any(finding.state == "missing" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error in the input.")] = False,
+) -> None:
+    """Options before the command."""
+
+
+def _load(path: Path, overrides: list[str] | None) -> "Config":
+    from pipeline.config import load_config
+
+    return load_config(path, overrides or ())
+
+
+def main() -> None:
+    """Run the command line; a UserError becomes one line and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)

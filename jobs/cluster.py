@@ -1,0 +1,84 @@
+"""The Ray that a pipeline runs on: the one of a submitted job, one that is given, or one started here."""
+
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import ray
+
+from pipeline.config import ClusterSection
+from pipeline.errors import UserError
+
+# Every worker uses the packages that the driver runs, whatever is installed on its host.
+PACKAGES = [str(Path(__file__).resolve().parents[1] / name) for name in ("jobs", "model", "pipeline")]
+
+
+@contextmanager
+def connected(cluster: ClusterSection) -> Iterator[None]:
+    """Be connected to Ray inside the block; what was started for it is stopped at its end.
+
+    Raises UserError where the address does not answer or the cluster is too small for `cluster.workers`.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if cluster.address is None and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        ray.init(**quiet)  # inside a submitted job: its cluster, with the working directory it was submitted with
+    elif address is None:
+        # Ray guards what it starts with a token. Without this one it would leave one in the home folder, with which the
+        # user's next `ray start --head` would refuse its clients.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+        cpus = max(os.cpu_count() or 1, round(cluster.workers * cluster.cpus_per_worker))
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    else:
+        _join(address, quiet)
+    try:
+        _check_size(cluster)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def device_of(cluster: ClusterSection) -> str:
+    """`cuda` or `cpu`: what `cluster.device: auto` means on the connected Ray."""
+    if cluster.device != "auto":
+        return cluster.device
+    return "cuda" if ray.cluster_resources().get("GPU", 0) >= cluster.workers else "cpu"
+
+
+def _join(address: str, quiet: dict[str, int | bool]) -> None:
+    mend = "start one with `ray start --head`, or remove cluster.address to start Ray here"
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address != "auto":
+        try:
+            with closing(socket.create_connection((host, int(port)), timeout=5)):
+                pass
+        except (OSError, ValueError) as error:
+            raise UserError(f"cluster.address {address}: no Ray answers ({error}); {mend}") from error
+    try:
+        ray.init(address=address, runtime_env={"py_modules": PACKAGES}, **quiet)
+    except (ConnectionError, RuntimeError) as error:
+        raise UserError(f"cluster.address {address}: no Ray answers ({error}); {mend}") from error
+
+
+def _check_size(cluster: ClusterSection) -> None:
+    have = ray.cluster_resources()
+    need_cpus = cluster.workers * cluster.cpus_per_worker
+    if have.get("CPU", 0) < need_cpus:
+        raise UserError(
+            f"cluster.workers {cluster.workers} x cluster.cpus_per_worker {cluster.cpus_per_worker:g} need {need_cpus:g}"
+            f" CPUs and the Ray cluster has {have.get('CPU', 0):g}; lower one of them or add nodes"
+        )
+    if cluster.device == "cuda" and have.get("GPU", 0) < cluster.workers:
+        raise UserError(
+            f"cluster.device cuda with {cluster.workers} workers needs as many GPUs and the Ray cluster has"
+            f" {have.get('GPU', 0):g}; lower cluster.workers, add nodes or use cluster.device auto"
+        )

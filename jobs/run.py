@@ -1,0 +1,153 @@
+"""The pipeline: its steps on one Ray and under one MLflow run, with what they do shown while they do it."""
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jobs import evaluate, register, shard, train
+from jobs.cluster import connected
+from pipeline import checkpoint as checkpoints
+from pipeline.config import Config, dump_config
+from pipeline.errors import UserError
+from pipeline.manifest import Manifest, read_manifest
+from pipeline.registry import Registration
+from pipeline.tracking import SpoolReader, Tracker
+
+PLAIN_SECONDS = 10
+"""Seconds between two lines of progress where there is no terminal."""
+
+
+class Pipeline:
+    """One run's steps; a context manager that holds Ray and the MLflow run for them.
+
+    Each step finds what the step before it left on disk, so that they can be called one by one.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._stack = ExitStack()
+        self._tracker: Tracker | None = None
+
+    def __enter__(self) -> "Pipeline":
+        self._stack.enter_context(connected(self.config.cluster))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self._tracker is not None:
+                interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+                self._tracker.finish("KILLED" if interrupted else "FAILED" if kind else "FINISHED")
+        finally:
+            self._stack.close()
+
+    @property
+    def tracker(self) -> Tracker:
+        """The MLflow run: continued if this pipeline run has one, made otherwise."""
+        if self._tracker is None:
+            config = self.config
+            self._tracker = Tracker(
+                config.tracking_uri, config.tracking.experiment, config.name, config.folder / "mlflow_run.json"
+            )
+            self._tracker.log_params(dump_config(config))
+        return self._tracker
+
+    def shard(self, *, verify: bool = False) -> dict[str, Manifest]:
+        """Write the shards of both splits."""
+        return shard.shard(self.config, verify=verify)
+
+    def train(self) -> Path:
+        """Train to the end of the schedule; returns the last checkpoint."""
+        spool = self.config.folder / "spool" / "train.jsonl"
+        manifest = self._manifest("train")
+        total = self.config.train.total_steps(len(manifest.samples))
+        uploads = self.tracker.reader(spool)
+        with TrainingProgress(self.console, SpoolReader(spool, spool.stat().st_size if spool.exists() else 0), total) as shown:
+
+            def poll() -> None:
+                self.tracker.drain(uploads)
+                shown.update()
+
+            last = train.train(self.config, manifest, on_poll=poll)
+        self.tracker.drain(uploads, final=True)
+        return last
+
+    def evaluate(self) -> dict[str, Any]:
+        """Score the last checkpoint (every kept one with evaluate.curve) on the validation split."""
+        return evaluate.evaluate(self.config, self._last_checkpoint(), self._manifest("val"), self.tracker)
+
+    def register(self) -> Registration:
+        """Make the scored checkpoint a version of the registered model."""
+        return register.register(self.config, self._last_checkpoint(), self.tracker)
+
+    def _manifest(self, split: str) -> Manifest:
+        return read_manifest(self.config.shards_folder / split)
+
+    def _last_checkpoint(self) -> Path:
+        folder = self.config.folder / "checkpoints"
+        last = checkpoints.latest(folder)
+        if last is None:
+            raise UserError(f"{folder}: there is no checkpoint to use; train first with `raydetr train`")
+        return last
+
+
+class TrainingProgress:
+    """Shows the training metrics that arrive in the spool: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console, reader: SpoolReader, total_steps: int) -> None:
+        self._console = console
+        self._reader = reader
+        self._progress = Progress(
+            TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"),
+            console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._task = self._progress.add_task("train", total=total_steps, text="")
+        self._total = total_steps
+        self._printed = 0.0
+
+    def __enter__(self) -> "TrainingProgress":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.update(last=True)
+        self._progress.stop()
+
+    def update(self, *, last: bool = False) -> None:
+        """Show the newest point."""
+        records = self._reader.read()
+        if not records:
+            return
+        step, metrics = records[-1].step, records[-1].metrics
+        text = f"epoch {metrics['train/epoch']:.2f}  loss {metrics['train/loss']:.3f}  {metrics['train/images_per_second']:.1f} images/s"
+        self._progress.update(self._task, completed=step, text=text)
+        if not self._console.is_terminal and (last or time.monotonic() - self._printed >= PLAIN_SECONDS):
+            self._console.print(f"train: step {step}/{self._total}  {text}")
+            self._printed = time.monotonic()
+
+
+def run_pipeline(config: Config) -> None:
+    """Do all the steps and end with a short table."""
+    with Pipeline(config) as pipeline:
+        pipeline.shard()
+        pipeline.train()
+        metrics = pipeline.evaluate()
+        version = pipeline.register()
+    print_summary(pipeline.console, config, metrics, version)
+
+
+def print_summary(console: Console, config: Config, metrics: dict[str, Any], version: Registration) -> None:
+    """The short table at the end: what came of it, and where it is."""
+    champion = " @champion" if version.is_champion else ""
+    console.print(f"\nAP           {metrics['AP']:.4f}")
+    console.print(f"AP50         {metrics['AP50']:.4f}")
+    console.print(f"run          {config.folder}")
+    console.print(f"registered   {version.name} version {version.version}{champion}")
+    console.print(f"MLflow page  mlflow ui --backend-store-uri {config.tracking_uri}")

@@ -1,0 +1,163 @@
+"""Trains with Ray Train's workers, each of which runs `pipeline.train.train`.
+
+Ray places the workers, makes their process group and starts them anew when one is lost; where training stands is known
+from the run's own checkpoints, so nothing is reported to Ray.
+"""
+
+import fcntl
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
+
+from jobs.cluster import device_of
+from model.ops import compiled
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.manifest import Manifest
+from pipeline.train import TrainJob
+
+POLL_SECONDS = 1.0
+"""Seconds between two calls of `on_poll`."""
+
+ENVIRONMENT = {
+    # How often the controller looks whether a worker failed or is done: 2 s by default.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Workers stay in the directory that the driver runs in, so that relative paths mean the same.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # Telemetry is off.
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+}
+"""What Ray Train is told by the driver's environment, where the user has not set it."""
+
+_SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
+
+
+def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lambda: None) -> Path:
+    """Train on the connected Ray to the end of the schedule, from the run's newest checkpoint.
+
+    Args:
+        config: the pipeline; `cluster.workers` workers run it, restarted `train.max_restarts` times.
+        manifest: of the training split.
+        on_poll: called about every second while workers train, in this thread.
+
+    Returns:
+        The checkpoint of the last step.
+
+    Raises:
+        UserError: a worker met one, on the first attempt, or the compiled operator is required and missing.
+        ray.train.TrainingFailedError: workers were lost once more than `train.max_restarts` times.
+    """
+    device = device_of(config.cluster)
+    if config.cluster.require_compiled and not compiled():
+        raise UserError(
+            "cluster.require_compiled is true, and the compiled attention operator is not installed here: "
+            "build it with `make setup`, or set cluster.require_compiled: false to train with the slow one"
+        )
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    job = TrainJob(
+        model=config.model_for(manifest.labels.num_classes),
+        train=config.train,
+        shards=manifest.folder.resolve(),
+        out=config.folder,
+        on_error=config.dataset.on_error,
+    )
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"job": job, "device": device, "threads": max(1, int(config.cluster.cpus_per_worker))},
+        torch_config=_HostTorchConfig(backend="nccl" if device == "cuda" else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.cluster.workers,
+            use_gpu=device == "cuda",
+            resources_per_worker={"CPU": config.cluster.cpus_per_worker} | ({"GPU": 1} if device == "cuda" else {}),
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str(config.folder),
+            failure_config=FailureConfig(max_failures=config.train.max_restarts),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    outcome = _fit(trainer, on_poll)
+    if "user_error" in outcome:
+        raise UserError(outcome["user_error"])
+    return Path(outcome["checkpoint"])
+
+
+def _fit(trainer: TorchTrainer, on_poll: Callable[[], None]) -> dict[str, str]:
+    """What rank 0 returns; training runs in a thread, so that `on_poll` is called in the one that asked."""
+    done = threading.Event()
+    with ThreadPoolExecutor(1, thread_name_prefix="ray-train") as pool:
+        future = pool.submit(trainer.fit)
+        future.add_done_callback(lambda _: done.set())
+        while not done.wait(POLL_SECONDS):
+            on_poll()
+    outcome: dict[str, str] = future.result().return_value
+    return outcome
+
+
+def _worker(settings: dict[str, Any]) -> dict[str, str]:
+    """What one worker does. A `UserError` is returned: raised, it would only be met again by each restart."""
+    import torch
+
+    from pipeline.distributed import init_world
+    from pipeline.log import set_up_logging
+    from pipeline.train import train as train_here
+
+    torch.set_num_threads(settings["threads"])
+    try:
+        world = init_world(settings["device"])
+        set_up_logging(world.rank)
+        return {"checkpoint": str(train_here(settings["job"], world))}
+    except UserError as error:
+        return {"user_error": str(error)}
+
+
+class _HostTorchConfig(TorchConfig):  # type: ignore[misc]
+    """Ray's process group, over the network interface that holds the node's address.
+
+    Gloo and NCCL would else take the one that the host's name resolves to, often 127.0.0.1, and hosts never meet.
+    """
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _HostTorchBackend
+
+
+class _HostTorchBackend(_TorchBackend):  # type: ignore[misc]
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        if len({node["NodeID"] for node in ray.nodes() if node["Alive"]}) > 1:
+            worker_group.execute(_name_interface)
+        super().on_start(worker_group, backend_config)
+
+
+def _name_interface() -> None:
+    """Tell Gloo and NCCL this node's interface, unless the user has."""
+    interface = interface_of(ray.util.get_node_ip_address())
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if interface is not None:
+            os.environ.setdefault(name, interface)
+
+
+def interface_of(address: str) -> str | None:
+    """Name of this host's network interface that has an IPv4 address, or None."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode())
+            try:
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+            except OSError:
+                continue  # it has no IPv4 address
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None

@@ -1,0 +1,51 @@
+"""A plain `ray job submit` of the source tree against a head on this machine."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.test_pipeline import PROJECT, SMALL
+
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+@pytest.fixture
+def head(tmp_path: Path):  # noqa: ANN201
+    """Addresses of a head's GCS and dashboard, in a Ray session of its own."""
+    port, dashboard = free_port(), free_port()
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    environment.pop("RAY_ADDRESS", None)
+    command = [
+        RAY, "start", "--head", f"--port={port}", "--num-cpus=2", "--node-ip-address=127.0.0.1",
+        f"--dashboard-port={dashboard}", "--disable-usage-stats", "--block",
+    ]  # fmt: skip
+    with (tmp_path / "head.log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    yield f"http://127.0.0.1:{dashboard}"
+    process.terminate()
+    process.wait(timeout=60)
+
+
+def test_a_submitted_job_finishes(head: str, tmp_path: Path) -> None:
+    settings = {**SMALL, "runs": tmp_path / "runs", "dataset.root": tmp_path / "shapes", "train.epochs": 1}
+    overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    job = ["python", "-m", "jobs", "run", "-c", "jobs/configs/demo.yaml", *overrides]
+    command = [RAY, "job", "submit", "--address", head, "--working-dir", ".", "--", *job]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for _ in range(30):  # the dashboard of a head takes some seconds to answer
+        result = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        if "Failed to connect to Ray" not in result.stdout + result.stderr:
+            break
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "runs" / "demo" / "evaluate" / "metrics.json").is_file()
+    assert "raydetr-demo" in result.stdout

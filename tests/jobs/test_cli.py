@@ -1,0 +1,90 @@
+"""jobs/cli.py: exit codes, one clear line for wrong input, help with examples."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+PROJECT = Path(__file__).resolve().parents[2]
+COMMANDS = ["run", "shard", "train", "evaluate", "register", "predict", "synth", "config", "doctor"]
+
+
+def raydetr(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jobs", *arguments]
+    return subprocess.run(command, cwd=folder or PROJECT, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(command: str) -> None:
+    result = raydetr(command, "--help")
+    assert result.returncode == 0
+    assert f"raydetr {command}" in result.stdout.split("Example:")[1]
+
+
+def test_wrong_key_is_one_line_and_exit_code_2() -> None:
+    result = raydetr("run", "-c", "jobs/configs/demo.yaml", "--set", "train.epoch=3")
+    assert result.returncode == 2
+    assert result.stderr == "error: jobs/configs/demo.yaml: unknown key `train.epoch`; did you mean `train.epochs`?\n"
+
+
+def test_debug_shows_the_traceback() -> None:
+    result = raydetr("--debug", "config", "-c", "nowhere.yaml")
+    assert result.returncode == 2
+    assert "Traceback" in result.stderr
+
+
+def test_config_prints_what_can_be_read_again(tmp_path: Path) -> None:
+    result = raydetr("config", "-c", "jobs/configs/demo.yaml", "--set", "train.epochs=3")
+    assert yaml.safe_load(result.stdout)["train"]["epochs"] == 3
+    (tmp_path / "again.yaml").write_text(result.stdout)
+    assert raydetr("config", "-c", str(tmp_path / "again.yaml")).stdout == result.stdout
+
+
+def test_an_address_where_no_ray_answers(tmp_path: Path) -> None:
+    arguments = ["--set", f"runs={tmp_path}", "--set", "cluster.address=127.0.0.1:1"]
+    result = raydetr("run", "-c", "jobs/configs/demo.yaml", *arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: cluster.address 127.0.0.1:1: no Ray answers")
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor_reports_packages_and_the_operator() -> None:
+    result = raydetr("doctor", "--json")
+    found = {finding["what"]: finding["state"] for finding in json.loads(result.stdout)}
+    assert result.returncode == 0
+    assert found["torch"] == found["ray"] == "ok"
+    assert "attention operator" in found
+
+
+def test_doctor_fails_where_no_ray_answers() -> None:
+    result = raydetr("doctor", "--address", "127.0.0.1:1")
+    assert result.returncode == 1
+    assert "no Ray answers" in result.stdout
+
+
+def test_synth_draws_a_dataset(tmp_path: Path) -> None:
+    result = raydetr("synth", str(tmp_path / "shapes"), "--train-images", "3", "--val-images", "2")
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "shapes").rglob("*.jpg")) + list((tmp_path / "shapes").rglob("*.png"))) == 5
+
+
+def test_files_are_scored_without_a_config(shared_data: Path, tmp_path: Path) -> None:
+    folder = shared_data / "cocoapi_val2014_100"
+    result = raydetr(
+        "evaluate",
+        "--annotations", str(folder / "instances_val2014_100.json"),
+        "--detections", str(folder / "instances_val2014_fakebbox100_results.json"),
+        "--out", str(tmp_path),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "metrics.json").read_text())["AP"] == 0.5045806987249628
+
+
+def test_evaluate_wants_all_three_files(tmp_path: Path) -> None:
+    result = raydetr("evaluate", "--annotations", "x.json", "--out", str(tmp_path))
+    assert result.returncode == 2
+    assert "--detections" in result.stderr

@@ -1,0 +1,101 @@
+"""The evaluation job on a real Ray, with a real MLflow."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.cluster import connected
+from jobs.evaluate import evaluate
+from pipeline.config import Config, parse_config
+from pipeline.errors import UserError
+from pipeline.evaluate import detect, score
+from pipeline.loader import eval_batches
+from pipeline.manifest import Manifest, ground_truth
+from pipeline.tracking import Tracker
+from tests.builders import make_varied_manifest, write_checkpoint
+
+SIZES = {"batch_size": 2, "short_side": 48, "max_side": 64, "max_detections": 10, "pictures": 2}
+
+
+def make_config(runs: Path, **evaluate: object) -> Config:
+    data = {
+        "name": "run",
+        "runs": str(runs),
+        "evaluate": {**SIZES, **evaluate},
+        "train": {"global_batch": 4, "micro_batch": 2},
+        "cluster": {"workers": 2, "device": "cpu", "cpus_per_worker": 0.5},
+    }
+    return parse_config(data, "test")
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    with connected(make_config(Path("runs")).cluster):
+        yield
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return make_varied_manifest(tmp_path_factory.mktemp("split"), 7)
+
+
+@pytest.fixture
+def run(split: Manifest, tmp_path: Path) -> Path:
+    """A run's folder with two checkpoints."""
+    for step in (5, 10):
+        write_checkpoint(tmp_path / "run" / "checkpoints", split.labels, step, seed=step)
+    return tmp_path / "run"
+
+
+@pytest.mark.usefixtures("ray_here")
+class TestEvaluate:
+    def test_equals_one_process(self, split: Manifest, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        config = make_config(run.parent)
+        last = run / "checkpoints" / "checkpoint-10"
+        metrics = evaluate(config, last, split, None)
+        expected = detect(last, split, eval_batches(split, 2), config.evaluate, "cpu")
+        assert json.loads((run / "evaluate" / "detections.json").read_text()) == expected
+        assert score(ground_truth(split), expected).items() <= metrics.items()
+        assert json.loads((run / "evaluate" / "metrics.json").read_text()) == metrics
+        assert len(list((run / "evaluate" / "pictures").iterdir())) == 2
+        assert {path.name for path in (run / "evaluate").iterdir() if path.suffix in (".csv", ".png")} == {
+            "per_category.csv",
+            "per_category.png",
+        }
+        assert f"evaluate: checkpoint-10  AP {metrics['AP']:.4f}" in capsys.readouterr().out
+
+        written = (run / "evaluate" / "metrics.json").stat().st_mtime_ns
+        assert evaluate(config, last, split, None) == metrics
+        assert "already done, checkpoint-10" in capsys.readouterr().out
+        assert (run / "evaluate" / "metrics.json").stat().st_mtime_ns == written
+
+    def test_curve_and_uploads(self, split: Manifest, run: Path, mlflow_uri: str) -> None:
+        config = make_config(run.parent, curve=True)
+        tracker = Tracker(mlflow_uri, "evaluation", "run", run / "mlflow_run.json")
+        metrics = evaluate(config, run / "checkpoints" / "checkpoint-10", split, tracker)
+        evaluate(config, run / "checkpoints" / "checkpoint-10", split, tracker)
+        assert metrics["step"] == 10
+        history = tracker.client.get_metric_history(tracker.run_id, "val/AP50")
+        assert sorted(point.step for point in history) == [5, 10]
+        assert (run / "evaluate" / "checkpoint-5" / "metrics.json").is_file()
+        assert any(name.startswith("val_category/AP/") for name in tracker.client.get_run(tracker.run_id).data.metrics)
+        files = {file.path for file in tracker.client.list_artifacts(tracker.run_id, "evaluate")}
+        wanted = {"metrics.json", "detections.json", "per_category.csv", "per_category.png", "pictures"}
+        assert files == {f"evaluate/{name}" for name in wanted}
+        assert len(tracker.client.list_artifacts(tracker.run_id, "evaluate/pictures")) == 2
+
+    def test_other_settings_are_refused(self, split: Manifest, run: Path) -> None:
+        last = run / "checkpoints" / "checkpoint-10"
+        evaluate(make_config(run.parent), last, split, None)
+        with pytest.raises(UserError, match="short_side: 48 -> 32"):
+            evaluate(make_config(run.parent, short_side=32), last, split, None)
+
+    def test_a_users_error_in_a_task_is_one_line(self, split: Manifest, run: Path) -> None:
+        last = run / "checkpoints" / "checkpoint-10"
+        (last / "model.safetensors").write_bytes(b"damaged")
+        with pytest.raises(UserError, match=r"model\.safetensors: cannot be read") as caught:
+            evaluate(make_config(run.parent), last, split, None)
+        assert "Traceback" not in str(caught.value)
+        assert not (run / "evaluate" / "metrics.json").exists()
