@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.errors import UserError
+from pipeline.errors import TrackingError, UserError
+from pipeline.log import set_up_logging
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -165,6 +166,7 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error in the input.")] = False,
 ) -> None:
     """Options before the command."""
+    set_up_logging()
 
 
 def _load(path: Path, overrides: list[str] | None) -> "Config":
@@ -174,11 +176,11 @@ def _load(path: Path, overrides: list[str] | None) -> "Config":
 
 
 def main() -> None:
-    """Run the command line; a UserError becomes one line and exit code 2."""
+    """Run the command line; errors that explain themselves become one line."""
     try:
         app()
-    except UserError as error:
+    except (UserError, TrackingError) as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
         sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)

@@ -74,8 +74,8 @@ def _check_size(cluster: ClusterSection) -> None:
     need_cpus = cluster.workers * cluster.cpus_per_worker
     if have.get("CPU", 0) < need_cpus:
         raise UserError(
-            f"cluster.workers {cluster.workers} x cluster.cpus_per_worker {cluster.cpus_per_worker:g} need {need_cpus:g}"
-            f" CPUs and the Ray cluster has {have.get('CPU', 0):g}; lower one of them or add nodes"
+            f"cluster.workers {cluster.workers} x cluster.cpus_per_worker {cluster.cpus_per_worker:g} need"
+            f" {need_cpus:g} CPUs and the Ray cluster has {have.get('CPU', 0):g}; lower one of them or add nodes"
         )
     if cluster.device == "cuda" and have.get("GPU", 0) < cluster.workers:
         raise UserError(

@@ -1,7 +1,7 @@
 """The pipeline: its steps on one Ray and under one MLflow run, with what they do shown while they do it."""
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +13,7 @@ from jobs import evaluate, register, shard, train
 from jobs.cluster import connected
 from pipeline import checkpoint as checkpoints
 from pipeline.config import Config, dump_config
-from pipeline.errors import UserError
+from pipeline.errors import TrackingError, UserError
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.registry import Registration
 from pipeline.tracking import SpoolReader, Tracker
@@ -41,12 +41,12 @@ class Pipeline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if self._tracker is not None:
-                interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self._stack.close()
+        if self._tracker is not None:
+            interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+            # What went wrong in the block is what the user has to read, not that the server is away as well.
+            with suppress(TrackingError) if kind else nullcontext():
                 self._tracker.finish("KILLED" if interrupted else "FAILED" if kind else "FINISHED")
-        finally:
-            self._stack.close()
 
     @property
     def tracker(self) -> Tracker:
@@ -69,7 +69,9 @@ class Pipeline:
         manifest = self._manifest("train")
         total = self.config.train.total_steps(len(manifest.samples))
         uploads = self.tracker.reader(spool)
-        with TrainingProgress(self.console, SpoolReader(spool, spool.stat().st_size if spool.exists() else 0), total) as shown:
+        with TrainingProgress(
+            self.console, SpoolReader(spool, spool.stat().st_size if spool.exists() else 0), total
+        ) as shown:
 
             def poll() -> None:
                 self.tracker.drain(uploads)
@@ -104,10 +106,9 @@ class TrainingProgress:
     def __init__(self, console: Console, reader: SpoolReader, total_steps: int) -> None:
         self._console = console
         self._reader = reader
-        self._progress = Progress(
-            TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"),
-            console=console, disable=not console.is_terminal,
-        )  # fmt: skip
+        columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        text = TextColumn("{task.fields[text]}")
+        self._progress = Progress(*columns, text, console=console, disable=not console.is_terminal)
         self._task = self._progress.add_task("train", total=total_steps, text="")
         self._total = total_steps
         self._printed = 0.0
@@ -126,7 +127,10 @@ class TrainingProgress:
         if not records:
             return
         step, metrics = records[-1].step, records[-1].metrics
-        text = f"epoch {metrics['train/epoch']:.2f}  loss {metrics['train/loss']:.3f}  {metrics['train/images_per_second']:.1f} images/s"
+        text = (
+            f"epoch {metrics['train/epoch']:.2f}  loss {metrics['train/loss']:.3f}"
+            f"  {metrics['train/images_per_second']:.1f} images/s"
+        )
         self._progress.update(self._task, completed=step, text=text)
         if not self._console.is_terminal and (last or time.monotonic() - self._printed >= PLAIN_SECONDS):
             self._console.print(f"train: step {step}/{self._total}  {text}")

@@ -24,7 +24,7 @@ from model.ops import compiled
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest
-from pipeline.train import TrainJob
+from pipeline.train import TrainJob, resume_point
 
 POLL_SECONDS = 1.0
 """Seconds between two calls of `on_poll`."""
@@ -54,7 +54,8 @@ def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lamb
         The checkpoint of the last step.
 
     Raises:
-        UserError: a worker met one, on the first attempt, or the compiled operator is required and missing.
+        UserError: the run is another one, a worker met one (it is not tried again), or the compiled operator is
+            required and missing.
         ray.train.TrainingFailedError: workers were lost once more than `train.max_restarts` times.
     """
     device = device_of(config.cluster)
@@ -72,6 +73,9 @@ def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lamb
         out=config.folder,
         on_error=config.dataset.on_error,
     )
+    found = resume_point(job, manifest)
+    if found is not None and found[1].step == config.train.total_steps(len(manifest.samples)):
+        return found[0]  # without waiting for workers
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"job": job, "device": device, "threads": max(1, int(config.cluster.cpus_per_worker))},

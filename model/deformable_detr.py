@@ -6,6 +6,7 @@ Shapes: B batch, Q queries, C hidden channels, S cells of all levels.
 
 import copy
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from model.batch import ImageBatch
 from model.config import DetrConfig
 from model.transformer import Transformer, in_full_precision
 
-Outputs = dict[str, Tensor | list[dict[str, Tensor]] | dict[str, Tensor]]
+Outputs = dict[str, Any]
 
 
 class BoxHead(nn.Module):

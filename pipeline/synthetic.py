@@ -222,8 +222,7 @@ class _Picture:
         for part, value in zip(outline, (255, 0), strict=False):
             points = np.round((part - 0.5) * 2**SUBPIXEL_BITS).astype(np.int32)
             cv2.fillPoly(covered, [points], value, lineType=cv2.LINE_AA, shift=SUBPIXEL_BITS)
-        coverage: NDArray[np.float32] = covered.astype(np.float32) / 255
-        return coverage
+        return np.divide(covered, 255, dtype=np.float32)
 
     def jpeg(self) -> bytes:
         noise = self._generator.normal(0, 4, self._pixels.shape)

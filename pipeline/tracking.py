@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import flatten
-from pipeline.errors import UserError
+from pipeline.errors import TrackingError, UserError
 from pipeline.files import write_json
 from pipeline.log import get_logger
 
@@ -36,10 +36,6 @@ RETRY_SECONDS = 15.0
 """Least time between two tries to reach a server that is away: a try can take as long as its time-out."""
 PARAM_LENGTH = 6000
 """Most characters of a param's value that MLflow takes."""
-
-
-class TrackingError(Exception):
-    """The tracking server cannot be reached or refuses; what was to be uploaded is still on disk."""
 
 
 @dataclass(frozen=True)
@@ -299,25 +295,6 @@ class Tracker:
                     self._server_was_away = False
                 state = {"run_id": self.run_id, "offset": reader.offset, "steps": steps}
                 write_json(_state_file(reader.path), state)
-
-    @contextlib.contextmanager
-    def follow(self, spool: Path, seconds: float = 5.0) -> Iterator[None]:
-        """Drain a spool in a thread every `seconds` while the block runs, and once more when it ends."""
-        reader = self.reader(spool)
-        ended = threading.Event()
-
-        def loop() -> None:
-            while not ended.wait(seconds):
-                self.drain(reader)
-
-        thread = threading.Thread(target=loop, name="spool upload", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-            self.drain(reader)
 
     def _upload(self, records: list[SpoolRecord], steps: dict[str, int]) -> int:
         """Send the metrics of `records` that are beyond `steps` (last step by name), and advance `steps`."""

@@ -253,8 +253,22 @@ def _agree_on_finite(losses: dict[str, torch.Tensor], norm: torch.Tensor, step: 
     )
 
 
+def resume_point(job: TrainJob, manifest: Manifest) -> tuple[Path, State] | None:
+    """The newest checkpoint of a run and its state, or None where training begins; only reads.
+
+    Raises:
+        UserError: the checkpoint is of another run: its settings or its data differ, or it is beyond the schedule.
+    """
+    path = checkpoint.latest(job.checkpoints)
+    if path is None:
+        return None
+    state = checkpoint.read_state(path)
+    _check_same_run(job, manifest, state, path)
+    return path, state
+
+
 def _find_checkpoint(run: _Run) -> tuple[Path, State] | None:
-    """The newest checkpoint of this run, chosen by rank 0 for all; checked to be of the same run and data."""
+    """`resume_point` as rank 0 sees it, for all."""
     job, world = run.job, run.world
     if job.train.micro_batches % world.size:
         raise UserError(
@@ -266,12 +280,7 @@ def _find_checkpoint(run: _Run) -> tuple[Path, State] | None:
     def find() -> tuple[Path, State] | None:
         job.checkpoints.mkdir(parents=True, exist_ok=True)
         checkpoint.clean(job.checkpoints)
-        path = checkpoint.latest(job.checkpoints)
-        if path is None:
-            return None
-        state = checkpoint.read_state(path)
-        _check_same_run(run, state, path)
-        return path, state
+        return resume_point(job, run.manifest)
 
     return on_rank_zero(world, find)
 
@@ -280,19 +289,20 @@ def _config(job: TrainJob) -> dict[str, Any]:
     return {"model": plain(job.model), "train": plain(job.train)}
 
 
-def _check_same_run(run: _Run, state: State, path: Path) -> None:
-    lines = differences(state.config, _config(run.job))
+def _check_same_run(job: TrainJob, manifest: Manifest, state: State, path: Path) -> None:
+    lines = differences(state.config, _config(job))
     changed = [line for line in lines if line.split(":", 1)[0] not in MAY_DIFFER]
-    if state.data_digest != run.manifest.digest:
-        changed.append(f"digest of {run.manifest.folder}: {state.data_digest} -> {run.manifest.digest}")
+    if state.data_digest != manifest.digest:
+        changed.append(f"digest of {manifest.folder}: {state.data_digest} -> {manifest.digest}")
     if changed:
         raise UserError(
             f"{path} was trained with other settings ({'; '.join(changed)}): "
-            f"use another name, or delete {run.job.out} to begin anew"
+            f"use another name, or delete {job.out} to begin anew"
         )
-    if state.step > run.total:
+    total = job.train.total_steps(len(manifest.samples))
+    if state.step > total:
         raise UserError(
-            f"{path} is beyond the end of the schedule, step {run.total}: raise train.epochs or train.max_steps, "
+            f"{path} is beyond the end of the schedule, step {total}: raise train.epochs or train.max_steps, "
             "or use another name"
         )
 

@@ -159,8 +159,8 @@ def make_batch(sizes: Sequence[tuple[int, int]] = ((64, 96), (80, 64)), seed: in
 def write_checkpoint(folder: Path, labels: LabelMap, step: int = 5, seed: int = 0) -> Path:
     """A checkpoint of a small untrained detector below `folder`; it cannot be trained on: it has no optimizer state."""
     config = DetrConfig(
-        backbone="resnet_tiny", backbone_norm="group_norm", num_classes=labels.num_classes, num_queries=8, hidden_dim=32,
-        heads=2, encoder_layers=1, decoder_layers=1, ffn_dim=32, points=2, feature_levels=3, dropout=0.0,
+        backbone="resnet_tiny", backbone_norm="group_norm", num_classes=labels.num_classes, num_queries=8,
+        hidden_dim=32, heads=2, encoder_layers=1, decoder_layers=1, ffn_dim=32, points=2, feature_levels=3, dropout=0.0,
     )  # fmt: skip
     model = build_model(config, torch.Generator().manual_seed(seed))
     state = State(

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.ranks import Ranks, ranks_of
 
 from pipeline.distributed import World, close, init_world
+from tests.ranks import Ranks, ranks_of
 
 PROJECT = Path(__file__).resolve().parents[1]
 

@@ -74,6 +74,10 @@ def test_few_build_models(path: Path) -> None:
 def test_only_weights_touches_files_in_model() -> None:
     for path in SOURCES:
         if relative(path).startswith("model/") and path.name != "weights.py":
-            called = {node.func.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+            called = {
+                node.func.id
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+            }
             assert "open" not in called, path
             assert not {"pathlib", "safetensors"} & {name.split(".")[0] for name in imported_modules(path)}, path

@@ -74,11 +74,16 @@ def test_a_second_run_does_nothing_again(finished: tuple[Path, subprocess.Comple
     result = raydetr_run(folder)
     assert result.returncode == 0, result.stdout + result.stderr
     for step in ("shard", "train", "evaluate", "register"):
-        assert any(step in line and "already done" in line for line in result.stdout.splitlines()), (step, result.stdout)
+        assert any(step in line and "already done" in line for line in result.stdout.splitlines()), (
+            step,
+            result.stdout,
+        )
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "runs" / "demo" / "checkpoints").rglob("*")}
 
 
-def test_other_settings_under_the_same_name_are_refused(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_other_settings_under_the_same_name_are_refused(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
     folder, _ = finished
     result = raydetr_run(folder, **{"train.lr": 1e-3})
     assert result.returncode == 2

@@ -1,9 +1,11 @@
 """A plain `ray job submit` of the source tree against a head on this machine."""
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,11 +22,17 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def head(tmp_path: Path):  # noqa: ANN201
-    """Addresses of a head's GCS and dashboard, in a Ray session of its own."""
+def environment() -> dict[str, str]:
+    """That of a user who guards the cluster with a token of its own, whatever Ray this test process has used."""
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    path = f"{Path(sys.executable).parent}:{plain['PATH']}"
+    return {**plain, "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+@pytest.fixture
+def head(tmp_path: Path, environment: dict[str, str]) -> Iterator[str]:
+    """Address of the dashboard of a head."""
     port, dashboard = free_port(), free_port()
-    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
-    environment.pop("RAY_ADDRESS", None)
     command = [
         RAY, "start", "--head", f"--port={port}", "--num-cpus=2", "--node-ip-address=127.0.0.1",
         f"--dashboard-port={dashboard}", "--disable-usage-stats", "--block",
@@ -36,14 +44,15 @@ def head(tmp_path: Path):  # noqa: ANN201
     process.wait(timeout=60)
 
 
-def test_a_submitted_job_finishes(head: str, tmp_path: Path) -> None:
+def test_a_submitted_job_finishes(head: str, environment: dict[str, str], tmp_path: Path) -> None:
     settings = {**SMALL, "runs": tmp_path / "runs", "dataset.root": tmp_path / "shapes", "train.epochs": 1}
     overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     job = ["python", "-m", "jobs", "run", "-c", "jobs/configs/demo.yaml", *overrides]
     command = [RAY, "job", "submit", "--address", head, "--working-dir", ".", "--", *job]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for _ in range(30):  # the dashboard of a head takes some seconds to answer
-        result = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        result = subprocess.run(
+            command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
         if "Failed to connect to Ray" not in result.stdout + result.stderr:
             break
     assert result.returncode == 0, result.stdout + result.stderr

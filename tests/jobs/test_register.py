@@ -48,5 +48,5 @@ def test_needs_metrics_of_this_checkpoint(config: Config, mlflow_uri: str) -> No
     with pytest.raises(UserError, match=r"metrics\.json: .*has no metrics; score it first"):
         register(config, checkpoint, tracker)
     write_metrics(config, write_checkpoint(config.folder / "checkpoints", LABELS, step=6, seed=1))
-    with pytest.raises(UserError, match="not the metrics of .*checkpoint-5"):
+    with pytest.raises(UserError, match=r"not the metrics of .*checkpoint-5"):
         register(config, checkpoint, tracker)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.ranks import Ranks
 from safetensors.torch import load_file
 from torch import nn
 
@@ -22,6 +21,7 @@ from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.optim import make_optimizer, parameter_groups, set_learning_rates
 from pipeline.train import _import_deepspeed, engine_config
+from tests.ranks import Ranks
 
 STEPS = 3
 

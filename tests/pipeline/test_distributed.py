@@ -6,7 +6,6 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 import torch.distributed as dist
-from tests.ranks import Ranks, processes
 
 from pipeline.distributed import (
     World,
@@ -22,6 +21,7 @@ from pipeline.distributed import (
     together,
 )
 from pipeline.errors import UserError
+from tests.ranks import Ranks, processes
 
 
 def describe(world: World) -> tuple[int, int, str]:

@@ -244,7 +244,7 @@ class TestDetect:
 
     def test_other_categories_are_refused(self, split: Manifest, tmp_path: Path) -> None:
         other = write_checkpoint(tmp_path, LabelMap("contiguous", (Category(1, "cat"), Category(2, "bird"))))
-        with pytest.raises(UserError, match="trained on other categories .*bird"):
+        with pytest.raises(UserError, match=r"trained on other categories .*bird"):
             detect(other, split, eval_batches(split, 2), SECTION, "cpu")
 
 

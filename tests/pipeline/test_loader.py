@@ -1,5 +1,6 @@
 import pickle
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,8 @@ class TestMicroBatches:
                 assert int((~mask).sum()) == w * h
 
     def test_augmentation_is_seeded_by_seed_epoch_data_and_image(self, manifest: Manifest) -> None:
-        sample, other = manifest.samples[:2]
+        sample = manifest.samples[0]
+        other = replace(sample, image_id=sample.image_id + 1)
         augment = AugmentSection()
 
         def drawn(digest: str = manifest.digest, seed: int = 0, image: Any = sample) -> tuple[Plan, ...]:

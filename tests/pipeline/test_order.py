@@ -50,6 +50,10 @@ class TestEpoch:
         ]
         assert len({tuple(variant) for variant in variants}) == len(variants)
 
+    def test_shards_are_permuted_anew_each_epoch(self) -> None:
+        one = order(*(1,) * 12, window=1)
+        assert len({tuple(one.epoch(epoch)) for epoch in range(4)}) == 4
+
     def test_windows_hold_whole_shards(self) -> None:
         sizes = (10,) * 6
         drawn = order(*sizes, window=2).epoch(4)

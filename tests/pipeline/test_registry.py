@@ -27,6 +27,7 @@ import json, sys
 from pathlib import Path
 import model, pipeline
 import mlflow, pandas
+mine = model
 mlflow.set_tracking_uri(sys.argv[1])
 picture = pandas.DataFrame({"image": [Path(sys.argv[3]).read_bytes()] * 2})
 answers = []
@@ -35,6 +36,7 @@ for _ in range(2):
     answers.append(loaded.predict(picture, params={"score_threshold": 0.001}))
     assert loaded.predict(picture, params={"score_threshold": 1.0}) == ["[]", "[]"]
 assert answers[0] == answers[1]
+assert sys.modules["model"] is mine
 from model import MINE
 assert (MINE, pipeline.MINE) == ("the user's", "the user's")
 assert not {"ray", "deepspeed", "webdataset", "pycocotools"} & set(sys.modules)

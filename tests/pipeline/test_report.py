@@ -44,8 +44,11 @@ class TestPictures:
 
     def test_detections_left_truth_right(self, split: Manifest, tmp_path: Path) -> None:
         detections = [{"image_id": 1, "category_id": 3, "bbox": [2, 10, 12, 8], "score": 0.9}]
+        other = {"image_id": 2, "category_id": 3, "bbox": [8, 2, 12, 8], "score": 0.99}
         with_one = np.array(Image.open(write_pictures(split, detections, tmp_path / "a", 1, 0.4)[0]))
-        none = np.array(Image.open(write_pictures(split, detections, tmp_path / "b", 1, 0.95)[0]))
+        none = np.array(Image.open(write_pictures(split, [*detections, other], tmp_path / "b", 1, 0.95)[0]))
+        empty = np.array(Image.open(write_pictures(split, [], tmp_path / "c", 1, 0.4)[0]))
+        assert (none == empty).all()
         assert (with_one[:, :400] != none[:, :400]).any()
         assert (with_one[:, 400:] == none[:, 400:]).all()
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from model import DetrConfig, ImageBatch
 from pipeline.coco import Category, LabelMap
 from pipeline.config import EvaluateSection
 from pipeline.errors import UserError
@@ -23,7 +25,24 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("run"), LABELS)
 
 
+class OneBox(torch.nn.Module):
+    """A network that finds a dog in the middle of every picture, and in second place what is no category."""
+
+    def forward(self, batch: ImageBatch) -> dict[str, torch.Tensor]:
+        logits = torch.full((len(batch.pixels), 1, LABELS.num_classes), -20.0)
+        logits[..., 3], logits[..., 12] = 2.0, 1.0
+        return {"pred_logits": logits, "pred_boxes": torch.tensor([[[0.5, 0.5, 0.5, 0.25]]])}
+
+
 class TestDetector:
+    def test_box_is_xywh_in_pixels_of_the_picture(self) -> None:
+        section = EvaluateSection(short_side=40, max_side=60, max_detections=2)
+        detector = Detector(OneBox(), DetrConfig(num_classes=LABELS.num_classes), LABELS, section)
+        (detection,) = detector(make_image(200, 80))
+        assert detection["bbox"] == pytest.approx([50, 30, 100, 20])
+        assert (detection["category_id"], detection["category"]) == (3, "dog")
+        assert detection["score"] == pytest.approx(0.8808, abs=1e-4)
+
     def test_from_checkpoint_takes_the_training_sizes(self, checkpoint: Path) -> None:
         detector = Detector.from_checkpoint(checkpoint)
         assert (detector.evaluate.short_side, detector.evaluate.max_side) == (64, 96)

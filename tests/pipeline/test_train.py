@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tests.builders import make_varied_manifest
-from tests.ranks import Ranks, processes
 from safetensors.torch import load_file
 
 from model import DetrConfig, build_model
@@ -26,6 +24,8 @@ from pipeline.errors import UserError
 from pipeline.loader import MicroBatch, Step
 from pipeline.manifest import Manifest, read_image_bytes
 from pipeline.train import TrainJob, _agree_on_finite, _Run, dropout_seed, engine_config, main, train
+from tests.builders import make_varied_manifest
+from tests.ranks import Ranks, processes
 
 MODEL = {
     "backbone": "resnet_tiny",
@@ -243,7 +243,7 @@ def test_micro_batches_must_be_shared_equally(manifest: Manifest, ranks: Ranks, 
 
 
 def test_a_loss_that_is_not_finite_stops_all_ranks(manifest: Manifest, ranks: Ranks, tmp_path: Path) -> None:
-    job = make_job(manifest, tmp_path, lr=1e38, clip_grad_norm=0, checkpoint_epochs=0.1)
+    job = make_job(manifest, tmp_path, lr=1e30, clip_grad_norm=0, checkpoint_epochs=0.1)
     outcomes = ranks.outcomes(train_on, job)
     assert str(outcomes[0]) == str(outcomes[1])
     assert "step 1: not finite: loss nan" in str(outcomes[0])

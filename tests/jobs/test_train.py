@@ -1,0 +1,135 @@
+"""Training under Ray Train: the same numbers, also when a worker is killed."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.cluster import connected
+from jobs.train import interface_of, train
+from pipeline import checkpoint
+from pipeline.config import ClusterSection, Config
+from pipeline.distributed import World
+from pipeline.errors import UserError
+from pipeline.manifest import Manifest
+from pipeline.train import TrainJob
+from pipeline.train import train as train_here
+from tests.builders import make_varied_manifest
+from tests.pipeline.test_train import MODEL, SETTINGS, assert_same_weights
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_here() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with connected(ClusterSection(workers=2, device="cpu")):
+            yield
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return make_varied_manifest(tmp_path_factory.mktemp("data"), 20, max_samples=6)
+
+
+def make_config(runs: Path, name: str = "ray", cluster: dict[str, object] | None = None, **settings: object) -> Config:
+    sections = {
+        "name": name,
+        "runs": str(runs),
+        "model": MODEL,
+        "train": {**SETTINGS, "max_steps": STEPS, "checkpoint_epochs": 1.0, **settings},
+        "cluster": {"workers": 2, "device": "cpu", "require_compiled": False, **(cluster or {})},
+    }
+    return Config.model_validate(sections)
+
+
+def losses(spool: Path) -> dict[int, float]:
+    records = [json.loads(line) for line in spool.read_text().splitlines()]
+    assert len({record["step"] for record in records}) == len(records), "a point was written twice"
+    return {record["step"]: record["metrics"]["train/loss"] for record in records}
+
+
+def descendants(process: int) -> dict[int, str]:
+    """Command lines of all processes below one, by their id."""
+    children: dict[int, list[int]] = {}
+    commands: dict[int, str] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            commands[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+        except (OSError, IndexError):
+            continue  # it has ended
+        children.setdefault(parent, []).append(int(folder.name))
+    found, waiting = {}, [process]
+    while waiting:
+        for child in children.get(waiting.pop(), []):
+            found[child] = commands[child]
+            waiting.append(child)
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path, int]:
+    """A run that nothing disturbed, its last checkpoint, and how often it called back."""
+    calls: list[None] = []
+    config = make_config(tmp_path_factory.mktemp("runs"))
+    last = train(config, manifest, on_poll=lambda: calls.append(None))
+    return config, last, len(calls)
+
+
+def test_ray_workers_train_like_one_process(
+    trained: tuple[Config, Path, int], manifest: Manifest, world: World, tmp_path: Path
+) -> None:
+    config, last, calls = trained
+    assert last == config.folder / "checkpoints" / f"checkpoint-{STEPS}"
+    assert checkpoint.read_state(last).world_size == 2
+    assert calls >= 1
+    job = TrainJob(config.model_for(manifest.labels.num_classes), config.train, manifest.folder, tmp_path)
+    train_here(job, world)
+    assert losses(config.folder / "spool" / "train.jsonl") == pytest.approx(losses(job.spool), rel=1e-5)
+
+
+def test_a_finished_run_is_not_trained_again(trained: tuple[Config, Path, int], manifest: Manifest) -> None:
+    assert train(trained[0], manifest) == trained[1]
+
+
+def test_a_killed_worker_changes_nothing(trained: tuple[Config, Path, int], manifest: Manifest, tmp_path: Path) -> None:
+    config = make_config(tmp_path, max_restarts=1)
+    spool = config.folder / "spool" / "train.jsonl"
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        if not killed and spool.exists() and len(spool.read_text().splitlines()) >= 4:
+            workers = [pid for pid, command in descendants(os.getpid()).items() if "RayTrainWorker" in command]
+            if workers:
+                os.kill(workers[-1], signal.SIGKILL)
+                killed.append(len(losses(spool)))
+
+    last = train(config, manifest, on_poll=kill_one)
+    assert killed, "no worker was killed"
+    assert killed[0] < STEPS, "it was not killed in time"
+    assert_same_weights(last, trained[1])
+    assert losses(spool) == losses(trained[0].folder / "spool" / "train.jsonl")
+
+
+def test_wrong_input_of_a_worker_is_told_to_the_driver(manifest: Manifest, tmp_path: Path) -> None:
+    config = make_config(tmp_path, init={"weights": str(tmp_path / "none.safetensors")})
+    with pytest.raises(UserError, match=r"train\.init: .*none\.safetensors"):
+        train(config, manifest)
+
+
+def test_the_compiled_operator_may_be_required(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.train.compiled", lambda: False)
+    with pytest.raises(UserError, match=r"cluster\.require_compiled is true"):
+        train(make_config(tmp_path, cluster={"require_compiled": True}), manifest)
+
+
+def test_the_interface_of_an_address() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("192.0.2.1") is None
