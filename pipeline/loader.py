@@ -155,9 +155,12 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Step]:
         items = iter(_data_loader(self._dataset, self._workers))
-        for step in self._steps:
-            micro_batches = [_raised(item) for item in islice(items, self._own)]
-            yield Step(step, self._epoch_of(step, self._global_batch), micro_batches)
+        try:
+            for step in self._steps:
+                own = list(islice(items, self._own))
+                yield Step(step, self._epoch_of(step, self._global_batch), [_raised(item) for item in own])
+        finally:
+            del items  # ends the workers now: an error's traceback would keep them until it is collected
 
 
 def eval_batches(manifest: Manifest, batch_size: int) -> list[list[int]]:
@@ -193,12 +196,16 @@ class EvalLoader:
         return len(self._dataset)
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        for item in _data_loader(self._dataset, self._workers):
-            batch, unreadable = _raised(item)
-            for message in unreadable:
-                logger.warning("left out: %s", message)
-            if batch is not None:
-                yield batch
+        items = iter(_data_loader(self._dataset, self._workers))
+        try:
+            for item in items:
+                batch, unreadable = _raised(item)
+                for message in unreadable:
+                    logger.warning("left out: %s", message)
+                if batch is not None:
+                    yield batch
+        finally:
+            del items
 
 
 class _TrainDataset(Dataset[Any]):
