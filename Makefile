@@ -8,8 +8,9 @@ STAMP := $(VENV)/.installed
 
 setup: $(STAMP)  ## .venv from requirements.lock, and the project in it
 
-# torch first and by its exact pin (it selects the CPU or CUDA build of the machine); DeepSpeed builds against it.
-$(STAMP): requirements.lock pyproject.toml
+# torch first and by its exact pin (it selects the CPU or CUDA build of the machine); DeepSpeed and the operator in csrc/
+# are built against it. See setup.py for what is compiled where.
+$(STAMP): requirements.lock pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $$(grep -E '^(torch|setuptools|wheel|packaging)==' requirements.lock)
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation -r requirements.lock
@@ -38,5 +39,5 @@ lock:  ## write the versions that .venv holds
 	$(BIN)/pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu$$//; s/+cu[0-9]*$$//' > requirements.lock
 
 clean:  ## everything that can be made again, but not the runs
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info *.so .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +

@@ -52,9 +52,8 @@ def _gpu() -> Finding:
 
 
 def _operator() -> Finding:
-    if ops.compiled():
-        return Finding("ok", "attention operator", "compiled kernels are loaded")
-    return Finding("note", "attention operator", "plain torch; set cluster.require_compiled=false to train with it")
+    mend = "" if ops.compiled() else "; set cluster.require_compiled=false to train with it"
+    return Finding("ok" if ops.compiled() else "note", "attention operator", ops.description() + mend)
 
 
 def _disk() -> Finding:

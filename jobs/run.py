@@ -20,6 +20,8 @@ from pipeline.tracking import SpoolReader, Tracker
 
 PLAIN_SECONDS = 10
 """Seconds between two lines of progress where there is no terminal."""
+UPLOAD_SECONDS = 5
+"""Seconds between two uploads of the training curves."""
 
 
 class Pipeline:
@@ -68,14 +70,17 @@ class Pipeline:
         spool = self.config.folder / "spool" / "train.jsonl"
         manifest = self._manifest("train")
         total = self.config.train.total_steps(len(manifest.samples))
-        uploads = self.tracker.reader(spool)
+        uploads, uploaded = self.tracker.reader(spool), time.monotonic()
         with TrainingProgress(
             self.console, SpoolReader(spool, spool.stat().st_size if spool.exists() else 0), total
         ) as shown:
 
             def poll() -> None:
-                self.tracker.drain(uploads)
+                nonlocal uploaded
                 shown.update()
+                if time.monotonic() - uploaded >= UPLOAD_SECONDS:
+                    self.tracker.drain(uploads)
+                    uploaded = time.monotonic()
 
             last = train.train(self.config, manifest, on_poll=poll)
         self.tracker.drain(uploads, final=True)

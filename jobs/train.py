@@ -23,15 +23,18 @@ from jobs.cluster import device_of
 from model.ops import compiled
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.log import get_logger
 from pipeline.manifest import Manifest
 from pipeline.train import TrainJob, resume_point
+
+logger = get_logger(__name__)
 
 POLL_SECONDS = 1.0
 """Seconds between two calls of `on_poll`."""
 
 ENVIRONMENT = {
     # How often the controller looks whether a worker failed or is done: 2 s by default.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     # Workers stay in the directory that the driver runs in, so that relative paths mean the same.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     # Telemetry is off.
@@ -59,10 +62,10 @@ def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lamb
         ray.train.TrainingFailedError: workers were lost once more than `train.max_restarts` times.
     """
     device = device_of(config.cluster)
-    if config.cluster.require_compiled and not compiled():
+    if config.cluster.require_compiled and not compiled(device):
         raise UserError(
-            "cluster.require_compiled is true, and the compiled attention operator is not installed here: "
-            "build it with `make setup`, or set cluster.require_compiled: false to train with the slow one"
+            f"cluster.require_compiled is true, and there is no compiled attention operator for {device} here: build it"
+            " with `make setup`, or set cluster.require_compiled: false to train with plain torch's"
         )
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -75,7 +78,8 @@ def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lamb
     )
     found = resume_point(job, manifest)
     if found is not None and found[1].step == config.train.total_steps(len(manifest.samples)):
-        return found[0]  # without waiting for workers
+        logger.info("train: already done, %s", found[0])
+        return found[0]
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"job": job, "device": device, "threads": max(1, int(config.cluster.cpus_per_worker))},

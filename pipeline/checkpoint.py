@@ -265,15 +265,16 @@ def restore_optimizer(engine: Any, world: World, path: Path, state: State) -> No
 def _restore_whole(engine: Any, moments: Any) -> None:
     for group in engine.basic_optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            entry = {key: moments.get_tensor(f"{name}/{key}").to(parameter.device) for key in MOMENTS}
-            engine.basic_optimizer.state[parameter] = {"step": moments.get_tensor(f"{name}/step"), **entry}
+            engine.basic_optimizer.state[parameter] = {
+                key: moments.get_tensor(f"{name}/{key}").to(parameter.device) for key in ("step", *MOMENTS)
+            }
 
 
 def _restore_partitions(engine: Any, world: World, moments: Any) -> None:
     for flat in _flat_groups(engine):
         size = flat.partition.numel()
         first = world.rank * size
-        entry = {"step": moments.get_tensor(f"{flat.members[0][0]}/step")}
+        entry = {"step": moments.get_tensor(f"{flat.members[0][0]}/step").to(flat.partition.device)}
         for key in MOMENTS:
             part = torch.zeros(size)
             for name, offset, shape in flat.members:

@@ -319,7 +319,11 @@ def dump_config(config: Config) -> dict[str, Any]:
 
 def plain(section: Any) -> Any:
     """A section (or a dataclass) as plain JSON values."""
-    return json.loads(json.dumps(asdict(section) if isinstance(section, DetrConfig | CriterionConfig) else section.model_dump(mode="json")))
+    return json.loads(
+        json.dumps(
+            asdict(section) if isinstance(section, DetrConfig | CriterionConfig) else section.model_dump(mode="json")
+        )
+    )
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -118,7 +118,7 @@ def shard_split(
             if (folder / MANIFEST_NAME).exists():
                 manifest = read_manifest(folder)
                 _refuse_other(manifest, source, settings, dataset.on_error)
-                logger.info("%s: already sharded, %d samples in %s", split, len(manifest.samples), folder)
+                logger.info("shard: already done, %s has %d samples in %s", split, len(manifest.samples), folder)
                 return manifest
             _refuse_foreign(folder)
             cleaned = clean(source, dataset.on_error)
@@ -281,7 +281,9 @@ def _write_split(
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     manifest = replace(manifest, folder=folder)
-    logger.info("%s: %d samples in %d shards in %s", folder.name, len(manifest.samples), len(manifest.shards), folder)
+    logger.info(
+        "shard: %s has %d samples in %d shards in %s", folder.name, len(manifest.samples), len(manifest.shards), folder
+    )
     report_problems(folder.name, manifest)
     return manifest
 

@@ -213,7 +213,7 @@ def _forward_backward(
         engine.set_gradient_accumulation_boundary(number == len(step.micro_batches) - 1)
         outputs = engine(micro.batch.to(device))
         targets = [{key: value.to(device) for key, value in target.items()} for target in micro.targets]
-        losses = criterion(outputs, targets, num_boxes)
+        losses = criterion(outputs, targets, num_boxes, train.global_batch)
         if not micro.image_ids:  # a placeholder for images that cannot be read
             losses = {name: loss * 0.0 for name, loss in losses.items()}
         total = criterion.total(losses)

@@ -3,16 +3,37 @@
 Shapes: B batch, S cells of all levels, M heads, D channels of a head, Q queries, L levels, P points.
 """
 
+import functools
+import warnings
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from model.ops import reference
 
+try:
+    from model.ops import kernels
+except ImportError as error:
+    kernels = None  # type: ignore[assignment]
+    _MISSING = "it was not built" if isinstance(error, ModuleNotFoundError) else f"it does not load: {error}"
 
-def compiled() -> bool:
-    """Whether the compiled kernels are in use; without them it is `model.ops.reference`."""
-    return False
+
+def compiled(device: str = "cpu") -> bool:
+    """Whether the compiled kernels (the extension module `_raydetr`) serve a type of device; else it is `reference`."""
+    return kernels is not None and (device != "cuda" or bool(kernels.CUDA_ARCHITECTURES))
+
+
+def description() -> str:
+    """What runs the operator here, for people."""
+    if kernels is None:
+        return f"plain torch, several times slower than the compiled kernels (`_raydetr`: {_MISSING})"
+    cuda = f"CUDA for {kernels.CUDA_ARCHITECTURES}" if kernels.CUDA_ARCHITECTURES else "on CUDA plain torch"
+    return f"compiled kernels: CPU ({kernels.CPU_KERNELS}), {cuda}"
+
+
+@functools.cache
+def _warn_once() -> None:
+    warnings.warn(f"the attention operator: {description()}", stacklevel=4)
 
 
 def ms_deform_attn(
@@ -34,7 +55,10 @@ def ms_deform_attn(
         ValueError: the shapes do not fit together.
     """
     _check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
-    return reference.ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights)
+    if not compiled(value.device.type):
+        _warn_once()
+        return reference.ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights)
+    return kernels.ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights)
 
 
 def _check_shapes(

@@ -60,8 +60,8 @@ class TestSharding:
         with caplog.at_level("INFO", logger="raydetr"):
             assert shard(config) == first
         assert content(tmp_path / "runs") == before
-        assert "train: already sharded" in caplog.text
-        assert "val: already sharded" in caplog.text
+        assert "shard: already done, train has" in caplog.text
+        assert "shard: already done, val has" in caplog.text
         assert read_manifests(config) == first
 
     def test_out_folder(self, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_wrong_input_of_a_worker_is_told_to_the_driver(manifest: Manifest, tmp_p
 def test_the_compiled_operator_may_be_required(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.train.compiled", lambda: False)
+    monkeypatch.setattr("jobs.train.compiled", lambda device: False)
     with pytest.raises(UserError, match=r"cluster\.require_compiled is true"):
         train(make_config(tmp_path, cluster={"require_compiled": True}), manifest)
 

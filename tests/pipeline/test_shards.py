@@ -166,7 +166,7 @@ class TestSameInput:
             again = shard_files(files)
         assert again == first
         assert {path: path.stat().st_mtime_ns for path in first.folder.iterdir()} == stamps
-        assert "train: already sharded, 3 samples" in caplog.text
+        assert "shard: already done, train has 3 samples" in caplog.text
 
 
 class TestOtherInput:

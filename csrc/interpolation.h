@@ -1,0 +1,89 @@
+// Bilinear interpolation of multi-scale deformable attention: the arithmetic that the CPU and the CUDA kernels share.
+//
+// A location in 0..1 lies at pixel `location * size - 0.5` (align_corners=False). Corners are ordered
+// (top, left), (top, right), (bottom, left), (bottom, right); a corner outside its level counts as zero.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define RAYDETR_INLINE __host__ __device__ __forceinline__
+#else
+#define RAYDETR_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace raydetr {
+
+// A level of the feature pyramid: its size and the row of the flattened values where it begins.
+struct Level {
+  int32_t height;
+  int32_t width;
+  int32_t start;
+};
+
+// Position along one axis: the lower neighbour and the fraction of the way to the upper one.
+template <typename T>
+struct Axis {
+  int32_t low;
+  T fraction;
+};
+
+// Neighbours are inside where they are in [0, size). The selects are false for NaN and keep every conversion within the
+// integers; the fraction of NaN and of infinity is NaN, which marks the result of their own query and head alone.
+template <typename T>
+RAYDETR_INLINE Axis<T> locate(T location, int32_t size) {
+  const T extent = static_cast<T>(size);
+  const T position = location * extent - static_cast<T>(0.5);
+  const T below = std::floor(position);
+  T low = below > static_cast<T>(-2) ? below : static_cast<T>(-2);
+  low = low < extent ? low : extent;
+  return {static_cast<int32_t>(low), position - below};
+}
+
+// Row of the flattened values that holds cell (y, x), or -1 where the cell is outside its level.
+RAYDETR_INLINE int32_t cell_row(int32_t y, int32_t x, const Level& level) {
+  const bool inside = (static_cast<uint32_t>(y) < static_cast<uint32_t>(level.height)) &
+                      (static_cast<uint32_t>(x) < static_cast<uint32_t>(level.width));
+  const int32_t row = level.start + y * level.width + x;
+  return inside ? row : -1;
+}
+
+// Rows and weights of the four corners of a sampling point, weights times `scale`.
+template <typename T>
+struct Corners {
+  int32_t row[4];
+  T weight[4];
+};
+
+template <typename T>
+RAYDETR_INLINE Corners<T> corners(const Axis<T>& x, const Axis<T>& y, const Level& level, T scale) {
+  const T right = x.fraction;
+  const T left = static_cast<T>(1) - right;
+  const T bottom = y.fraction * scale;
+  const T top = (static_cast<T>(1) - y.fraction) * scale;
+  return {{cell_row(y.low, x.low, level), cell_row(y.low, x.low + 1, level), cell_row(y.low + 1, x.low, level),
+           cell_row(y.low + 1, x.low + 1, level)},
+          {top * left, top * right, bottom * left, bottom * right}};
+}
+
+// Gradients of one sampling point from the products <grad_output, corner> over the channels of its head.
+template <typename T>
+struct PointGradient {
+  T x;
+  T y;
+  T weight;
+};
+
+template <typename T>
+RAYDETR_INLINE PointGradient<T> point_gradient(const T* product, T right, T bottom, T weight, const Level& level) {
+  const T left = static_cast<T>(1) - right;
+  const T top = static_cast<T>(1) - bottom;
+  const T upper = left * product[0] + right * product[1];
+  const T lower = left * product[2] + right * product[3];
+  const T along_x = top * (product[1] - product[0]) + bottom * (product[3] - product[2]);
+  return {weight * static_cast<T>(level.width) * along_x, weight * static_cast<T>(level.height) * (lower - upper),
+          top * upper + bottom * lower};
+}
+
+}  // namespace raydetr

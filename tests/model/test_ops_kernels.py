@@ -1,0 +1,310 @@
+"""The compiled operator against the plain one in float64, which `test_ops.py` measures against first principles."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model import ops
+from model.ops import reference
+
+pytestmark = pytest.mark.skipif(not ops.compiled(), reason="the operator is not compiled here")
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+SHAPES = [(6, 9), (3, 5), (1, 1)]
+CHANNELS = [1, 2, 7, 16, 30, 32, 64, 71, 128]
+
+
+class Inputs(NamedTuple):
+    """What the operator takes, without the shapes."""
+
+    value: Tensor
+    locations: Tensor
+    weights: Tensor
+
+
+def make_inputs(
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    *,
+    batch: int = 2,
+    queries: int = 13,
+    heads: int = 3,
+    channels: int = 8,
+    points: int = 4,
+    dtype: torch.dtype = torch.float32,
+) -> Inputs:
+    """Random inputs, a fifth of the points outside, none within 1e-3 cells of where the lower neighbour changes."""
+    generator = torch.Generator().manual_seed(batch + 10 * queries + 100 * channels + 1000 * points)
+    size = (batch, queries, heads, len(shapes), points)
+    value = torch.randn(batch, sum(h * w for h, w in shapes), heads, channels, generator=generator)
+    sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float64)[:, None]
+    cells = (torch.rand(*size, 2, generator=generator, dtype=torch.float64) * 1.4 - 0.2) * sizes - 0.5
+    fraction = (cells - cells.floor()).clamp(2e-3, 1 - 2e-3)
+    locations = (cells.floor() + fraction + 0.5) / sizes
+    weights = torch.rand(size, generator=generator)
+    sampling = torch.promote_types(dtype, torch.float32)
+    return Inputs(value.to(dtype), locations.to(sampling), weights.to(sampling))
+
+
+def with_gradients(operator: object, shapes: Sequence[tuple[int, int]], inputs: Inputs, grad: Tensor) -> list[Tensor]:
+    """Output and the three gradients."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    output = operator(leaves[0], shapes, leaves[1], leaves[2])  # type: ignore[operator]
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad.to(output.dtype))]
+
+
+def assert_agrees(shapes: Sequence[tuple[int, int]], inputs: Inputs) -> None:
+    """Output and gradients are within the tolerance of their type: max error over max of the reference."""
+    batch, queries, heads = inputs.weights.shape[:3]
+    grad = torch.randn(batch, queries, heads * inputs.value.shape[-1], generator=torch.Generator().manual_seed(1))
+    grad = grad.to(inputs.value.dtype)
+    exact = with_gradients(reference.ms_deform_attn, shapes, Inputs(*(t.double() for t in inputs)), grad.double())
+    ours = with_gradients(ops.ms_deform_attn, shapes, inputs, grad)
+    for name, got, wanted in zip(("output", "value", "locations", "weights"), ours, exact, strict=True):
+        assert got.shape == wanted.shape
+        if wanted.numel():
+            error = (got.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
+            assert error <= TOLERANCE[inputs.value.dtype], f"{name}: {error:.2e}"
+
+
+class TestAgainstReference:
+    @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+    @pytest.mark.parametrize("channels", CHANNELS)
+    def test_channels(self, channels: int, dtype: torch.dtype) -> None:
+        assert_agrees(SHAPES, make_inputs(channels=channels, dtype=dtype))
+
+    @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+    @pytest.mark.parametrize(
+        ("shapes", "heads", "points"),
+        [
+            ([(4, 6)], 1, 1),
+            ([(1, 1)], 2, 3),
+            ([(5, 4), (2, 2)], 1, 8),
+            ([(7, 3), (3, 7), (2, 2), (1, 4), (1, 1)], 4, 2),
+        ],
+        ids=["all one", "one cell", "one head", "five levels"],
+    )
+    def test_levels_heads_points(
+        self, shapes: list[tuple[int, int]], heads: int, points: int, dtype: torch.dtype
+    ) -> None:
+        assert_agrees(shapes, make_inputs(shapes, heads=heads, points=points, dtype=dtype))
+
+    @pytest.mark.parametrize("queries", [1, 3, 400], ids=["one query", "few: read in place", "many: packed"])
+    def test_queries(self, queries: int) -> None:
+        shapes = [(20, 30), (10, 15)]
+        assert_agrees(shapes, make_inputs(shapes, queries=queries, channels=32))
+
+    def test_batch_65(self) -> None:
+        assert_agrees([(3, 4)], make_inputs([(3, 4)], batch=65, queries=5))
+
+    @pytest.mark.parametrize(("batch", "queries"), [(0, 4), (2, 0), (0, 0)], ids=["no batch", "no queries", "neither"])
+    def test_empty(self, batch: int, queries: int) -> None:
+        inputs = make_inputs(batch=batch, queries=queries)
+        output, *gradients = with_gradients(ops.ms_deform_attn, SHAPES, inputs, torch.ones(batch, queries, 24))
+        assert output.shape == (batch, queries, 24)
+        assert not any(gradient.any() for gradient in gradients)
+
+    def test_not_contiguous(self) -> None:
+        inputs = make_inputs(channels=16)
+        scattered = Inputs(*(t.transpose(0, 1).contiguous().transpose(0, 1) for t in inputs))
+        assert not scattered.value.is_contiguous()
+        grad = torch.randn(13, 2, 48).transpose(0, 1)
+        for ours, plain in zip(
+            with_gradients(ops.ms_deform_attn, SHAPES, scattered, grad),
+            with_gradients(ops.ms_deform_attn, SHAPES, inputs, grad.contiguous()),
+            strict=True,
+        ):
+            assert torch.equal(ours, plain)
+
+    @settings(max_examples=40, deadline=None)
+    @given(
+        shapes=st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7)), min_size=1, max_size=4),
+        sizes=st.tuples(*[st.integers(1, most) for most in (3, 20, 4, 40, 5)]),
+        dtype=st.sampled_from(list(TOLERANCE)),
+    )
+    def test_any_shape(
+        self, shapes: list[tuple[int, int]], sizes: tuple[int, int, int, int, int], dtype: torch.dtype
+    ) -> None:
+        batch, queries, heads, channels, points = sizes
+        assert_agrees(
+            shapes,
+            make_inputs(
+                shapes, batch=batch, queries=queries, heads=heads, channels=channels, points=points, dtype=dtype
+            ),
+        )
+
+
+class TestEdges:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+    def test_on_borders_and_far_outside(self, dtype: torch.dtype) -> None:
+        places = torch.tensor([-1e30, -7.0, -0.25, 0.0, 0.125, 0.5, 0.875, 1.0, 1.125, 1.25, 9.0, 1e30], dtype=dtype)
+        shapes = [(4, 4)]
+        x, y = torch.meshgrid(places, places, indexing="ij")
+        locations = torch.stack((x, y), -1).view(1, 144, 1, 1, 1, 2)
+        inputs = Inputs(torch.randn(1, 16, 1, 5, dtype=dtype), locations, torch.rand(1, 144, 1, 1, 1, dtype=dtype))
+        output, *gradients = with_gradients(ops.ms_deform_attn, shapes, inputs, torch.ones(1, 144, 5))
+        torch.testing.assert_close(output, reference.ms_deform_attn(inputs[0], shapes, *inputs[1:]))
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=["nan", "inf", "-inf"])
+    @pytest.mark.parametrize("which", ["locations", "weights", "value"])
+    def test_bad_numbers_stay_where_they_are(self, which: str, bad: float) -> None:
+        inputs = make_inputs(channels=32, queries=9)
+        if which == "value":
+            inputs.value[0, 3, 1, 5] = bad
+        else:
+            getattr(inputs, which)[0, 4, 1] = bad
+        output, *gradients = with_gradients(ops.ms_deform_attn, SHAPES, inputs, torch.ones(2, 9, 96))
+        spoilt = ~output.view(2, 9, 3, 32).isfinite()
+        assert spoilt.any() or which == "value"
+        assert not spoilt[1].any()
+        assert not spoilt[0][:, [0, 2]].any()
+        if which == "value":
+            assert not spoilt[..., :5].any()
+            assert not spoilt[..., 6:].any()
+        else:
+            assert not spoilt[0, [0, 1, 2, 3, 5, 6, 7, 8]].any()
+        for gradient in gradients:
+            assert gradient[1].isfinite().all()
+
+    def test_infinite_value_outside_of_the_points_is_not_read(self) -> None:
+        value = torch.full((1, 9, 1, 4), float("inf"))
+        value[0, 0] = 1.0
+        locations = torch.full((1, 1, 1, 1, 1, 2), 1 / 6 - 0.1)  # between the first cell and the outside
+        assert ops.ms_deform_attn(value, [(3, 3)], locations, torch.ones(1, 1, 1, 1, 1)).isfinite().all()
+
+
+class TestGradients:
+    @pytest.mark.parametrize("channels", CHANNELS)
+    def test_gradcheck(self, channels: int) -> None:
+        shapes = [(3, 4), (1, 1)]
+        inputs = make_inputs(shapes, batch=1, queries=2, heads=1, channels=channels, points=1, dtype=torch.float64)
+        leaves = [tensor.requires_grad_() for tensor in inputs]
+        assert torch.autograd.gradcheck(
+            lambda v, x, w: ops.ms_deform_attn(v, shapes, x, w), leaves, fast_mode=channels > 16, eps=1e-7, atol=1e-5
+        )
+
+    @pytest.mark.parametrize("wanted", range(1, 8))
+    def test_only_wanted_gradients(self, wanted: int) -> None:
+        inputs = make_inputs()
+        full = with_gradients(ops.ms_deform_attn, SHAPES, inputs, torch.ones(2, 13, 24))[1:]
+        leaves = [t.requires_grad_(bool(wanted >> i & 1)) for i, t in enumerate(inputs)]
+        ops.ms_deform_attn(leaves[0], SHAPES, leaves[1], leaves[2]).sum().backward()
+        for leaf, gradient in zip(leaves, full, strict=True):
+            assert (leaf.grad is not None) == leaf.requires_grad
+            assert leaf.grad is None or torch.equal(leaf.grad, gradient)
+
+    def test_bit_equal_for_any_number_of_threads(self) -> None:
+        shapes = [(20, 30), (5, 8)]
+        inputs = make_inputs(shapes, queries=300, heads=2, channels=32)
+        grad = torch.randn(2, 300, 64)
+        before = torch.get_num_threads()
+        results = []
+        try:
+            for threads in (1, 1, 2, 3, 7, 16):
+                torch.set_num_threads(threads)
+                results.append(with_gradients(ops.ms_deform_attn, shapes, inputs, grad))
+        finally:
+            torch.set_num_threads(before)
+        for result in results[1:]:
+            assert all(map(torch.equal, result, results[0]))
+
+    def test_instruction_set_is_no_wider_than_asked(self) -> None:
+        sets = ["default", "avx2", "avx512"]
+        assert ops.kernels is not None
+        assert sets.index(ops.kernels.CPU_KERNELS) <= sets.index(os.environ.get("RAYDETR_CPU", "avx512"))
+
+    @pytest.mark.parametrize("limit", ["default", "avx2"])
+    def test_every_instruction_set(self, limit: str) -> None:
+        environment = {**os.environ, "RAYDETR_CPU": limit, "PYTHONPATH": os.pathsep.join(sys.path)}
+        tests = [f"{__file__}::TestAgainstReference::test_channels[{channels}-torch.float32]" for channels in (32, 71)]
+        tests.append(f"{__file__}::TestGradients::test_instruction_set_is_no_wider_than_asked")
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stdout
+        assert "3 passed" in done.stdout
+
+
+class TestInTorch:
+    FLAT = tuple(size for shape in SHAPES for size in shape)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_opcheck(self, dtype: torch.dtype) -> None:
+        value, locations, weights = (tensor.requires_grad_() for tensor in make_inputs(dtype=dtype))
+        torch.library.opcheck(torch.ops.raydetr.ms_deform_attn, (value, self.FLAT, locations, weights))
+
+    def test_opcheck_backward(self) -> None:
+        value, locations, weights = make_inputs()
+        for wanted in [(True, True, True), (True, False, False), (False, True, False)]:
+            arguments = (torch.randn(2, 13, 24), value, self.FLAT, locations, weights, *wanted, False)
+            torch.library.opcheck(torch.ops.raydetr.ms_deform_attn_backward, arguments)
+
+    def test_compile_with_dynamic_shapes(self) -> None:
+        def step(value: Tensor, height: int, width: int, locations: Tensor, weights: Tensor) -> Tensor:
+            return ops.ms_deform_attn(value * 2, [(height, width)], locations, weights).sin()
+
+        torch._dynamo.reset()
+        compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+        for height, width, queries in [(4, 5, 6), (7, 3, 9), (8, 8, 5)]:
+            inputs = make_inputs([(height, width)], queries=queries)
+            results = []
+            for function in (compiled, step):
+                leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+                output = function(leaves[0], height, width, leaves[1], leaves[2])
+                results.append([output, *torch.autograd.grad(output.sum(), leaves)])
+            for ours, eager in zip(*results, strict=True):
+                torch.testing.assert_close(ours, eager)
+
+    def test_autocast_keeps_locations_and_weights(self) -> None:
+        inputs = make_inputs(channels=32)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = ops.ms_deform_attn(inputs.value, SHAPES, inputs.locations, inputs.weights)
+        assert output.dtype == torch.bfloat16
+        assert torch.equal(output, ops.ms_deform_attn(inputs.value.bfloat16(), SHAPES, *inputs[1:]))
+
+    def test_low_precision_locations_are_raised(self) -> None:
+        value, locations, weights = make_inputs(dtype=torch.bfloat16)
+        output = ops.ms_deform_attn(value, SHAPES, locations.bfloat16(), weights.bfloat16())
+        assert torch.equal(
+            output, ops.ms_deform_attn(value, SHAPES, locations.bfloat16().float(), weights.bfloat16().float())
+        )
+
+
+class TestChecks:
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"value": torch.zeros(2, 70, 24)}, "value: expected"),
+            ({"value": torch.zeros(2, 70, 3, 8, dtype=torch.int64)}, "value: expected float64"),
+            ({"value": torch.zeros(2, 71, 3, 8)}, "spatial_shapes: the levels have 70"),
+            ({"shapes": [6, 9, 3, 5, 1]}, "spatial_shapes: expected height and width"),
+            ({"shapes": [6, 9, 3, 5, 1, 0]}, "spatial_shapes: level 2 is 1 x 0"),
+            ({"shapes": [6, 9, 4, 4]}, "sampling_locations: "),
+            ({"locations": torch.zeros(2, 13, 3, 3, 4)}, "sampling_locations: expected"),
+            ({"locations": torch.zeros(2, 13, 4, 3, 4, 2)}, "sampling_locations: "),
+            ({"locations": torch.zeros(2, 13, 3, 3, 4, 2).double()}, "sampling_locations: expected Float"),
+            ({"locations": torch.zeros(2, 13, 3, 3, 4, 2, device="meta")}, "sampling_locations: not on the device"),
+            ({"weights": torch.zeros(2, 13, 3, 12)}, "attention_weights: expected"),
+            ({"weights": torch.zeros(2, 12, 3, 3, 4)}, "attention_weights: "),
+            ({"weights": torch.zeros(2, 13, 3, 3, 4).bfloat16()}, "attention_weights: expected Float"),
+        ],
+    )
+    def test_names_the_argument(self, changed: dict[str, object], message: str) -> None:
+        value, locations, weights = make_inputs()
+        arguments = {"value": value, "shapes": TestInTorch.FLAT, "locations": locations, "weights": weights, **changed}
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            torch.ops.raydetr.ms_deform_attn(*arguments.values())
+
+    def test_gradient_of_the_wrong_size(self) -> None:
+        value, locations, weights = make_inputs()
+        with pytest.raises(RuntimeError, match="grad_output: expected"):
+            torch.ops.raydetr.ms_deform_attn_backward(
+                torch.zeros(2, 13, 23), value, TestInTorch.FLAT, locations, weights, True, True, True, False
+            )
