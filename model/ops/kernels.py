@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-EXTENSION = importlib.import_module("_raydetr")
+EXTENSION: Any = importlib.import_module("_raydetr")
 CPU_KERNELS: str = EXTENSION.cpu
 """The instruction set that the CPU kernels use here: default, avx2 or avx512."""
 CUDA_ARCHITECTURES: str = EXTENSION.cuda
@@ -111,7 +111,8 @@ def _register() -> None:
     torch.library.register_fake(OPERATOR)(_fake)
     torch.library.register_fake(OPERATOR + "_backward")(_fake_backward)
     torch.library.register_autograd(OPERATOR, _backward, setup_context=_save)
-    EXTENSION.registered = torch.library.Library("raydetr", "IMPL")  # the registrations below live as long as this
+    # The registrations below live as long as this object.
+    EXTENSION.registered = torch.library.Library("raydetr", "IMPL")  # type: ignore[no-untyped-call]
     for device in ("cpu", "cuda"):
         EXTENSION.registered.impl("ms_deform_attn", _autocast(device), f"Autocast{device.upper()}")
 

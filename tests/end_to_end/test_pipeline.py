@@ -62,7 +62,7 @@ def test_one_mlflow_run_has_the_curves(finished: tuple[Path, subprocess.Complete
         points = database.execute("select count(*) from metrics where key = 'train/loss'").fetchone()[0]
         curve = database.execute("select step from metrics where key = 'val/AP50' order by step").fetchall()
         versions = database.execute("select count(*) from model_versions").fetchone()[0]
-    assert {"train/loss", "train/lr", "val/AP"} <= keys
+    assert {"train/loss", "train/lr_main", "val/AP"} <= keys
     assert points == 6
     assert [step for (step,) in curve] == [3, 6]
     assert versions == 1
