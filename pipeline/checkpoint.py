@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from model.config import DetrConfig
 from pipeline.distributed import World, on_rank_zero
 from pipeline.errors import UserError
+from pipeline.files import sync
 from pipeline.log import get_logger
 
 logger = get_logger(__name__)
@@ -171,12 +172,12 @@ def _write(folder: Path, weights: dict[str, torch.Tensor], moments: dict[str, to
         save_file(moments, temporary / OPTIMIZER)
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
         for file in (MODEL, OPTIMIZER, STATE):
-            _sync(temporary / file)
-        _sync(temporary)
+            sync(temporary / file)
+        sync(temporary)
         if path.exists():
             shutil.rmtree(path)
         temporary.rename(path)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         size = sum(tensor.nbytes for tensor in (*weights.values(), *moments.values())) / 2**20
@@ -187,14 +188,6 @@ def _write(folder: Path, weights: dict[str, torch.Tensor], moments: dict[str, to
             f"{path}: cannot be written ({reason}); it needs {size:.1f} MiB. Make room; {intact}"
         ) from error
     return path
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)

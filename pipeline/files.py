@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all."""
+"""Writing a file whole or not at all, so that it survives a killed process and a power cut."""
 
 import json
 import os
@@ -7,15 +7,27 @@ from typing import Any
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
-    """Write a JSON file, and its folder when missing: to a temporary name, flushed to the disk, then renamed."""
+    """Write a JSON file, and its folder when missing; see `write_whole`."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, (json.dumps(content, indent=indent) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file to a temporary name, flush it to the disk and rename it; nothing is left when that fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=indent)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_bytes(content)
+        sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline.coco import LabelMap
 from pipeline.errors import UserError
+from pipeline.files import write_whole
 
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"
@@ -182,27 +183,8 @@ def read_manifest(folder: Path) -> Manifest:
 def write_manifest(manifest: Manifest) -> Path:
     """Writes `manifest.json` into the manifest's folder: to a temporary name, flushed to the disk, then renamed."""
     path = manifest.folder / MANIFEST_NAME
-    temporary = path.with_name(f".{MANIFEST_NAME}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(_canonical(manifest.to_json()))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(manifest.folder)
+    write_whole(path, _canonical(manifest.to_json()))
     return path
-
-
-def sync_folder(folder: Path) -> None:
-    """Flushes a folder's entries, so that what was renamed into it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_image_bytes(manifest: Manifest, sample: Sample) -> bytes:

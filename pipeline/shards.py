@@ -24,6 +24,7 @@ import webdataset
 from pipeline.coco import CocoImage, CocoSplit, Findings, LabelMap, OnError, Source, clean
 from pipeline.config import DatasetSection, ShardsSection
 from pipeline.errors import UserError
+from pipeline.files import sync
 from pipeline.log import get_logger
 from pipeline.manifest import (
     MANIFEST_NAME,
@@ -35,7 +36,6 @@ from pipeline.manifest import (
     read_annotations,
     read_image_bytes,
     read_manifest,
-    sync_folder,
     write_manifest,
 )
 from pipeline.transforms import BadImageError, decode_image, inspect_image
@@ -276,7 +276,7 @@ def _write_split(
         task = partial(write_shard, folder=unfinished, on_error=on_error, verify=verify)
         manifest = finish(unfinished, folder.name, labels, split, settings, write_all(plans, task))
         unfinished.replace(folder)
-        sync_folder(folder.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise

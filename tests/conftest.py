@@ -12,6 +12,12 @@ from tests.ranks import Ranks, ranks_of
 PROJECT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Workers compute with one thread here; so does the process that is compared with them."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real images beside the project; tests that need it are skipped where it is missing."""
@@ -30,7 +36,6 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def world() -> Iterator[World]:
     """This process as a world of its own; one for all tests, since DeepSpeed remembers the process group."""
-    torch.set_num_threads(1)
     made = init_world("cpu")
     yield made
     close(made)

@@ -5,6 +5,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,12 +50,13 @@ def test_a_submitted_job_finishes(head: str, environment: dict[str, str], tmp_pa
     overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     job = ["python", "-m", "jobs", "run", "-c", "jobs/configs/demo.yaml", *overrides]
     command = [RAY, "job", "submit", "--address", head, "--working-dir", ".", "--", *job]
-    for _ in range(30):  # the dashboard of a head takes some seconds to answer
+    for _ in range(60):  # a head takes some seconds until its dashboard, and then its job agent, answer
         result = subprocess.run(
             command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
-        if "Failed to connect to Ray" not in result.stdout + result.stderr:
+        if not any(early in result.stdout + result.stderr for early in ("Failed to connect", "No available agent")):
             break
+        time.sleep(1)
     assert result.returncode == 0, result.stdout + result.stderr
     assert (tmp_path / "runs" / "demo" / "evaluate" / "metrics.json").is_file()
     assert "raydetr-demo" in result.stdout

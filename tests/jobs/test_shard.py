@@ -1,13 +1,12 @@
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
+from jobs.cluster import connected
 from jobs.shard import read_manifests, shard
-from pipeline.config import Config
+from pipeline.config import ClusterSection, Config
 from pipeline.errors import UserError
 from pipeline.loader import eval_batches
 from tests.builders import make_annotation, make_dataset_section, write_coco
@@ -15,9 +14,8 @@ from tests.builders import make_annotation, make_dataset_section, write_coco
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-    yield
-    ray.shutdown()
+    with connected(ClusterSection(workers=2)):
+        yield
 
 
 def make_config(root: Path, runs: Path, *, on_error: Any = "fail", **shards: Any) -> Config:
