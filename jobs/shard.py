@@ -13,7 +13,7 @@ from pipeline.coco import Source, open_source
 from pipeline.config import Config, SplitSection
 from pipeline.errors import UserError
 from pipeline.log import get_logger
-from pipeline.manifest import Manifest, read_manifest
+from pipeline.manifest import Manifest
 from pipeline.shards import (
     ShardPlan,
     WriteAll,
@@ -21,7 +21,6 @@ from pipeline.shards import (
     WrittenShard,
     check_same_categories,
     shard_split,
-    shards_folder,
     verify_shard,
 )
 from pipeline.synthetic import draw_dataset
@@ -52,7 +51,7 @@ def shard(config: Config, *, verify: bool = False) -> dict[str, Manifest]:
         draw_dataset(root, config.dataset.synthetic)
     train, val = _open(root, config.dataset.train), _open(root, config.dataset.val)
     check_same_categories(train, val)
-    out = shards_folder(config.runs, config.dataset, config.shards)
+    out = config.shards_folder
     manifests: dict[str, Manifest] = {}
     for split, source in (("train", train), ("val", val)):
         found = (out / split / "manifest.json").exists()
@@ -68,12 +67,6 @@ def shard(config: Config, *, verify: bool = False) -> dict[str, Manifest]:
         if verify and found:
             _verify(manifests[split], config.shards.workers)
     return manifests
-
-
-def read_manifests(config: Config) -> dict[str, Manifest]:
-    """The manifests by split of shards that were written before. Raises `UserError` where there are none."""
-    out = shards_folder(config.runs, config.dataset, config.shards)
-    return {split: read_manifest(out / split) for split in ("train", "val")}
 
 
 def _open(root: Path, split: SplitSection) -> Source:

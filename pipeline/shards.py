@@ -73,11 +73,6 @@ WriteAll = Callable[[list[ShardPlan], WriteTask], Iterable[WrittenShard]]
 """Runs the task for every plan and gives the results in any order: here in a row, in `jobs/` as Ray tasks."""
 
 
-def shards_folder(runs: str, dataset: DatasetSection, shards: ShardsSection) -> Path:
-    """The folder of a dataset's shards: `shards.out`, or <runs>/shards/<dataset>."""
-    return Path(shards.out).absolute() if shards.out else Path(runs).absolute() / "shards" / dataset.name
-
-
 def write_in_a_row(plans: list[ShardPlan], task: WriteTask) -> Iterator[WrittenShard]:
     """Writes the shards one after the other in this process."""
     return map(task, plans)

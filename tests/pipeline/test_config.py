@@ -98,3 +98,9 @@ def test_digest_and_differences() -> None:
     assert differences(old, new) == ["a.b: 1 -> 2", "d: None -> (absent)", "e: (absent) -> 3"]
     assert digest({"x": 1, "y": 2}) == digest({"y": 2, "x": 1}) != digest({"x": 1, "y": 3})
     assert flatten(old) == {"a.b": 1, "a.c": [1], "d": None}
+
+
+def test_shards_are_shared_by_the_runs_of_a_dataset(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: a\ndataset: {root: data/birds}\n")
+    assert load_config(path).shards_folder == Path("runs/shards/birds").absolute()
+    assert load_config(path, ["shards.out=/x/y"]).shards_folder == Path("/x/y")

@@ -19,7 +19,6 @@ from pipeline.shards import (
     check_same_categories,
     plan_shards,
     shard_split,
-    shards_folder,
     verify_shard,
     write_shard,
 )
@@ -333,12 +332,6 @@ def test_splits_with_other_categories_are_refused(tmp_path: Path) -> None:
     val = open_source(*write_coco(tmp_path, split="val", categories=[{"id": 1, "name": "cat"}]))
     with pytest.raises(UserError, match=r"differ in their categories .*\(3, 'dog'\)"):
         check_same_categories(train, val)
-
-
-def test_folder_of_shards(tmp_path: Path) -> None:
-    dataset = make_dataset_section(tmp_path / "birds")
-    assert shards_folder("runs", dataset, ShardsSection()) == Path("runs/shards/birds").absolute()
-    assert shards_folder("runs", dataset, ShardsSection(out="/x/y")) == Path("/x/y")
 
 
 def test_manifest_does_not_name_its_folder(tmp_path: Path) -> None:
