@@ -45,8 +45,9 @@ RAYDETR_INLINE Axis<T> locate(T location, int32_t size) {
 RAYDETR_INLINE int32_t cell_row(int32_t y, int32_t x, const Level& level) {
   const bool inside = (static_cast<uint32_t>(y) < static_cast<uint32_t>(level.height)) &
                       (static_cast<uint32_t>(x) < static_cast<uint32_t>(level.width));
-  const int32_t row = level.start + y * level.width + x;
-  return inside ? row : -1;
+  const uint32_t row = static_cast<uint32_t>(level.start) + static_cast<uint32_t>(y) * static_cast<uint32_t>(level.width) +
+                       static_cast<uint32_t>(x);  // may wrap outside, where it is not used
+  return inside ? static_cast<int32_t>(row) : -1;
 }
 
 // Rows and weights of the four corners of a sampling point, weights times `scale`.

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
-#include <vector>
+#include <memory>
 
 #include "../interpolation.h"
 
@@ -89,24 +89,28 @@ RAYDETR_FORCE void store(T* to, const Vector<T, N>& vector) {
 // The prepared points of a block of queries, in the order [level][query][point].
 template <typename T>
 struct Prepared {
-  explicit Prepared(int64_t points) : size(points), rows(4 * points), buffer(8 * points) {}
+  // Room for `points` points of a block of `queries` queries; a few queries take little.
+  Prepared(int64_t queries, int64_t points)
+      : size((queries < kBlock ? queries : kBlock) * points), rows(new int32_t[4 * size]), buffer(new T[13 * size]) {}
 
-  int32_t* row(int corner) { return rows.data() + corner * size; }
-  T* weight(int corner) { return buffer.data() + corner * size; }
-  T* right() { return buffer.data() + 4 * size; }
-  T* bottom() { return buffer.data() + 5 * size; }
-  T* x() { return buffer.data() + 6 * size; }
-  T* y() { return buffer.data() + 7 * size; }
+  int32_t* row(int corner) { return rows.get() + corner * size; }
+  T* weight(int corner) { return buffer.get() + corner * size; }
+  T* right() { return buffer.get() + 4 * size; }
+  T* bottom() { return buffer.get() + 5 * size; }
+  T* x() { return buffer.get() + 6 * size; }
+  T* y() { return buffer.get() + 7 * size; }
+  T* scale() { return buffer.get() + 8 * size; }     // attention weights
+  T* products() { return buffer.get() + 9 * size; }  // [points, 4]: <grad_output, corner>
 
   int64_t size;
-  std::vector<int32_t> rows;
-  std::vector<T> buffer;
+  std::unique_ptr<int32_t[]> rows;  // not cleared: for a few queries that would take as long as the work
+  std::unique_ptr<T[]> buffer;
 };
 
-// Corners of `count` points of one level, and their weights times the attention weights `scale`.
+// Corners of `count` points of one level, and their weights times the attention weights.
 template <typename T>
-RAYDETR_FORCE void prepare_points(Prepared<T>& prepared, int64_t offset, int64_t count, const Level& level,
-                                  const T* __restrict scale) {
+RAYDETR_FORCE void prepare_points(Prepared<T>& prepared, int64_t offset, int64_t count, const Level& level) {
+  const T* __restrict scale = prepared.scale() + offset;
   const T* __restrict x = prepared.x() + offset;
   const T* __restrict y = prepared.y() + offset;
   T* __restrict right = prepared.right() + offset;
@@ -138,9 +142,9 @@ RAYDETR_FORCE void prepare_points(Prepared<T>& prepared, int64_t offset, int64_t
   }
 }
 
-// Prepare queries [first, first + count) of all levels; their attention weights are copied to `scale`.
+// Prepare queries [first, first + count) of all levels.
 template <typename T>
-RAYDETR_FORCE void prepare_block(Prepared<T>& prepared, T* scale, const Points<T>& points, int64_t first, int64_t count) {
+RAYDETR_FORCE void prepare_block(Prepared<T>& prepared, const Points<T>& points, int64_t first, int64_t count) {
   const int64_t per_level = points.point_count;
   for (int64_t level = 0; level < points.level_count; ++level) {
     const int64_t offset = level * count * per_level;
@@ -148,26 +152,26 @@ RAYDETR_FORCE void prepare_block(Prepared<T>& prepared, T* scale, const Points<T
       const int64_t from = (first + q) * points.query_stride + level * per_level;
       T* x = prepared.x() + offset + q * per_level;
       T* y = prepared.y() + offset + q * per_level;
+      T* scale = prepared.scale() + offset + q * per_level;
 #pragma GCC ivdep
       for (int64_t p = 0; p < per_level; ++p) {
         x[p] = points.locations[2 * (from + p)];
         y[p] = points.locations[2 * (from + p) + 1];
-        scale[offset + q * per_level + p] = points.weights[from + p];
+        scale[p] = points.weights[from + p];
       }
     }
-    prepare_points(prepared, offset, count * per_level, points.levels[level], scale + offset);
+    prepare_points(prepared, offset, count * per_level, points.levels[level]);
   }
 }
 
-// Ask for the rows of the next query's points of a level. Values that were packed are in a near cache already; values read
-// in place come from a far one.
-template <bool Padded, typename T, int Width>
-RAYDETR_FORCE void prefetch_rows(const Rows<T>& rows, int32_t row, int64_t channel) {
-  if constexpr (!Padded && Width * sizeof(T) >= 64) {
-    const char* next = reinterpret_cast<const char*>(rows.data + static_cast<int64_t>(row) * rows.stride + channel);
+// Ask for `Width` channels of a row of the next query's points of a level. Rows that were packed are in a near cache
+// already; those in place come from a far one.
+template <int Width, bool Write, typename T>
+RAYDETR_FORCE void prefetch(const T* row) {
+  if constexpr (Width * sizeof(T) >= 64) {
 #pragma GCC unroll 8
     for (size_t byte = 0; byte < Width * sizeof(T); byte += 64) {
-      __builtin_prefetch(next + byte);
+      __builtin_prefetch(reinterpret_cast<const char*>(row) + byte, Write);
     }
   }
 }
@@ -206,7 +210,10 @@ RAYDETR_FORCE void gather(Prepared<T>& prepared, const ForwardTask<T>& task, int
     for (int corner = 0; corner < 4; ++corner) {
       const T* row = row_pointer<Padded>(task.value, prepared.row(corner)[i]) + channel;
       const T weight = prepared.weight(corner)[i];
-      prefetch_rows<Padded, T, Width>(task.value, prepared.row(corner)[ahead(prepared, task.points, i)], channel);
+      if constexpr (!Padded) {
+        const int64_t next = prepared.row(corner)[ahead(prepared, task.points, i)];
+        prefetch<Width, false>(task.value.data + next * task.value.stride + channel);
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < registers; ++r) {
         Vector<T, lanes> cell;
@@ -242,11 +249,10 @@ RAYDETR_FORCE void gather(Prepared<T>& prepared, const ForwardTask<T>& task, int
 template <typename T, int Lanes, bool Padded>
 RAYDETR_FORCE void forward_block_range(const ForwardTask<T>& task, int64_t begin, int64_t end) {
   const int64_t per_query = task.points.level_count * task.points.point_count;
-  Prepared<T> prepared(kBlock * per_query);
-  std::vector<T> scale(kBlock * per_query);
+  Prepared<T> prepared(end - begin, per_query);
   for (int64_t first = begin; first < end; first += kBlock) {
     const int64_t count = end - first < kBlock ? end - first : kBlock;
-    prepare_block(prepared, scale.data(), task.points, first, count);
+    prepare_block(prepared, task.points, first, count);
     // Level by level: the cells that neighbouring queries share are still in the L1 cache.
     for (int64_t level = 0; level < task.points.level_count; ++level) {
       for (int64_t q = 0; q < count; ++q) {
@@ -300,11 +306,12 @@ RAYDETR_FORCE void sum_lanes(const Vector<T, N> (&vectors)[4], T* sums) {
   }
 }
 
-// Products <grad_output, corner> over `Width` channels of the four corners of one query's points of one level;
-// `products` is [points, 4] in the order of the block, added to unless these are the first channels.
+// Products <grad_output, corner> over `Width` channels of the four corners of one query's points of one level, added to
+// those before unless these are the first channels.
 template <typename T, int Lanes, bool Padded, int Width>
 RAYDETR_FORCE void corner_products(Prepared<T>& prepared, const SamplingTask<T>& task, int64_t first_point,
-                                   int64_t channel, const T* grad_output, T* products) {
+                                   int64_t channel, const T* grad_output) {
+  T* products = prepared.products();
   constexpr int lanes = Width < Lanes ? Width : Lanes;
   constexpr int registers = Width / lanes;
   Vector<T, lanes> gradient[registers];
@@ -317,7 +324,10 @@ RAYDETR_FORCE void corner_products(Prepared<T>& prepared, const SamplingTask<T>&
 #pragma GCC unroll 4
     for (int corner = 0; corner < 4; ++corner) {
       const T* row = row_pointer<Padded>(task.value, prepared.row(corner)[i]) + channel;
-      prefetch_rows<Padded, T, Width>(task.value, prepared.row(corner)[ahead(prepared, task.points, i)], channel);
+      if constexpr (!Padded) {
+        const int64_t next = prepared.row(corner)[ahead(prepared, task.points, i)];
+        prefetch<Width, false>(task.value.data + next * task.value.stride + channel);
+      }
       Vector<T, lanes> cell;
       load<T, lanes>(cell, row);
       sum[corner] = cell * gradient[0];
@@ -337,8 +347,7 @@ RAYDETR_FORCE void corner_products(Prepared<T>& prepared, const SamplingTask<T>&
 }
 
 template <typename T>
-RAYDETR_FORCE void finish_sampling(Prepared<T>& prepared, const SamplingTask<T>& task, const T* __restrict scale,
-                                   const T* __restrict products, int64_t first, int64_t count) {
+RAYDETR_FORCE void finish_sampling(Prepared<T>& prepared, const SamplingTask<T>& task, int64_t first, int64_t count) {
   const int64_t per_level = task.points.point_count;
   for (int64_t level = 0; level < task.points.level_count; ++level) {
     const Level own = task.points.levels[level];
@@ -348,10 +357,11 @@ RAYDETR_FORCE void finish_sampling(Prepared<T>& prepared, const SamplingTask<T>&
     T* __restrict weight = prepared.weight(0) + offset;
     const T* __restrict right = prepared.right() + offset;
     const T* __restrict bottom = prepared.bottom() + offset;
-    const T* __restrict product = products + 4 * offset;
+    const T* __restrict scale = prepared.scale() + offset;
+    const T* __restrict product = prepared.products() + 4 * offset;
 #pragma GCC ivdep
     for (int64_t i = 0; i < count * per_level; ++i) {
-      const PointGradient<T> gradient = point_gradient(product + 4 * i, right[i], bottom[i], scale[offset + i], own);
+      const PointGradient<T> gradient = point_gradient(product + 4 * i, right[i], bottom[i], scale[i], own);
       x[i] = gradient.x;
       y[i] = gradient.y;
       weight[i] = gradient.weight;
@@ -372,23 +382,24 @@ RAYDETR_FORCE void finish_sampling(Prepared<T>& prepared, const SamplingTask<T>&
 template <typename T, int Lanes, bool Padded>
 RAYDETR_FORCE void sampling_block_range(const SamplingTask<T>& task, int64_t begin, int64_t end) {
   const int64_t per_query = task.points.level_count * task.points.point_count;
-  Prepared<T> prepared(kBlock * per_query);
-  std::vector<T> scale(kBlock * per_query);
-  std::vector<T> products(4 * kBlock * per_query);
+  Prepared<T> prepared(end - begin, per_query);
+  if (task.channels == 0) {
+    std::memset(prepared.products(), 0, 4 * prepared.size * sizeof(T));  // nothing else writes them
+  }
   for (int64_t first = begin; first < end; first += kBlock) {
     const int64_t count = end - first < kBlock ? end - first : kBlock;
-    prepare_block(prepared, scale.data(), task.points, first, count);
+    prepare_block(prepared, task.points, first, count);
     for (int64_t level = 0; level < task.points.level_count; ++level) {
       for (int64_t q = 0; q < count; ++q) {
         const int64_t first_point = (level * count + q) * task.points.point_count;
         const T* grad_output = task.grad_output + (first + q) * task.output_stride;
 #define RAYDETR_CALL(width) \
-  (corner_products<T, Lanes, Padded, width>(prepared, task, first_point, channel, grad_output, products.data()))
+  (corner_products<T, Lanes, Padded, width>(prepared, task, first_point, channel, grad_output))
         RAYDETR_SPLIT_CHANNELS(task.channels, RAYDETR_CALL);
 #undef RAYDETR_CALL
       }
     }
-    finish_sampling(prepared, task, scale.data(), products.data(), first, count);
+    finish_sampling(prepared, task, first, count);
   }
 }
 
@@ -403,7 +414,7 @@ RAYDETR_FORCE void sampling_queries(const SamplingTask<T>& task, int64_t begin, 
 }
 
 // Add `Width` channels of one query's gradient to the corners of its points.
-template <typename T, int Lanes, int Width>
+template <typename T, int Lanes, bool InPlace, int Width>
 RAYDETR_FORCE void scatter(Prepared<T>& prepared, const ValueTask<T>& task, int64_t q, int64_t channel,
                            const T* grad_output) {
   constexpr int lanes = Width < Lanes ? Width : Lanes;
@@ -419,6 +430,10 @@ RAYDETR_FORCE void scatter(Prepared<T>& prepared, const ValueTask<T>& task, int6
 #pragma GCC unroll 4
     for (int corner = 0; corner < 4; ++corner) {
       const int32_t row = prepared.row(corner)[i] - task.first_row;
+      if constexpr (InPlace) {
+        const int64_t next = prepared.row(corner)[ahead(prepared, task.points, i)] - task.first_row;
+        prefetch<Width, true>(task.grad_value + next * task.grad_stride + channel);
+      }
       if (static_cast<uint32_t>(row) < row_count) {
         T* to = task.grad_value + static_cast<int64_t>(row) * task.grad_stride + channel;
         const T weight = prepared.weight(corner)[i];
@@ -434,21 +449,29 @@ RAYDETR_FORCE void scatter(Prepared<T>& prepared, const ValueTask<T>& task, int6
   }
 }
 
+template <typename T, int Lanes, bool InPlace>
+RAYDETR_FORCE void value_blocks(const ValueTask<T>& task) {
+  Prepared<T> prepared(task.queries, task.points.point_count);
+  for (int64_t first = 0; first < task.queries; first += kBlock) {
+    const int64_t count = task.queries - first < kBlock ? task.queries - first : kBlock;
+    prepare_block(prepared, task.points, first, count);
+    for (int64_t q = 0; q < count; ++q) {
+      const T* grad_output = task.grad_output + (first + q) * task.output_stride;
+#define RAYDETR_CALL(width) (scatter<T, Lanes, InPlace, width>(prepared, task, q, channel, grad_output))
+      RAYDETR_SPLIT_CHANNELS(task.channels, RAYDETR_CALL);
+#undef RAYDETR_CALL
+    }
+  }
+}
+
 // Gradient of the values of one level (or of some rows of it). Every cell is summed in the order of the queries, so the
 // result does not depend on how the rows are shared out.
 template <typename T, int Lanes>
 RAYDETR_FORCE void value_level(const ValueTask<T>& task) {
-  Prepared<T> prepared(kBlock * task.points.point_count);
-  std::vector<T> scale(kBlock * task.points.point_count);
-  for (int64_t first = 0; first < task.queries; first += kBlock) {
-    const int64_t count = task.queries - first < kBlock ? task.queries - first : kBlock;
-    prepare_block(prepared, scale.data(), task.points, first, count);
-    for (int64_t q = 0; q < count; ++q) {
-      const T* grad_output = task.grad_output + (first + q) * task.output_stride;
-#define RAYDETR_CALL(width) (scatter<T, Lanes, width>(prepared, task, q, channel, grad_output))
-      RAYDETR_SPLIT_CHANNELS(task.channels, RAYDETR_CALL);
-#undef RAYDETR_CALL
-    }
+  if (task.grad_stride == task.channels) {
+    value_blocks<T, Lanes, false>(task);
+  } else {
+    value_blocks<T, Lanes, true>(task);
   }
 }
 

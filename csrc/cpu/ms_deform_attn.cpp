@@ -10,6 +10,10 @@
 #include <tuple>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "../checks.h"
 #include "kernels.h"
 
@@ -29,10 +33,30 @@ struct SumOf<double> {
   using type = double;
 };
 
+// Ask for huge pages under large memory that is about to be written for the first time: page faults of 4 KiB would take
+// longer than the work.
+inline void prefer_huge_pages(void* data, size_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  if (begin < end) {
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: nothing is lost if it is not granted
+  }
+#endif
+}
+
+inline Tensor on_huge_pages(Tensor tensor) {
+  prefer_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+  return tensor;
+}
+
 // Memory that is not cleared when it is made.
 template <typename T>
 std::unique_ptr<T[]> scratch(int64_t size) {
-  return std::unique_ptr<T[]>(new T[std::max<int64_t>(size, 1)]);
+  std::unique_ptr<T[]> memory(new T[std::max<int64_t>(size, 1)]);
+  prefer_huge_pages(memory.get(), size * sizeof(T));
+  return memory;
 }
 
 // The values of some (batch, head) pairs, each as S contiguous rows behind one row of zeros. In [B, S, M, D] the rows of
@@ -163,8 +187,8 @@ inline int64_t output_offset(const Problem& problem, int64_t pair) {
 template <typename Storage>
 Tensor forward_typed(const Problem& problem, const Tensor& value, const Tensor& locations, const Tensor& weights) {
   using T = typename SumOf<Storage>::type;
-  Tensor output = torch::stable::new_empty(value, {problem.batch, problem.queries, problem.heads * problem.channels},
-                                           locations.scalar_type());
+  Tensor output = on_huge_pages(torch::stable::new_empty(
+      value, {problem.batch, problem.queries, problem.heads * problem.channels}, locations.scalar_type()));
   T* to = static_cast<T*>(output.mutable_data_ptr());
   const T* location = static_cast<const T*>(locations.const_data_ptr());
   const T* weight = static_cast<const T*>(weights.const_data_ptr());
@@ -184,7 +208,8 @@ template <typename Storage>
 Tensor value_gradient(const Problem& problem, const Tensor& grad_output, const Tensor& value, const Tensor& locations,
                       const Tensor& weights) {
   using T = typename SumOf<Storage>::type;
-  Tensor grad_value = torch::stable::new_empty(value, {problem.batch, problem.rows, problem.heads, problem.channels});
+  Tensor grad_value = on_huge_pages(
+      torch::stable::new_empty(value, {problem.batch, problem.rows, problem.heads, problem.channels}));
   Storage* to = static_cast<Storage*>(grad_value.mutable_data_ptr());
   const T* location = static_cast<const T*>(locations.const_data_ptr());
   const T* weight = static_cast<const T*>(weights.const_data_ptr());
@@ -249,8 +274,10 @@ std::tuple<Tensor, Tensor, Tensor> backward_typed(const Problem& problem, const 
       std::is_same_v<Storage, T> ? grad_output : torch::stable::to(grad_output, locations.scalar_type());
   Tensor grad_value = want_value ? value_gradient<Storage>(problem, gradient, value, locations, weights)
                                  : torch::stable::new_empty(value, {0});
-  Tensor grad_locations = want_locations ? torch::stable::empty_like(locations) : torch::stable::new_empty(locations, {0});
-  Tensor grad_weights = want_weights ? torch::stable::empty_like(weights) : torch::stable::new_empty(weights, {0});
+  Tensor grad_locations =
+      on_huge_pages(want_locations ? torch::stable::empty_like(locations) : torch::stable::new_empty(locations, {0}));
+  Tensor grad_weights =
+      on_huge_pages(want_weights ? torch::stable::empty_like(weights) : torch::stable::new_empty(weights, {0}));
   if (want_locations || want_weights) {
     const T* location = static_cast<const T*>(locations.const_data_ptr());
     const T* weight = static_cast<const T*>(weights.const_data_ptr());
