@@ -136,9 +136,8 @@ def test_training_refuses_where_the_operator_is_required(install: Install, tmp_p
     (tmp_path / "refused.yaml").write_text(json.dumps(config))
     result = install.run("raydetr", "train", "-c", "refused.yaml", cwd=tmp_path)
     assert result.returncode == 2, result.stdout + result.stderr
-    (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
-    assert "cluster.require_compiled is true, and there is no compiled attention operator for cpu" in line
-    assert "Traceback" not in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: cluster.require_compiled is true, and there is no compiled attention operator for")
 
 
 @pytest.mark.skipif(not ops.compiled(), reason="the operator is not compiled here")

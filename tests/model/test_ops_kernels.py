@@ -104,12 +104,18 @@ class TestAgainstReference:
     def test_batch_65(self) -> None:
         assert_agrees([(3, 4)], make_inputs([(3, 4)], batch=65, queries=5))
 
-    @pytest.mark.parametrize(("batch", "queries"), [(0, 4), (2, 0), (0, 0)], ids=["no batch", "no queries", "neither"])
-    def test_empty(self, batch: int, queries: int) -> None:
-        inputs = make_inputs(batch=batch, queries=queries)
-        output, *gradients = with_gradients(ops.ms_deform_attn, SHAPES, inputs, torch.ones(batch, queries, 24))
-        assert output.shape == (batch, queries, 24)
-        assert not any(gradient.any() for gradient in gradients)
+    @pytest.mark.parametrize("none_of", ["batch", "queries", "heads", "channels", "points"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_empty(self, none_of: str, dtype: torch.dtype) -> None:
+        sizes = {"batch": 2, "queries": 4, "heads": 3, "channels": 8, "points": 4, none_of: 0}
+        inputs = make_inputs(**sizes, dtype=dtype)
+        shape = (sizes["batch"], sizes["queries"], sizes["heads"] * sizes["channels"])
+        output, *gradients = with_gradients(ops.ms_deform_attn, SHAPES, inputs, torch.ones(shape))
+        assert output.shape == shape
+        assert not output.any()
+        for gradient, leaf in zip(gradients, inputs, strict=True):
+            assert gradient.shape == leaf.shape
+            assert not gradient.any()
 
     def test_not_contiguous(self) -> None:
         inputs = make_inputs(channels=16)
