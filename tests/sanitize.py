@@ -67,7 +67,8 @@ def run_tests(module: Path, instruction_set: str) -> int:
         "RAYDETR_CPU": instruction_set,
         "PYTHONPATH": f"{module.parent}{os.pathsep}{PROJECT}",
     }
-    pytest = ["-p", "no:cacheprovider", "-o", "addopts=-q", "--deselect", STARTS_PYTEST, TESTS]
+    # A report ends the process, and what pytest has captured is lost with it.
+    pytest = ["--capture=no", "-p", "no:cacheprovider", "-o", "addopts=-q", "--deselect", STARTS_PYTEST, TESTS]
     command = [sys.executable, "-P", "-c", RUN, str(module), instruction_set, *pytest]
     return subprocess.run(command, cwd=PROJECT, env=environment, check=False).returncode
 
