@@ -6,7 +6,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,39 +125,56 @@ def prove(device: str) -> Finding:
     return Finding("wrong", what, f"it differs from plain torch (largest relative error {told}); do not train with it")
 
 
+class _Case(NamedTuple):
+    """Inputs of the operator in fp64, and the gradient of its output."""
+
+    value: Tensor
+    locations: Tensor
+    weights: Tensor
+    grad: Tensor
+
+
+_SHAPES = [(6, 9), (3, 5), (1, 1)]
+
+
+def _make_case() -> _Case:
+    generator = torch.Generator().manual_seed(0)
+    like: Any = {"generator": generator, "dtype": torch.float64}
+    size = (2, 40, 2, len(_SHAPES), 4)
+    sizes = torch.tensor([(w, h) for h, w in _SHAPES])[:, None]
+    # Some points lie outside; none where the lower neighbour changes, which would change the gradient by rounding.
+    cells = ((torch.rand(*size, 2, **like) * 1.4 - 0.2) * sizes).floor()
+    fractions = torch.rand(*size, 2, **like) * 0.9 + 0.05
+    return _Case(
+        value=torch.randn(2, sum(h * w for h, w in _SHAPES), 2, 32, **like),
+        locations=(cells + fractions - 0.5) / sizes,
+        weights=torch.rand(size, **like),
+        grad=torch.randn(2, 40, 64, **like),
+    )
+
+
+def _results(operator: Callable[..., Tensor], case: _Case, device: str) -> list[Tensor]:
+    """Output and the three gradients, in fp64 on the host."""
+    leaves = [tensor.to(device, copy=True).requires_grad_() for tensor in case[:3]]
+    output = operator(leaves[0], _SHAPES, *leaves[1:])
+    gradients = torch.autograd.grad(output, leaves, case.grad.to(device))
+    return [tensor.detach().cpu().double() for tensor in (output, *gradients)]
+
+
 def operator_error(device: str, dtype: torch.dtype) -> float:
     """Largest error of the operator's output and its three gradients, each over the largest value of plain torch's.
 
     NaN where the operator's result has one.
     """
-    shapes = [(6, 9), (3, 5), (1, 1)]
-    generator = torch.Generator().manual_seed(0)
-    size = (2, 40, 2, len(shapes), 4)
-    value = torch.randn(2, sum(h * w for h, w in shapes), 2, 32, generator=generator, dtype=torch.float64)
-    weights = torch.rand(size, generator=generator, dtype=torch.float64)
-    grad = torch.randn(2, 40, 64, generator=generator, dtype=torch.float64)
-    # Some points lie outside; none where the lower neighbour changes, which would change the gradient by rounding.
-    sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float64)[:, None]
-    cells = ((torch.rand(*size, 2, generator=generator, dtype=torch.float64) * 1.4 - 0.2) * sizes).floor()
-    fraction = torch.rand(*size, 2, generator=generator, dtype=torch.float64) * 0.9 + 0.05
-    locations = (cells + fraction - 0.5) / sizes
-
-    def results(operator: Callable[..., Tensor], where: str, kind: torch.dtype) -> list[Tensor]:
-        sampling = torch.promote_types(kind, torch.float32)
-        leaves = [
-            tensor.to(where, to).requires_grad_()
-            for tensor, to in ((value.to(dtype), kind), (locations.float(), sampling), (weights.float(), sampling))
-        ]
-        output = operator(leaves[0], shapes, leaves[1], leaves[2])
-        gradients = torch.autograd.grad(output, leaves, grad.to(dtype).to(where, kind))
-        return [tensor.detach().cpu().double() for tensor in (output, *gradients)]
-
-    pairs = zip(
-        results(ops.ms_deform_attn, device, dtype),
-        results(reference.ms_deform_attn, "cpu", torch.float64),
-        strict=True,
+    exact = _make_case()
+    sampling = torch.promote_types(dtype, torch.float32)
+    rounded = _Case(
+        exact.value.to(dtype), exact.locations.to(sampling), exact.weights.to(sampling), exact.grad.to(dtype)
     )
-    return float(torch.stack([(ours - exact).abs().max() / exact.abs().max() for ours, exact in pairs]).max())
+    ours = _results(ops.ms_deform_attn, rounded, device)
+    wanted = _results(reference.ms_deform_attn, _Case(*(tensor.double() for tensor in rounded)), "cpu")
+    errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(ours, wanted, strict=True)]
+    return float(torch.stack(errors).max())
 
 
 def _disk() -> Finding:
