@@ -197,6 +197,24 @@ class TestGradients:
             lambda v, x, w: ops.ms_deform_attn(v, shapes, x, w), leaves, fast_mode=channels > 16, eps=1e-7, atol=1e-5
         )
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_16_bit_is_summed_in_32(self, dtype: torch.dtype) -> None:
+        """600 points of 600 queries read one cell of 600 channels: sums of ones that would stop at 256 in bfloat16."""
+        many = 600
+        inputs = Inputs(
+            torch.ones(1, 1, 1, many, dtype=dtype),
+            torch.full((1, many, 1, 1, many, 2), 0.5),
+            torch.ones(1, many, 1, 1, many),
+        )
+        first = Inputs(inputs.value, inputs.locations[..., :1, :], inputs.weights[..., :1])
+        grad = torch.ones(1, many, many)
+        _, for_value, _, for_weights = with_gradients(ops.ms_deform_attn, [(1, 1)], first, grad)
+        assert (for_value == many).all()
+        assert (for_weights == many).all()
+        assert (
+            ops.ms_deform_attn(inputs.value, [(1, 1)], inputs.locations[:, :3], inputs.weights[:, :3]) == many
+        ).all()
+
     @pytest.mark.parametrize("wanted", range(1, 8))
     def test_only_wanted_gradients(self, wanted: int) -> None:
         inputs = make_inputs()
