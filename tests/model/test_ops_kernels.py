@@ -96,10 +96,16 @@ class TestAgainstReference:
     ) -> None:
         assert_agrees(shapes, make_inputs(shapes, heads=heads, points=points, dtype=dtype))
 
-    @pytest.mark.parametrize("queries", [1, 3, 400], ids=["one query", "few: read in place", "many: packed"])
-    def test_queries(self, queries: int) -> None:
+    @pytest.mark.parametrize("threads", [1, 7], ids=["one thread", "more threads than heads"])
+    @pytest.mark.parametrize("queries", [1, 11, 400], ids=["one query", "few: read in place", "many: packed"])
+    def test_queries(self, queries: int, threads: int) -> None:
         shapes = [(20, 30), (10, 15)]
-        assert_agrees(shapes, make_inputs(shapes, queries=queries, channels=32))
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(threads)
+            assert_agrees(shapes, make_inputs(shapes, queries=queries, channels=32))
+        finally:
+            torch.set_num_threads(before)
 
     def test_batch_65(self) -> None:
         assert_agrees([(3, 4)], make_inputs([(3, 4)], batch=65, queries=5))
