@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check fix bench clean lock
+.PHONY: setup demo test check fix sanitize bench clean lock
 
 setup: $(STAMP)  ## .venv from requirements.lock, and the project in it
 
@@ -31,6 +31,9 @@ check: setup
 fix: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+sanitize: setup  ## the CPU operator under AddressSanitizer and UBSan: minutes, after a change in csrc/
+	$(BIN)/python tests/sanitize.py
 
 bench: setup  ## the figures of the README that are ratios
 	for script in tests/benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

@@ -148,7 +148,7 @@ def doctor(
     address: Annotated[str | None, typer.Option(help="A Ray cluster that should answer.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what is here and what is missing; exit code 1 if something that is needed is."""
+    """Say what is here and what is missing; exit code 1 if it is needed, or if the compiled operator is wrong."""
     from jobs.doctor import examine
 
     findings = examine(address)
@@ -157,7 +157,7 @@ def doctor(
     else:
         for finding in findings:
             typer.echo(f"{finding.state:<8} {finding.what:<22} {finding.detail}")
-    if any(finding.state == "missing" for finding in findings):
+    if any(finding.failed for finding in findings):
         raise typer.Exit(1)
 
 

@@ -62,11 +62,8 @@ def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lamb
         ray.train.TrainingFailedError: workers were lost once more than `train.max_restarts` times.
     """
     device = device_of(config.cluster)
-    if config.cluster.require_compiled and not compiled(device):
-        raise UserError(
-            f"cluster.require_compiled is true, and there is no compiled attention operator for {device} here: build it"
-            " with `make setup`, or set cluster.require_compiled: false to train with plain torch's"
-        )
+    if config.cluster.require_compiled:
+        refuse_plain_operator(device)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     job = TrainJob(
@@ -82,7 +79,12 @@ def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lamb
         return found[0]
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"job": job, "device": device, "threads": max(1, int(config.cluster.cpus_per_worker))},
+        train_loop_config={
+            "job": job,
+            "device": device,
+            "threads": max(1, int(config.cluster.cpus_per_worker)),
+            "require_compiled": config.cluster.require_compiled,
+        },
         torch_config=_HostTorchConfig(backend="nccl" if device == "cuda" else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.cluster.workers,
@@ -102,6 +104,16 @@ def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lamb
     return Path(outcome["checkpoint"])
 
 
+def refuse_plain_operator(device: str) -> None:
+    """Raise a UserError that names this host where the attention operator is not compiled for a type of device."""
+    if not compiled(device):
+        raise UserError(
+            f"cluster.require_compiled is true, and there is no compiled attention operator for {device} on"
+            f" {socket.gethostname()}: build it there as `raydetr doctor` says, or set cluster.require_compiled: false"
+            " to train with plain torch's"
+        )
+
+
 def _fit(trainer: TorchTrainer, on_poll: Callable[[], None]) -> dict[str, str]:
     """What rank 0 returns; training runs in a thread, so that `on_poll` is called in the one that asked."""
     done = threading.Event()
@@ -118,7 +130,7 @@ def _worker(settings: dict[str, Any]) -> dict[str, str]:
     """What one worker does. A `UserError` is returned: raised, it would only be met again by each restart."""
     import torch
 
-    from pipeline.distributed import init_world
+    from pipeline.distributed import init_world, together
     from pipeline.log import set_up_logging
     from pipeline.train import train as train_here
 
@@ -126,6 +138,8 @@ def _worker(settings: dict[str, Any]) -> dict[str, str]:
     try:
         world = init_world(settings["device"])
         set_up_logging(world.rank)
+        if settings["require_compiled"]:
+            together(world, lambda: refuse_plain_operator(settings["device"]))
         return {"checkpoint": str(train_here(settings["job"], world))}
     except UserError as error:
         return {"user_error": str(error)}

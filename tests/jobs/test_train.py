@@ -3,11 +3,15 @@
 import json
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 
+import jobs.train
 from jobs.cluster import connected
 from jobs.train import interface_of, train
 from pipeline import checkpoint
@@ -126,7 +130,27 @@ def test_the_compiled_operator_may_be_required(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobs.train.compiled", lambda device: False)
-    with pytest.raises(UserError, match=r"cluster\.require_compiled is true"):
+    with pytest.raises(UserError, match=rf"cluster\.require_compiled is true.* for cpu on {socket.gethostname()}"):
+        train(make_config(tmp_path, cluster={"require_compiled": True}), manifest)
+
+
+def lack_the_operator_on_rank_1(settings: dict[str, Any]) -> dict[str, str]:
+    """A worker, of which the second is on a host where nothing was compiled."""
+    if ray.train.get_context().get_world_rank() == 1:
+        jobs.train.compiled = lambda device: False  # type: ignore[attr-defined]
+        socket.gethostname = lambda: "host-b"
+    return worker(settings)
+
+
+worker = jobs.train._worker
+
+
+def test_a_worker_without_the_compiled_operator_is_named(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.train.compiled", lambda device: True)
+    monkeypatch.setattr("jobs.train._worker", lack_the_operator_on_rank_1)
+    with pytest.raises(UserError, match=r"cluster\.require_compiled is true.* for cpu on host-b"):
         train(make_config(tmp_path, cluster={"require_compiled": True}), manifest)
 
 

@@ -96,20 +96,32 @@ class TestAgainstReference:
     ) -> None:
         assert_agrees(shapes, make_inputs(shapes, heads=heads, points=points, dtype=dtype))
 
-    @pytest.mark.parametrize("queries", [1, 3, 400], ids=["one query", "few: read in place", "many: packed"])
-    def test_queries(self, queries: int) -> None:
+    @pytest.mark.parametrize("threads", [1, 7], ids=["one thread", "more threads than heads"])
+    @pytest.mark.parametrize("queries", [1, 11, 400], ids=["one query", "few: read in place", "many: packed"])
+    def test_queries(self, queries: int, threads: int) -> None:
         shapes = [(20, 30), (10, 15)]
-        assert_agrees(shapes, make_inputs(shapes, queries=queries, channels=32))
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(threads)
+            assert_agrees(shapes, make_inputs(shapes, queries=queries, channels=32))
+        finally:
+            torch.set_num_threads(before)
 
     def test_batch_65(self) -> None:
         assert_agrees([(3, 4)], make_inputs([(3, 4)], batch=65, queries=5))
 
-    @pytest.mark.parametrize(("batch", "queries"), [(0, 4), (2, 0), (0, 0)], ids=["no batch", "no queries", "neither"])
-    def test_empty(self, batch: int, queries: int) -> None:
-        inputs = make_inputs(batch=batch, queries=queries)
-        output, *gradients = with_gradients(ops.ms_deform_attn, SHAPES, inputs, torch.ones(batch, queries, 24))
-        assert output.shape == (batch, queries, 24)
-        assert not any(gradient.any() for gradient in gradients)
+    @pytest.mark.parametrize("none_of", ["batch", "queries", "heads", "channels", "points"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_empty(self, none_of: str, dtype: torch.dtype) -> None:
+        sizes = {"batch": 2, "queries": 4, "heads": 3, "channels": 8, "points": 4, none_of: 0}
+        inputs = make_inputs(**sizes, dtype=dtype)
+        shape = (sizes["batch"], sizes["queries"], sizes["heads"] * sizes["channels"])
+        output, *gradients = with_gradients(ops.ms_deform_attn, SHAPES, inputs, torch.ones(shape))
+        assert output.shape == shape
+        assert not output.any()
+        for gradient, leaf in zip(gradients, inputs, strict=True):
+            assert gradient.shape == leaf.shape
+            assert not gradient.any()
 
     def test_not_contiguous(self) -> None:
         inputs = make_inputs(channels=16)
@@ -190,6 +202,24 @@ class TestGradients:
         assert torch.autograd.gradcheck(
             lambda v, x, w: ops.ms_deform_attn(v, shapes, x, w), leaves, fast_mode=channels > 16, eps=1e-7, atol=1e-5
         )
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_16_bit_is_summed_in_32(self, dtype: torch.dtype) -> None:
+        """600 points of 600 queries read one cell of 600 channels: sums of ones that would stop at 256 in bfloat16."""
+        many = 600
+        inputs = Inputs(
+            torch.ones(1, 1, 1, many, dtype=dtype),
+            torch.full((1, many, 1, 1, many, 2), 0.5),
+            torch.ones(1, many, 1, 1, many),
+        )
+        first = Inputs(inputs.value, inputs.locations[..., :1, :], inputs.weights[..., :1])
+        grad = torch.ones(1, many, many)
+        _, for_value, _, for_weights = with_gradients(ops.ms_deform_attn, [(1, 1)], first, grad)
+        assert (for_value == many).all()
+        assert (for_weights == many).all()
+        assert (
+            ops.ms_deform_attn(inputs.value, [(1, 1)], inputs.locations[:, :3], inputs.weights[:, :3]) == many
+        ).all()
 
     @pytest.mark.parametrize("wanted", range(1, 8))
     def test_only_wanted_gradients(self, wanted: int) -> None:
