@@ -64,9 +64,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, inputs, H, W]` to `[batch, width, H / stride, W / stride]`."""
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
-        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return F.relu(out + (x if self.downsample is None else self.downsample(x)), inplace=True)
 
 
 class Bottleneck(nn.Module):
@@ -86,10 +86,10 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, inputs, H, W]` to `[batch, 4 * width, H / stride, W / stride]`."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         out = self.bn3(self.conv3(out))
-        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return F.relu(out + (x if self.downsample is None else self.downsample(x)), inplace=True)
 
 
 def _shortcut(inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]) -> nn.Sequential | None:
@@ -158,7 +158,7 @@ class Backbone(nn.Module):
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Feature maps `[batch, channels, H / stride, W / stride]` of images `[batch, 3, H, W]`, strides 8, 16, 32."""
-        x = self.maxpool(F.relu(self.bn1(self.conv1(pixels))))
+        x = self.maxpool(F.relu(self.bn1(self.conv1(pixels)), inplace=True))
         features = []
         for stage in range(1, 5):
             x = self.get_submodule(f"layer{stage}")(x)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from model.attention import MSDeformAttn
 from model.boxes import at_least_float32, inverse_sigmoid
 from model.config import DetrConfig
+from model.dropout import Dropout
 from model.position import encode_boxes, encode_cells
 
 
@@ -26,12 +27,12 @@ class EncoderLayer(nn.Module):
         super().__init__()
         width = config.hidden_dim
         self.self_attn = MSDeformAttn(width, config.heads, config.feature_levels, config.points)
-        self.dropout1 = nn.Dropout(config.dropout)
+        self.dropout1 = Dropout(config.dropout)
         self.norm1 = nn.LayerNorm(width)
         self.linear1 = nn.Linear(width, config.ffn_dim)
-        self.dropout2 = nn.Dropout(config.dropout)
+        self.dropout2 = Dropout(config.dropout)
         self.linear2 = nn.Linear(config.ffn_dim, width)
-        self.dropout3 = nn.Dropout(config.dropout)
+        self.dropout3 = Dropout(config.dropout)
         self.norm2 = nn.LayerNorm(width)
 
     def forward(
@@ -55,15 +56,15 @@ class DecoderLayer(nn.Module):
         super().__init__()
         width = config.hidden_dim
         self.cross_attn = MSDeformAttn(width, config.heads, config.feature_levels, config.points)
-        self.dropout1 = nn.Dropout(config.dropout)
+        self.dropout1 = Dropout(config.dropout)
         self.norm1 = nn.LayerNorm(width)
         self.self_attn = nn.MultiheadAttention(width, config.heads, dropout=config.dropout, batch_first=True)
-        self.dropout2 = nn.Dropout(config.dropout)
+        self.dropout2 = Dropout(config.dropout)
         self.norm2 = nn.LayerNorm(width)
         self.linear1 = nn.Linear(width, config.ffn_dim)
-        self.dropout3 = nn.Dropout(config.dropout)
+        self.dropout3 = Dropout(config.dropout)
         self.linear2 = nn.Linear(config.ffn_dim, width)
-        self.dropout4 = nn.Dropout(config.dropout)
+        self.dropout4 = Dropout(config.dropout)
         self.norm3 = nn.LayerNorm(width)
 
     def forward(
