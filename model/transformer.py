@@ -255,6 +255,11 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Class logits [B, S, classes] and boxes [B, S, 4] of every cell, and the logits [B, Q, 4] of the best boxes.
 
+        Why every cell can be a query here: the encoder has made it one already, at a cost that is linear in the cells,
+        since each looks at a fixed number of points. What a query costs beyond that is a decoder, whose queries attend
+        to each other at a cost that is their number squared; 17,000 cells could not pay it. So the first stage has no
+        decoder: two heads look at each cell alone, like a region proposal network, and only the best become queries.
+
         The best are those with the highest first class logit, which the encoder's loss trains as "an object". A small
         image may have fewer cells than there are queries: then every cell becomes one. A proposal that is not usable
         has the infinite logit, the box (1, 1, 1, 1); it can still be picked, with a content that the norm makes of 0.

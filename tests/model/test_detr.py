@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from model import Criterion, CriterionConfig, DetrConfig, ImageBatch, build_model
 from model.detr import DetrDecoder, DetrDecoderLayer, DetrEncoderLayer
+from model.position import encode_cells
+from model.weights import load_weights
 from tests.builders import make_batch, make_detector, make_target
 
 LOSSES = ("softmax", "focal")
@@ -125,6 +127,32 @@ def test_padded_cells_do_not_matter() -> None:
     unmasked = torch.stack(model.transformer(features, torch.zeros_like(mask), position))
     torch.testing.assert_close(unmasked[:, 0], expected[:, 0])
     assert not torch.allclose(unmasked[:, 1], expected[:, 1])
+
+
+def test_positions_are_detrs() -> None:
+    """Without the half of Deformable DETR; the same for the encoder and for the keys of the decoder."""
+    model = make_detector(arch="detr").double()
+    seen: list[tuple[Tensor, ...]] = []
+    model.transformer.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    model.transformer.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    mask = torch.zeros(1, 3, 4, dtype=torch.bool)
+    mask[:, :, 3:] = True
+    model.transformer(draw(1, 32, 3, 4), mask, model.query_embed.weight)
+    expected = encode_cells(mask, 32, torch.float64, from_centres=False)
+    (_, position, _), (_, memory, key, _) = seen
+    torch.testing.assert_close(position, expected)
+    torch.testing.assert_close(key - memory, expected)
+
+
+def test_a_file_of_another_number_of_classes_resets_the_head() -> None:
+    other, model = make_detector(1, arch="detr", num_classes=3), make_detector(arch="detr")
+    before = model.class_embed.weight.clone()
+    with pytest.raises(ValueError, match="has 4 class logits and the model has 6"):
+        load_weights(model, other.state_dict())
+    report = load_weights(model, other.state_dict(), reset_heads=True)
+    assert report.reset == ("class_embed.weight", "class_embed.bias")
+    assert torch.equal(model.class_embed.weight, before)
+    assert torch.equal(model.bbox_embed.layers[0].weight, other.bbox_embed.layers[0].weight)
 
 
 class TestLayersAgainstTheirDefinition:
