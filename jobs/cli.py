@@ -143,6 +143,19 @@ def config(config: ConfigFile, overrides: Overrides = None) -> None:
     typer.echo(yaml.safe_dump(dump_config(_load(config, overrides)), sort_keys=False), nl=False)
 
 
+@app.command(epilog="Example: raydetr inspect -c jobs/configs/coco_r50.yaml --set model.backbone=resnet101")
+def inspect(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="Classes, where the data is not sharded yet.")] = None,
+) -> None:
+    """Print the size of the network and the multiply-adds of one image; nothing is computed or loaded."""
+    from jobs.inspect import inspect_model
+
+    for what, value in inspect_model(_load(config, overrides), classes).items():
+        typer.echo(f"{what:<14} {value}")
+
+
 @app.command(epilog="Example: raydetr doctor --address 10.0.0.1:6379")
 def doctor(
     address: Annotated[str | None, typer.Option(help="A Ray cluster that should answer.")] = None,

@@ -17,6 +17,7 @@ from model.attention import MSDeformAttn
 from model.boxes import at_least_float32, inverse_sigmoid
 from model.config import DetrConfig
 from model.dropout import Dropout
+from model.heads import in_full_precision
 from model.position import encode_boxes, encode_cells
 
 
@@ -255,6 +256,11 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Class logits [B, S, classes] and boxes [B, S, 4] of every cell, and the logits [B, Q, 4] of the best boxes.
 
+        Why every cell can be a query here: the encoder has made it one already, at a cost that is linear in the cells,
+        since each looks at a fixed number of points. What a query costs beyond that is a decoder, whose queries attend
+        to each other at a cost that is their number squared; 17,000 cells could not pay it. So the first stage has no
+        decoder: two heads look at each cell alone, like a region proposal network, and only the best become queries.
+
         The best are those with the highest first class logit, which the encoder's loss trains as "an object". A small
         image may have fewer cells than there are queries: then every cell becomes one. A proposal that is not usable
         has the infinite logit, the box (1, 1, 1, 1); it can still be picked, with a content that the norm makes of 0.
@@ -324,10 +330,3 @@ def relative_boxes(deltas: Tensor, reference: Tensor) -> Tensor:
     """Boxes `[B, Q, 4]` of a head's `deltas` `[B, Q, 4]` about references `[B, Q, 2 or 4]`, added as logits."""
     logits = inverse_sigmoid(reference)
     return (deltas + F.pad(logits, (0, 4 - logits.shape[-1]))).sigmoid()
-
-
-def in_full_precision(head: nn.Module, x: Tensor) -> Tensor:
-    """`head(x)` without autocast: coordinates and logits are few and want their digits."""
-    with torch.autocast(x.device.type, enabled=False):
-        output: Tensor = head(at_least_float32(x))
-    return output

@@ -136,7 +136,12 @@ class TrainSection(Section):
     lr_backbone: float = Field(2e-5, ge=0)
     """Learning rate of the backbone."""
     lr_sampling_factor: float = Field(0.1, ge=0)
-    """Factor on lr for the `reference_points` and `sampling_offsets` projections."""
+    """Factor on lr for the `reference_points` and `sampling_offsets` projections, which DETR does not have."""
+    scale_lr: Literal["none", "linear", "sqrt"] = "none"
+    """How both learning rates follow global_batch / lr_batch: not, in proportion, or by its root, the rule for Adam
+    (arXiv 2205.10287). Large batches want warmup_steps with it."""
+    lr_batch: int = Field(32, ge=1)
+    """Images of a step that the learning rates are stated for; scale_lr alone uses it."""
     lr_drop_epochs: tuple[float, ...] = (40.0,)
     """Epochs (fractions allowed) after which the learning rates are multiplied by 0.1."""
     warmup_steps: int = Field(0, ge=0)
@@ -177,6 +182,12 @@ class TrainSection(Section):
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
         return self
+
+    @property
+    def lr_scale(self) -> float:
+        """What the stated learning rates are multiplied by at this batch."""
+        power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[self.scale_lr]
+        return float((self.global_batch / self.lr_batch) ** power)
 
     @property
     def micro_batches(self) -> int:

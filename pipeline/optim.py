@@ -6,7 +6,9 @@
 | sampling | `reference_points` and `sampling_offsets` projections | lr * lr_sampling_factor      |
 | backbone | below `backbone.`                                     | lr_backbone                  |
 
-Weight decay is on all parameters, norms, biases and embeddings included (Deformable DETR, main.py of the original).
+With `train.scale_lr` all three are multiplied by `train.lr_scale`, the recipe for batches of another size than the one
+that the rates are stated for. Weight decay is on all parameters, norms, biases and embeddings included (Deformable
+DETR, main.py of the original).
 """
 
 from collections.abc import Iterable, Sequence
@@ -35,6 +37,7 @@ def parameter_groups(model: nn.Module, train: TrainSection) -> list[dict[str, An
     `weight_decay`.
     """
     rates = {"main": train.lr, "sampling": train.lr * train.lr_sampling_factor, "backbone": train.lr_backbone}
+    rates = {group: rate * train.lr_scale for group, rate in rates.items()}
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups: list[dict[str, Any]] = []
     for group, rate in rates.items():

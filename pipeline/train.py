@@ -175,7 +175,7 @@ def train(job: TrainJob, world: World) -> Path:
 
 
 def _global_steps(run: _Run, first: int) -> Iterator[tuple[Step, float, int]]:
-    """This rank's part of every step from `first`, the boxes (at least 1) and the unreadable samples of the whole step.
+    """This rank's part of every step from `first`, the boxes and the unreadable samples of the whole step.
 
     What stops the loader of one rank stops all ranks, before any of them waits for the other's gradients.
     """
@@ -194,7 +194,7 @@ def _global_steps(run: _Run, first: int) -> Iterator[tuple[Step, float, int]]:
         boxes_of_all, skipped_of_all, failed = sum_over_ranks(world, boxes, skipped, error is not None)
         if failed:
             raise_together(world, error)
-        yield step, max(boxes_of_all, 1.0), int(skipped_of_all)
+        yield step, boxes_of_all, int(skipped_of_all)
 
 
 def dropout_seed(seed: int, step: int, index: int) -> int:

@@ -6,10 +6,12 @@ the extension was not built.
 
 import importlib
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 EXTENSION: Any = importlib.import_module("_raydetr")
 CPU_KERNELS: str = EXTENSION.cpu
@@ -86,6 +88,11 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return for_value, None, for_locations, for_weights
 
 
+def _flops(value: Size, spatial_shapes: list[int], locations: Size, weights: Size, *_: Any, **__: Any) -> int:
+    """Flops of shapes: 4 multiply-adds to interpolate a sampled channel and 1 to weigh it (appendix A.1)."""
+    return 2 * 5 * prod(weights) * value[-1]
+
+
 def _autocast(device_type: str) -> Any:
     """Under autocast the values, most of the traffic, take its type; locations and weights are fp32 at least."""
 
@@ -111,6 +118,7 @@ def _register() -> None:
     torch.library.register_fake(OPERATOR)(_fake)
     torch.library.register_fake(OPERATOR + "_backward")(_fake_backward)
     torch.library.register_autograd(OPERATOR, _backward, setup_context=_save)
+    register_flop_formula(torch.ops.raydetr.ms_deform_attn)(_flops)
     # The registrations below live as long as this object.
     EXTENSION.registered = torch.library.Library("raydetr", "IMPL")  # type: ignore[no-untyped-call]
     for device in ("cpu", "cuda"):

@@ -139,6 +139,26 @@ def test_softmax_is_torchs_weighted_mean() -> None:
     torch.testing.assert_close(loss, expected)
 
 
+def test_softmax_without_any_object_is_torchs_weighted_mean() -> None:
+    outputs = make_outputs(batch=2, logits=6, aux=0)
+    expected = torch.nn.functional.cross_entropy(outputs["pred_logits"].flatten(0, 1), torch.full((12,), 5))
+    losses = Criterion(5, CONFIG, "softmax")(outputs, [make_target(0), make_target(0)], 0.0)
+    torch.testing.assert_close(losses["loss_ce"], expected)
+    assert losses["loss_bbox"] == losses["loss_giou"] == 0
+
+
+@pytest.mark.parametrize("class_loss", ["focal", "softmax"])
+@pytest.mark.parametrize(("num_classes", "label"), [(91, 90), (91, 1), (80, 79), (80, 0)])
+def test_a_label_is_the_number_of_its_logit(class_loss: str, num_classes: int, label: int) -> None:
+    """`coco91` has labels up to 90, and some that no category has; `contiguous` has 0 to n - 1; "no object" is last."""
+    outputs = make_outputs(batch=1, queries=3, logits=num_classes + (class_loss == "softmax"), aux=0)
+    target = {"labels": torch.tensor([label]), "boxes": outputs["pred_boxes"][0, 1:2].detach()}
+    Criterion(num_classes, CONFIG, class_loss)(outputs, [target], 1.0)["loss_ce"].backward()  # type: ignore[arg-type]
+    raised = [set((row < 0).nonzero().flatten().tolist()) for row in outputs["pred_logits"].grad[0]]
+    nothing = {num_classes} if class_loss == "softmax" else set()
+    assert raised == [nothing, {label}, nothing]
+
+
 @pytest.mark.parametrize("place", ["outputs", "targets"])
 def test_what_is_not_finite_shows_in_the_loss_without_raising(place: str) -> None:
     outputs, targets = make_outputs(), [make_target(2), make_target(1)]

@@ -1,9 +1,12 @@
 """pipeline/config.py: strict sections, overrides, clear errors."""
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 
+from model import DetrConfig, build_model
 from pipeline.config import ConfigError, differences, digest, dump_config, flatten, load_config, parse_config
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "jobs" / "configs").glob("*.yaml"))
@@ -22,17 +25,84 @@ def test_every_shipped_config_loads_and_survives_a_round_trip(path: Path) -> Non
 
 
 def test_the_shipped_configs_are_the_promised_ones() -> None:
-    assert {"demo", "tiny_coco", "bccd", "coco_r50"} <= {path.stem for path in CONFIGS}
+    assert {path.stem for path in CONFIGS} == {"demo", "tiny_coco", "bccd"} | PUBLISHED.keys()
 
 
-def test_published_recipe() -> None:
-    config = load_config(next(path for path in CONFIGS if path.stem == "coco_r50"))
-    train, model = config.train, config.model
-    assert (train.lr, train.lr_backbone, train.lr_sampling_factor, train.weight_decay) == (2e-4, 2e-5, 0.1, 1e-4)
-    assert (train.epochs, train.lr_drop_epochs, train.global_batch, train.clip_grad_norm) == (50, (40,), 32, 0.1)
+class Published(NamedTuple):
+    """What a published model is, and how it was trained."""
+
+    parameters: int
+    trainable: int
+    model: dict[str, Any]
+    epochs: int = 50
+    drop: int = 40
+    batch: int = 32
+    lr: float = 2e-4
+    class_weight: float = 2.0
+
+
+DETR = {"arch": "detr", "feature_levels": 1, "ffn_dim": 2048}
+PUBLISHED = {
+    "coco_r50_single_scale": Published(34_066_593, 33_844_193, {"feature_levels": 1}),
+    "coco_r50_single_scale_dc5": Published(34_066_593, 33_844_193, {"feature_levels": 1, "dilation": True}),
+    "coco_r50": Published(40_069_665, 39_847_265, {}),
+    "coco_r50_refine": Published(40_849_660, 40_627_260, {"with_box_refine": True}),
+    "coco_r50_two_stage": Published(41_181_529, 40_959_129, {"with_box_refine": True, "two_stage": True}),
+    "coco_r50_detr": Published(
+        41_524_768, 41_302_368, {**DETR, "num_queries": 100, "class_loss": "softmax"}, 500, 400, 64, 1e-4, 1.0
+    ),
+    "coco_r50_detr_dc5": Published(
+        *(41_524_768, 41_302_368, {**DETR, "num_queries": 100, "class_loss": "softmax", "dilation": True}),
+        *(500, 400, 64, 1e-4, 1.0),
+    ),
+    # 300 queries in place of 100, and no logit for "no object"
+    "coco_r50_detr_dc5_plus": Published(
+        *(41_524_768 + 200 * 256 - 257, 41_302_368 + 200 * 256 - 257, {**DETR, "dilation": True}),
+        *(50, 40, 64, 1e-4, 2.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes(name: str) -> None:
+    published = PUBLISHED[name]
+    config = load_config(next(path for path in CONFIGS if path.stem == name))
+    train, model, loss = config.train, config.model_for(91), config.train.criterion
+    assert config.name == name
+    assert model == DetrConfig(**published.model)
+    assert (train.epochs, train.lr_drop_epochs, train.global_batch) == (
+        published.epochs,
+        (published.drop,),
+        published.batch,
+    )
+    assert (train.lr, train.lr_backbone, train.lr_sampling_factor) == (published.lr, published.lr / 10, 0.1)
+    assert (train.scale_lr, train.lr_batch, train.warmup_steps) == ("none", published.batch, 0)
+    assert (train.weight_decay, train.clip_grad_norm) == (1e-4, 0.1)
     assert train.augment.short_sides == tuple(range(480, 801, 32))
-    assert (model.hidden_dim, model.num_queries, model.feature_levels, model.ffn_dim) == (256, 300, 4, 1024)
-    assert config.dataset.labels == "coco91"
+    assert (loss.class_weight, loss.bbox_weight, loss.giou_weight) == (published.class_weight, 5.0, 2.0)
+    assert (loss.focal_alpha, loss.focal_gamma, loss.no_object_weight) == (0.25, 2.0, 0.1)
+    assert (config.dataset.labels, train.init.backbone) == ("coco91", "imagenet")
+    with torch.device("meta"):
+        detector = build_model(model)
+    detector.backbone.freeze(train.freeze_backbone)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in detector.parameters()]
+    assert sum(size for size, _ in sizes) == published.parameters
+    assert sum(size for size, trained in sizes if trained) == published.trainable
+
+
+def test_published_architectures_are_the_papers() -> None:
+    """The counts above do not show all of a network: heads, points and dropout have no parameters of their own."""
+    for name in PUBLISHED:
+        model = load_config(next(path for path in CONFIGS if path.stem == name)).model
+        assert (model.hidden_dim, model.heads, model.encoder_layers, model.decoder_layers) == (256, 8, 6, 6)
+        assert (model.points, model.dropout, model.backbone_norm) == (4, 0.1, "frozen_batch_norm")
+        assert model.ffn_dim == (2048 if model.arch == "detr" else 1024)
+        assert model.num_queries == (100 if model.class_loss == "softmax" else 300)
+
+
+def test_detr_on_its_own_says_what_to_set(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"set model\.feature_levels: 1, or model\.arch: deformable_detr"):
+        load_config(write(tmp_path, "name: a\nmodel: {arch: detr}\n"))
 
 
 def test_overrides_are_yaml(tmp_path: Path) -> None:

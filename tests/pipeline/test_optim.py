@@ -49,6 +49,26 @@ def test_rates_and_decay_follow_the_recipe() -> None:
     assert {group["weight_decay"] for group in groups} == {1e-4}
 
 
+@pytest.mark.parametrize(("rule", "factor"), [("none", 1.0), ("sqrt", 2.0), ("linear", 4.0)])
+def test_rates_follow_the_batch_by_the_rule(rule: str, factor: float) -> None:
+    train = TrainSection.model_validate({"scale_lr": rule, "lr_batch": 32, "global_batch": 128})
+    groups = parameter_groups(build_model(DetrConfig(**SMALL)), train)
+    expected = {"main": 2e-4 * factor, "sampling": 2e-5 * factor, "backbone": 2e-5 * factor}
+    assert {group["name"]: group["lr"] for group in groups} == pytest.approx(expected)
+    assert [group["base_lr"] for group in groups] == [group["lr"] for group in groups]
+    at_its_batch = train.model_copy(update={"global_batch": 32})
+    assert at_its_batch.lr_scale == 1.0
+
+
+def test_detr_has_no_sampling_group() -> None:
+    model = build_model(DetrConfig(arch="detr", feature_levels=1, **SMALL))
+    model.backbone.freeze("stem_and_layer1")
+    groups = parameter_groups(model, TrainSection(lr=1e-4, lr_backbone=1e-5))
+    assert {group["name"]: group["lr"] for group in groups} == pytest.approx({"main": 1e-4, "backbone": 1e-5})
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert sorted(name for group in groups for name in group["names"]) == sorted(trainable)
+
+
 def test_shared_parameters_are_grouped_once() -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     model["b"].weight = model["a"].weight
