@@ -8,7 +8,9 @@ import torch
 from model.batch import ImageBatch, PixelBatch
 from model.config import CriterionConfig, DetrConfig
 from model.criterion import Criterion
-from model.deformable_detr import DeformableDetr, init_weights
+from model.deformable_detr import DeformableDetr
+from model.detr import Detr
+from model.init import init_weights
 from model.postprocess import postprocess
 
 __all__ = [
@@ -22,13 +24,13 @@ __all__ = [
 ]
 
 
-def build_model(config: DetrConfig, generator: torch.Generator | None = None) -> DeformableDetr:
-    """A detector with initial weights.
+def build_model(config: DetrConfig, generator: torch.Generator | None = None) -> DeformableDetr | Detr:
+    """A detector of the architecture `config.arch` with initial weights.
 
     Args:
         config: the architecture.
         generator: source of the draws, on the CPU; torch's global one when None.
     """
-    model = DeformableDetr(config)
+    model = Detr(config) if config.arch == "detr" else DeformableDetr(config)
     init_weights(model, generator)
     return model

@@ -1,4 +1,4 @@
-"""ResNet (arXiv 1512.03385) as feature extractor, with torchvision's state-dict names and without its classifier.
+"""ResNet and ResNeXt (arXiv 1512.03385, 1611.05431) as feature extractors, with torchvision's names, no classifier.
 
 Norms are frozen batch norm, for published weights, or group norm, for training from scratch: statistics of a batch are
 never used, so an image's features do not depend on what else is in its batch.
@@ -41,12 +41,16 @@ def _group_norm(channels: int) -> nn.Module:
     return nn.GroupNorm(max(1, channels // 16), channels)
 
 
-_NORMS: dict[str, Callable[[int], nn.Module]] = {"frozen_batch_norm": FrozenBatchNorm2d, "group_norm": _group_norm}
+MakeNorm = Callable[[int], nn.Module]
+Dilation = tuple[int, int]
+"""Of the 3x3 convolution of a block that strides, and of one after it."""
+
+_NORMS: dict[str, MakeNorm] = {"frozen_batch_norm": FrozenBatchNorm2d, "group_norm": _group_norm}
 
 
-def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, dilation: int = 1, groups: int = 1) -> nn.Conv2d:
     padding = dilation * (kernel // 2)
-    return nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=padding, dilation=dilation, bias=False)
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, bias=False)
 
 
 class BasicBlock(nn.Module):
@@ -54,11 +58,11 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int, dilation: int, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, dilation: Dilation, norm: MakeNorm) -> None:
         super().__init__()
-        self.conv1 = _conv(inputs, width, 3, stride, dilation)
+        self.conv1 = _conv(inputs, width, 3, stride, dilation[0])
         self.bn1 = norm(width)
-        self.conv2 = _conv(width, width, 3, dilation=dilation)
+        self.conv2 = _conv(width, width, 3, dilation=dilation[1])
         self.bn2 = norm(width)
         self.downsample = _shortcut(inputs, width, stride, norm)
 
@@ -73,14 +77,18 @@ class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions around a shortcut; the stride is in the 3x3, as in torchvision."""
 
     expansion = 4
+    groups = 1
+    group_width = 64
+    """Channels of a group of the 3x3 convolution where the stage is 64 wide; it grows with the stage."""
 
-    def __init__(self, inputs: int, width: int, stride: int, dilation: int, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, dilation: Dilation, norm: MakeNorm) -> None:
         super().__init__()
-        self.conv1 = _conv(inputs, width, 1)
-        self.bn1 = norm(width)
-        self.conv2 = _conv(width, width, 3, stride, dilation)
-        self.bn2 = norm(width)
-        self.conv3 = _conv(width, width * self.expansion, 1)
+        inner = width * self.group_width // 64 * self.groups
+        self.conv1 = _conv(inputs, inner, 1)
+        self.bn1 = norm(inner)
+        self.conv2 = _conv(inner, inner, 3, stride, dilation[0], self.groups)
+        self.bn2 = norm(inner)
+        self.conv3 = _conv(inner, width * self.expansion, 1)
         self.bn3 = norm(width * self.expansion)
         self.downsample = _shortcut(inputs, width * self.expansion, stride, norm)
 
@@ -92,7 +100,14 @@ class Bottleneck(nn.Module):
         return F.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
-def _shortcut(inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]) -> nn.Sequential | None:
+class Bottleneck64x4d(Bottleneck):
+    """The bottleneck of ResNeXt 64x4d."""
+
+    groups = 64
+    group_width = 4
+
+
+def _shortcut(inputs: int, outputs: int, stride: int, norm: MakeNorm) -> nn.Sequential | None:
     if stride == 1 and inputs == outputs:
         return None
     return nn.Sequential(_conv(inputs, outputs, 1, stride), norm(outputs))
@@ -104,6 +119,7 @@ _ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, 
     "resnet34": (BasicBlock, (3, 4, 6, 3), (64, 128, 256, 512)),
     "resnet50": (Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),
     "resnet101": (Bottleneck, (3, 4, 23, 3), (64, 128, 256, 512)),
+    "resnext101_64x4d": (Bottleneck64x4d, (3, 4, 23, 3), (64, 128, 256, 512)),
     "resnet_tiny": (BasicBlock, (1, 1, 1, 1), (32, 64, 96, 128)),
 }
 
@@ -112,10 +128,11 @@ class Backbone(nn.Module):
     """The stages of a ResNet whose outputs a detector uses.
 
     Args:
-        name: `resnet18`, `resnet34`, `resnet50`, `resnet101`, or `resnet_tiny` (0.5 M parameters, a stem of three 3x3
-            convolutions, for small images on a CPU).
+        name: `resnet18`, `resnet34`, `resnet50`, `resnet101`, `resnext101_64x4d`, or `resnet_tiny` (0.5 M parameters, a
+            stem of three 3x3 convolutions, for small images on a CPU).
         norm: the norm of every convolution.
-        dilation: dilate the last stage instead of striding it (DC5), which doubles the resolution of C5.
+        dilation: dilate the last stage instead of striding it (DC5), which doubles the resolution of C5: every other
+            cell is what it was. (So are torchvision's bottlenecks; it does not dilate the nets of basic blocks.)
         only_last: give C5 alone instead of C3, C4 and C5.
     """
 
@@ -147,9 +164,10 @@ class Backbone(nn.Module):
             last_dilated = dilation and stage == 4
             blocks: list[nn.Module] = []
             for index in range(depth):
-                # A dilated stage keeps its stride at 1; its first block sees the grid it was trained on, undilated.
+                # What comes before the stride that is left out sees the grid it was trained on, undilated.
                 block_stride = stride if index == 0 and not last_dilated else 1
-                blocks.append(block(inputs, width, block_stride, 2 if last_dilated and index else 1, make_norm))
+                block_dilation = (2 if last_dilated and index else 1, 2 if last_dilated else 1)
+                blocks.append(block(inputs, width, block_stride, block_dilation, make_norm))
                 inputs = width * block.expansion
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
         outputs = [width * block.expansion for width in widths[1:]]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,6 +24,10 @@ class ImageBatch:
     """[batch, 3, height, width] float, normalised with the ImageNet mean and std, 0 on padding."""
     mask: Tensor
     """[batch, height, width] bool, True on padding."""
+
+    def mask_at(self, height: int, width: int) -> Tensor:
+        """The mask of a feature map, `[batch, height, width]`: nearest, always from the full resolution."""
+        return F.interpolate(self.mask[:, None].float(), size=(height, width)).to(torch.bool)[:, 0]
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,15 @@ from typing import Any, Literal, get_args, get_type_hints
 
 @dataclass(frozen=True)
 class DetrConfig:
-    """What the network is; nothing about how it is trained (Deformable DETR, arXiv 2010.04159, appendix A.4)."""
+    """What the network is; nothing about how it is trained.
 
-    arch: Literal["deformable_detr"] = "deformable_detr"
-    """Which detector."""
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet_tiny"] = "resnet50"
+    The defaults are Deformable DETR's (arXiv 2010.04159, appendix A.4). DETR (arXiv 2005.12872) is `arch` detr,
+    `feature_levels` 1, `num_queries` 100, `ffn_dim` 2048 and `class_loss` softmax.
+    """
+
+    arch: Literal["deformable_detr", "detr"] = "deformable_detr"
+    """Which detector: sampled points of several levels, or DETR's attention to every cell of C5."""
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnext101_64x4d", "resnet_tiny"] = "resnet50"
     """Feature extractor; `resnet_tiny` (about 0.5 M parameters, strides 8, 16, 32) is for demos on a CPU."""
     backbone_norm: Literal["frozen_batch_norm", "group_norm"] = "frozen_batch_norm"
     """Frozen batch norm for pretrained weights, group norm when the backbone is trained from scratch."""
@@ -36,7 +40,7 @@ class DetrConfig:
     feature_levels: int = 4
     """Feature levels: C3, C4, C5 and strided convolutions after that; 1 uses C5 alone."""
     points: int = 4
-    """Sampling points of a head and level."""
+    """Sampling points of a head and level; DETR has none and leaves it alone."""
     with_box_refine: bool = False
     """Every decoder layer refines the boxes of the layer before it."""
     two_stage: bool = False
@@ -65,6 +69,20 @@ class DetrConfig:
             raise ValueError(f"model.dropout is {self.dropout}, it must be in [0, 1)")
         if self.two_stage and not self.with_box_refine:
             raise ValueError("model.two_stage needs model.with_box_refine: the proposals are refined boxes")
+        if self.arch == "detr":
+            self._check_detr()
+
+    def _check_detr(self) -> None:
+        """Refuse what plain DETR does not have, all of it in one message."""
+        needed = {"feature_levels": 1, "with_box_refine": False, "two_stage": False, "points": DetrConfig.points}
+        wrong = [
+            f"model.{name}: {str(value).lower()}" for name, value in needed.items() if getattr(self, name) != value
+        ]
+        if wrong:
+            raise ValueError(
+                "model.arch detr attends to every cell of C5, without levels, points, references or proposals: "
+                f"set {', '.join(wrong)}, or model.arch: deformable_detr"
+            )
 
     @property
     def num_logits(self) -> int:

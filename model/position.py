@@ -19,13 +19,16 @@ def _sine(angles: Tensor, channels: int) -> Tensor:
     return torch.stack((phases[..., 0::2].sin(), phases[..., 1::2].cos()), dim=-1).flatten(-2)
 
 
-def encode_cells(mask: Tensor, channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def encode_cells(
+    mask: Tensor, channels: int, dtype: torch.dtype = torch.float32, *, from_centres: bool = True
+) -> Tensor:
     """Code of every cell of a feature map, by where it lies in the valid part of its image.
 
     Args:
         mask: `[batch, height, width]` bool, True on padding.
         channels: width of the code; the first half is of y, the second of x.
         dtype: of the result, fp32 or fp64.
+        from_centres: measure from the centres of the cells (Deformable DETR), not from their far edges (DETR).
 
     Returns:
         `[batch, height * width, channels]`.
@@ -33,9 +36,9 @@ def encode_cells(mask: Tensor, channels: int, dtype: torch.dtype = torch.float32
     valid = ~mask
     y = valid.cumsum(1, dtype=dtype)
     x = valid.cumsum(2, dtype=dtype)
-    # The half is the cell's centre; plain DETR has none.
-    y = (y - 0.5) / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
-    x = (x - 0.5) / (x[:, :, -1:] + 1e-6) * (2 * math.pi)
+    shift = 0.5 if from_centres else 0.0
+    y = (y - shift) / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
+    x = (x - shift) / (x[:, :, -1:] + 1e-6) * (2 * math.pi)
     return torch.cat((_sine(y, channels // 2), _sine(x, channels // 2)), dim=-1).flatten(1, 2)
 
 

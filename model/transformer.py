@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from model.attention import MSDeformAttn
 from model.boxes import at_least_float32, inverse_sigmoid
 from model.config import DetrConfig
+from model.heads import in_full_precision
 from model.position import encode_boxes, encode_cells
 
 
@@ -323,10 +324,3 @@ def relative_boxes(deltas: Tensor, reference: Tensor) -> Tensor:
     """Boxes `[B, Q, 4]` of a head's `deltas` `[B, Q, 4]` about references `[B, Q, 2 or 4]`, added as logits."""
     logits = inverse_sigmoid(reference)
     return (deltas + F.pad(logits, (0, 4 - logits.shape[-1]))).sigmoid()
-
-
-def in_full_precision(head: nn.Module, x: Tensor) -> Tensor:
-    """`head(x)` without autocast: coordinates and logits are few and want their digits."""
-    with torch.autocast(x.device.type, enabled=False):
-        output: Tensor = head(at_least_float32(x))
-    return output

@@ -29,6 +29,7 @@ IMAGENET_FILES = {
     "resnet34": "resnet34-b627a593.pth",
     "resnet50": "resnet50-0676ba61.pth",
     "resnet101": "resnet101-63fe2227.pth",
+    "resnext101_64x4d": "resnext101_64x4d-173b62eb.pth",
 }
 """torchvision's IMAGENET1K_V1, which the original trained from; a name ends in the first digits of its sha256."""
 
@@ -37,7 +38,7 @@ _HASHED_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")
 # Counters that batch norm keeps while training, leftovers of a FLOP counter in published files, and the classifier.
 _IGNORED = re.compile(r"(^|\.)(num_batches_tracked|total_ops|total_params)$")
 _CLASSIFIER = re.compile(r"^fc\.(weight|bias)$")
-_CLASS_HEAD = re.compile(r"(^|\.)class_embed\.\d+\.(weight|bias)$")
+_CLASS_HEAD = re.compile(r"(^|\.)class_embed\.(\d+\.)?(weight|bias)$")  # DETR has one without a number
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,14 @@ def make_batch(sizes: Sequence[tuple[int, int]] = ((64, 96), (80, 64)), seed: in
     return PixelBatch.collate(images).to("cpu")
 
 
+def make_detector(seed: int = 0, **settings: Any) -> Any:
+    """A small detector with initial weights; `settings` are of `DetrConfig`."""
+    small: dict[str, Any] = {"backbone": "resnet_tiny", "backbone_norm": "group_norm", "hidden_dim": 32, "heads": 4}
+    small |= {"ffn_dim": 48, "num_queries": 12, "num_classes": 5, "encoder_layers": 1, "decoder_layers": 3}
+    small |= {"feature_levels": 1, "class_loss": "softmax"} if settings.get("arch") == "detr" else {"points": 2}
+    return build_model(DetrConfig(**(small | settings)), torch.Generator().manual_seed(seed))
+
+
 def write_checkpoint(folder: Path, labels: LabelMap, step: int = 5, seed: int = 0) -> Path:
     """A checkpoint of a small untrained detector below `folder`; it cannot be trained on: it has no optimizer state."""
     config = DetrConfig(

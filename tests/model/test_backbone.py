@@ -12,6 +12,7 @@ from model.backbone import Backbone, FrozenBatchNorm2d
         pytest.param("resnet34", 21_797_672 - 513_000 - 17_024, (128, 256, 512), id="34"),
         pytest.param("resnet50", 25_557_032 - 2_049_000 - 53_120, (512, 1024, 2048), id="50"),
         pytest.param("resnet101", 44_549_160 - 2_049_000 - 105_344, (512, 1024, 2048), id="101"),
+        pytest.param("resnext101_64x4d", 83_455_272 - 2_049_000 - 202_880, (512, 1024, 2048), id="next101"),
     ],
 )
 def test_sizes_are_torchvisions(name: str, parameters: int, channels: tuple[int, ...]) -> None:
@@ -46,15 +47,37 @@ def test_tiny() -> None:
     assert backbone(torch.randn(1, 3, 1, 1))[-1].shape == (1, 128, 1, 1)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet_tiny"])
-def test_dilation_doubles_the_resolution_of_the_last_stage(name: str) -> None:
+def test_groups_of_resnext_are_torchvisions() -> None:
     with torch.device("meta"):
-        strided, dilated = (Backbone(name, "frozen_batch_norm", dilation) for dilation in (False, True))
-        features = dilated(torch.empty(1, 3, 64, 64))
-    assert [f.shape[-1] for f in features] == [8, 4, 4]
-    assert strided.state_dict().keys() == dilated.state_dict().keys()
-    dilations = [m.dilation[0] for m in dilated.modules() if isinstance(m, torch.nn.Conv2d)]
-    assert set(dilations) == ({1, 2} if name != "resnet_tiny" else {1})
+        backbone = Backbone("resnext101_64x4d", "frozen_batch_norm")
+    for stage, width in enumerate((256, 512, 1024, 2048), start=1):
+        convolution = backbone.get_submodule(f"layer{stage}.1.conv2")
+        assert isinstance(convolution, torch.nn.Conv2d)
+        assert (convolution.in_channels, convolution.groups) == (width, 64)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet_tiny"])
+@pytest.mark.parametrize("side", [64, 70], ids=["even", "odd"])
+def test_dilation_adds_cells_and_keeps_the_others(name: str, side: int) -> None:
+    """Every other cell of a dilated C5 is a cell of the strided one, with the same weights."""
+    torch.manual_seed(0)
+    strided, dilated = (Backbone(name, "frozen_batch_norm", dilation).double() for dilation in (False, True))
+    dilated.load_state_dict(strided.state_dict())
+    image = torch.randn(1, 3, side, side, dtype=torch.float64)
+    with torch.no_grad():
+        (*_, c4, c5), (*_, dilated_c5) = strided(image), dilated(image)
+    assert dilated_c5.shape[2:] == c4.shape[2:]
+    torch.testing.assert_close(dilated_c5[..., ::2, ::2], c5)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet101", "resnext101_64x4d"])
+def test_dilations_of_bottlenecks_are_torchvisions(name: str) -> None:
+    """Those of `replace_stride_with_dilation=[False, False, True]`."""
+    with torch.device("meta"):
+        backbone = Backbone(name, "frozen_batch_norm", dilation=True)
+    of_3x3 = [m for m in backbone.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert [m.dilation[0] for m in of_3x3] == [1] * (len(of_3x3) - 2) + [2, 2]
+    assert {m.stride for m in backbone.get_submodule("layer4").modules() if isinstance(m, torch.nn.Conv2d)} == {(1, 1)}
 
 
 def test_only_last() -> None:
@@ -76,7 +99,7 @@ def test_frozen_batch_norm() -> None:
     assert not list(norm.parameters())
 
 
-@pytest.mark.parametrize("name", ["resnet50", "resnet_tiny"])
+@pytest.mark.parametrize("name", ["resnet50", "resnext101_64x4d", "resnet_tiny"])
 def test_freeze(name: str) -> None:
     with torch.device("meta"):
         backbone = Backbone(name, "group_norm")

@@ -21,6 +21,7 @@ def test_logits() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        pytest.param({"arch": "dert"}, "did you mean detr", id="arch"),
         pytest.param({"backbone": "resnet5"}, "did you mean resnet50", id="backbone"),
         pytest.param({"class_loss": "bce"}, "one of focal, softmax", id="class loss"),
         pytest.param({"num_queries": 0}, "model.num_queries is 0", id="no query"),
@@ -35,6 +36,16 @@ def test_logits() -> None:
 def test_impossible_architectures_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DetrConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_detr_names_all_that_it_does_not_have_at_once() -> None:
+    DetrConfig(arch="detr", feature_levels=1, num_queries=100, ffn_dim=2048, class_loss="softmax")
+    with pytest.raises(ValueError, match=r"model\.arch detr") as caught:
+        DetrConfig(arch="detr", with_box_refine=True, two_stage=True, points=8)
+    for needed in ("feature_levels: 1", "with_box_refine: false", "two_stage: false", "points: 4"):
+        assert f"model.{needed}" in str(caught.value)
+    with pytest.raises(ValueError, match=r"set model\.feature_levels: 1, or"):
+        DetrConfig(arch="detr")
 
 
 def test_impossible_losses_are_refused() -> None:

@@ -1,13 +1,10 @@
-import math
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from model import Criterion, CriterionConfig, DetrConfig, ImageBatch, build_model
-from model.deformable_detr import DeformableDetr, init_weights, offset_directions
-from tests.builders import make_batch, make_target
+from tests.builders import make_batch, make_detector, make_target
 
 VARIANTS = {
     "base": {},
@@ -19,12 +16,6 @@ VARIANTS = {
     "no encoder": {"encoder_layers": 0},
 }
 every_variant = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
-
-
-def make_detector(seed: int = 0, **settings: Any) -> DeformableDetr:
-    small = {"backbone": "resnet_tiny", "backbone_norm": "group_norm", "hidden_dim": 32, "heads": 4, "ffn_dim": 48}
-    small |= {"num_queries": 12, "num_classes": 5, "encoder_layers": 1, "decoder_layers": 3, "points": 2}
-    return build_model(DetrConfig(**(small | settings)), torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize(
@@ -113,10 +104,23 @@ def test_small_images(settings: dict[str, Any], size: tuple[int, int]) -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+@every_variant
+@pytest.mark.parametrize("counts", [(0, 0), (400, 1)], ids=["no object", "400 objects"])
+def test_empty_and_crowded_images(settings: dict[str, Any], counts: tuple[int, int]) -> None:
+    """With two stages the 96 x 96 image has 193 cells: fewer than queries, and fewer than objects."""
+    model = make_detector(num_queries=300, **settings)
+    outputs: dict[str, Any] = model(make_batch([(96, 96), (64, 96)]))
+    criterion = Criterion(5, CriterionConfig(), model.config.class_loss)
+    losses = criterion(outputs, [make_target(n, seed=n) for n in counts], float(sum(counts)))
+    criterion.total(losses).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert all((losses[name] > 0) == (sum(counts) > 0) for name in losses if "ce" not in name)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
 def test_two_stage_with_fewer_cells_than_queries() -> None:
-    outputs: dict[str, Any] = make_detector(num_queries=300, with_box_refine=True, two_stage=True)(
-        make_batch([(96, 96)])
-    )
+    model = make_detector(num_queries=300, with_box_refine=True, two_stage=True)
+    outputs: dict[str, Any] = model(make_batch([(96, 96)]))
     assert outputs["pred_logits"].shape[1] == 144 + 36 + 9 + 4
     assert torch.isfinite(outputs["pred_boxes"]).all()
 
@@ -162,89 +166,3 @@ def test_coordinates_are_fp32_under_autocast() -> None:
         outputs: dict[str, Any] = model(make_batch())
     for layer in (outputs, *outputs["aux_outputs"], outputs["enc_outputs"]):
         assert layer["pred_boxes"].dtype == layer["pred_logits"].dtype == torch.float32
-
-
-class TestInitialWeights:
-    @pytest.mark.parametrize("settings", [{}, {"with_box_refine": True}, {"with_box_refine": True, "two_stage": True}])
-    def test_heads(self, settings: dict[str, Any]) -> None:
-        model = make_detector(**settings)
-        sizes = -2.0 if not model.config.two_stage else 0.0
-        for index, (class_head, box_head) in enumerate(zip(model.class_embed, model.bbox_embed, strict=True)):
-            last: Any = box_head.layers[-1]  # type: ignore[union-attr, index]
-            first_sizes = sizes if index == 0 or not model.config.with_box_refine else 0.0
-            assert last.bias.tolist() == [0.0, 0.0, first_sizes, first_sizes]
-            assert not last.weight.any()
-            torch.testing.assert_close(class_head.bias, torch.full((5,), -math.log(99)))
-            assert torch.equal(class_head.weight, model.class_embed[0].weight)  # type: ignore[arg-type]
-            shared = class_head is model.class_embed[0]
-            assert shared == (index == 0 or not model.config.with_box_refine)
-            assert torch.equal(box_head.layers[0].weight, model.bbox_embed[0].layers[0].weight)  # type: ignore
-
-    def test_first_boxes_stand_on_their_references(self) -> None:
-        model = make_detector()
-        boxes: Any = model(make_batch())["pred_boxes"]
-        position = model.query_embed.weight[:, :32]
-        expected = model.transformer.reference_points(position).sigmoid()
-        torch.testing.assert_close(boxes[0, :, :2], expected, atol=1e-5, rtol=0)
-        torch.testing.assert_close(boxes[..., 2:], torch.full((2, 12, 2), 1 / (1 + math.e**2)))
-
-    def test_softmax_has_no_prior(self) -> None:
-        assert not make_detector(class_loss="softmax").class_embed[0].bias.any()  # type: ignore
-
-    def test_offsets_by_hand(self) -> None:
-        offsets = offset_directions(heads=8, levels=3, points=2)
-        expected = torch.tensor([[1, 0], [1, 1], [0, 1], [-1, 1], [-1, 0], [-1, -1], [0, -1], [1, -1]])
-        for level in range(3):
-            torch.testing.assert_close(offsets[:, level, 0], expected.float(), atol=1e-6, rtol=0)
-            torch.testing.assert_close(offsets[:, level, 1], 2 * expected.float(), atol=1e-5, rtol=0)
-
-    def test_attention(self) -> None:
-        model = make_detector()
-        for attention in (
-            model.transformer.encoder.layers[0].self_attn,
-            model.transformer.decoder.layers[2].cross_attn,
-        ):
-            assert not any(p.any() for p in (attention.attention_weights.weight, attention.attention_weights.bias))  # type: ignore
-            assert not attention.sampling_offsets.weight.any()  # type: ignore
-            torch.testing.assert_close(attention.sampling_offsets.bias, offset_directions(4, 4, 2).flatten())  # type: ignore
-            assert not attention.value_proj.bias.any()  # type: ignore
-            check_xavier(attention.value_proj.weight)  # type: ignore
-            check_xavier(attention.output_proj.weight)  # type: ignore
-
-    def test_the_rest_of_the_table(self) -> None:
-        model = make_detector(hidden_dim=256, num_queries=300)
-        layer: Any = model.transformer.decoder.layers[0]
-        for weight in (layer.self_attn.in_proj_weight, layer.linear1.weight, model.transformer.reference_points.weight):
-            check_xavier(weight)
-        assert not layer.self_attn.in_proj_bias.any()
-        assert not model.transformer.reference_points.bias.any()
-        assert 0 < layer.linear1.bias.abs().max() <= 1 / 16
-        for embedding in (model.query_embed.weight, model.transformer.level_embed):
-            assert embedding.std().item() == pytest.approx(1.0, abs=0.05)
-        projection: Any = model.input_proj[0]
-        check_xavier(projection[0].weight)
-        assert not projection[0].bias.any()
-        convolution: Any = model.backbone.get_submodule("layer3.0.conv2")
-        assert convolution.weight.std().item() == pytest.approx(math.sqrt(2 / (96 * 9)), rel=0.02)
-
-    def test_nothing_is_left_out(self) -> None:
-        """Every parameter is set: what was there before does not come through."""
-        for settings in VARIANTS.values():
-            model = make_detector(**settings)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.fill_(float("nan"))
-            init_weights(model)
-            assert not [name for name, p in model.named_parameters() if p.isnan().any()]
-
-    def test_the_seed_decides(self) -> None:
-        first, again, other = (make_detector(seed).state_dict() for seed in (0, 0, 1))
-        assert all(torch.equal(first[name], again[name]) for name in first)
-        assert not torch.equal(first["class_embed.0.weight"], other["class_embed.0.weight"])
-
-
-def check_xavier(weight: Tensor) -> None:
-    outputs, inputs = nn.init._calculate_fan_in_and_fan_out(weight)[::-1]
-    bound = math.sqrt(6 / (inputs + outputs))
-    assert weight.abs().max() <= bound
-    assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)

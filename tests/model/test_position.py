@@ -21,6 +21,15 @@ def test_cells_by_hand() -> None:
     torch.testing.assert_close(code[row, column], torch.tensor(expected, dtype=torch.float64))
 
 
+def test_detrs_cells_by_hand() -> None:
+    mask = torch.zeros(1, 4, 5, dtype=torch.bool)
+    mask[:, 3:] = True
+    code = encode_cells(mask, 8, torch.float64, from_centres=False).view(4, 5, 8)[2, 1]
+    y, x = 3 / (3 + 1e-6) * 2 * math.pi, 2 / (5 + 1e-6) * 2 * math.pi  # its last valid row, its second column
+    expected = [sine(y, i, 4) for i in range(4)] + [sine(x, i, 4) for i in range(4)]
+    torch.testing.assert_close(code, torch.tensor(expected, dtype=torch.float64))
+
+
 def test_code_depends_on_the_valid_part_alone() -> None:
     padded = torch.ones(1, 6, 9, dtype=torch.bool)
     padded[:, :4, :5] = False

@@ -3,7 +3,8 @@ import torch
 from torch import Tensor, nn
 
 from model.config import DetrConfig
-from model.deformable_detr import DeformableDetr, init_weights
+from model.deformable_detr import DeformableDetr
+from model.init import init_weights
 from model.transformer import (
     Decoder,
     Transformer,
