@@ -56,7 +56,7 @@ class TestOwnFormat:
     def test_each_tensor_is_written_once(self, tmp_path: Path) -> None:
         export_weights(make_detector(with_box_refine=True), tmp_path / "w.safetensors")
         with safe_open(tmp_path / "w.safetensors", "pt") as file:
-            assert file.metadata() == {"format": "raydetr"}
+            assert file.metadata()["format"] == "raydetr"
             assert not [name for name in file.keys() if name.startswith("transformer.decoder.bbox")]  # noqa: SIM118
 
     def test_a_state_dict_with_all_names_is_taken(self) -> None:
@@ -182,7 +182,7 @@ class TestFilesThatDoNotFit:
         assert_equal(model, before)
 
     def test_another_network(self) -> None:
-        with pytest.raises(ValueError, match="not weights of a detector"):
+        with pytest.raises(ValueError, match="not weights of DETR or Deformable DETR"):
             load_weights(make_detector(), {"encoder.weight": torch.zeros(2)})
 
     def test_left_over_counters_are_ignored(self) -> None:
