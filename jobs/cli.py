@@ -143,7 +143,7 @@ def convert(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Convert weights between this project, the original (.pth) and transformers (a folder), bit by bit."""
+    """Convert weights between this project, the original (.pth) and transformers (a folder)."""
     from jobs.convert import convert as convert_weights
 
     if overrides and config is None:

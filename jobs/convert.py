@@ -1,10 +1,8 @@
 """`raydetr convert`: weights from one format to another."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from model import DetrConfig, build_model
-from model.fit import Weights
 from model.weights import export_weights, load_weights, read_weights
 from pipeline.checkpoint import STATE, read_state
 from pipeline.coco import LabelMap
@@ -12,7 +10,7 @@ from pipeline.errors import UserError
 
 
 def convert(source: Path, out: Path, to: str, settings: DetrConfig | None = None) -> str:
-    """Write the weights in `source` to `out`; every tensor keeps its bits.
+    """Write the weights in `source` to `out`; every value stays as it is.
 
     Args:
         source: a file or folder of any format that `read_weights` takes, or a checkpoint of a run.
@@ -36,9 +34,9 @@ def convert(source: Path, out: Path, to: str, settings: DetrConfig | None = None
         assumed: list[str] = []
         if (source / STATE).is_file():
             state = read_state(source)
-            config, names = state.detr_config(), _class_names(LabelMap.from_json(state.labels))
-        elif settings is not None:
-            config = _with_classes_of(weights, settings)
+            settings, names = settings or state.detr_config(), _class_names(LabelMap.from_json(state.labels))
+        if settings is not None:
+            config = weights.with_classes_of(settings)
         else:
             config = weights.config()
             assumed = [f"model.{name}: {str(getattr(config, name)).lower()}" for name in weights.assumed()]
@@ -51,23 +49,11 @@ def convert(source: Path, out: Path, to: str, settings: DetrConfig | None = None
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
     lines = [f"{report} to {out} ({to})"]
     if assumed:
-        lines.append(
-            f"{source} does not tell {', '.join(assumed)}: that was assumed; give a configuration with -c if not"
-        )
+        lines.append(f"assumed, as {source} does not tell: {', '.join(assumed)}; if that is wrong, say so with -c FILE")
     return "\n".join(lines)
 
 
-def _with_classes_of(weights: Weights, settings: DetrConfig) -> DetrConfig:
-    """The settings with the number of classes of the weights; num_classes of a pipeline comes from its data."""
-    heads = [
-        tensor
-        for name, tensor in weights.tensors.items()
-        if name.endswith(("class_embed.weight", "class_embed.0.weight"))
-    ]
-    return replace(settings, num_classes=len(heads[0]) - (settings.class_loss == "softmax")) if heads else settings
-
-
 def _class_names(labels: LabelMap) -> list[str]:
-    """A name for each logit, as transformers wants; a logit that is no category has the name that COCO's models give."""
+    """A name for each logit, which transformers wants; one that is no category is N/A, as in COCO's models."""
     categories = [labels.category(label) for label in range(labels.num_classes)]
     return ["N/A" if category is None else labels.names[category] for category in categories]

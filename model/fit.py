@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,6 +75,13 @@ class Weights:
             return infer_config(self.tensors, self.arch, self.notes)
         except ValueError as error:
             raise ValueError(f"{self.source}: {error}") from None
+
+    def with_classes_of(self, settings: DetrConfig) -> DetrConfig:
+        """`settings` with the number of classes of these weights: in a pipeline that one comes from the data."""
+        logits = next((len(tensor) for name, tensor in self.tensors.items() if _CLASS_HEAD.search(name)), None)
+        if logits is None:
+            return settings
+        return replace(settings, num_classes=logits - (settings.class_loss == "softmax"))
 
     def assumed(self) -> list[str]:
         """Settings of `config` that neither shapes nor notes tell, so that the published models' values stand."""
