@@ -65,13 +65,24 @@ def perturb(model: nn.Module, seed: int = 0) -> None:
             if name.endswith("running_var") or (name.startswith("backbone.") and tensor.ndim == 1):
                 tensor.add_(0.1 * noise(tensor)).abs_()
                 if name.endswith("bn3.weight"):
-                    tensor.mul_(0.3)  # 16 blocks add up
+                    tensor.mul_(0.1)  # 16 blocks add up
             elif name.endswith("sampling_offsets.weight"):
                 tensor.add_(0.05 * noise(tensor))
             elif tensor.ndim == 1:
                 tensor.add_(0.1 * noise(tensor))
             else:
                 tensor.add_(0.5 * noise(tensor) / math.sqrt(tensor[0].numel()))
+
+
+def centre_features(model: Any) -> None:
+    """Spread DETR's projected features about 0, as training does and a norm would: else every cell is nearly the same,
+    and what a query attends to is of no account.
+    """
+    with torch.no_grad():
+        features = model.input_proj(model.backbone(batch_of(torch.float32).pixels)[0])
+        mean, std = features.mean((0, 2, 3)), features.std((0, 2, 3))
+        model.input_proj.weight.div_(std[:, None, None, None])
+        model.input_proj.bias.sub_(mean).div_(std)
 
 
 def position_code_in_full(model: Any) -> None:
@@ -99,6 +110,9 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("parity")
     ours = build_model(DetrConfig(**VARIANTS[request.param]), torch.Generator().manual_seed(0)).eval()
     perturb(ours)
+    if ours.config.arch == "detr":
+        centre_features(ours)
+    ours.backbone.freeze("stem_and_layer1")
     export_weights(ours, folder / "theirs", "hf")
     theirs = into_transformers(folder / "theirs", ours.config.arch).eval()
     theirs.save_pretrained(folder / "again")
@@ -108,14 +122,18 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def batch_of(dtype: torch.dtype) -> ImageBatch:
-    batch = make_batch([(128, 160), (160, 104)])
+    batch = make_batch([(96, 128), (128, 104)])  # 340 cells of four levels: two stages need 300
     return ImageBatch(batch.pixels.to(dtype), batch.mask)
 
 
 def run_theirs(model: Any, batch: ImageBatch, targets: list[dict[str, Tensor]] | None = None) -> Any:
     """Their forward pass; with targets it has `loss_dict`. Their mask is 1 where a pixel is one of the image."""
     labels = targets and [{"class_labels": target["labels"], "boxes": target["boxes"]} for target in targets]
-    return model(pixel_values=batch.pixels, pixel_mask=(~batch.mask).long(), labels=labels)
+    torch.set_default_dtype(batch.pixels.dtype)  # DETR's weights of the classes have the default one
+    try:
+        return model(pixel_values=batch.pixels, pixel_mask=(~batch.mask).long(), labels=labels)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def rows_matched(ours: Tensor, theirs: Tensor, boxes: Tensor, their_boxes: Tensor) -> Tensor:
@@ -178,8 +196,8 @@ class TestLossesAndGradients:
         config = pair.ours.config
         outputs, losses = our_losses(pair.ours, torch.float64)
         exact = [{"labels": target["labels"], "boxes": target["boxes"].double()} for target in TARGETS]
-        for parameter in pair.theirs.parameters():  # transformers freezes the whole backbone, by a wrong name
-            parameter.requires_grad_(True)
+        for name, parameter in pair.theirs.named_parameters():  # transformers freezes all of the backbone
+            parameter.requires_grad_("embedder" not in name and "backbone.model.encoder.stages.0" not in name)
         theirs = run_theirs(pair.theirs, batch_of(torch.float64), exact).loss_dict
         weights = {"loss_ce": 1.0 if config.arch == "detr" else 2.0, "loss_bbox": 5.0, "loss_giou": 2.0}
         suffixes = ["", *(f"_{layer}" for layer in range(5))]
@@ -201,12 +219,13 @@ class TestLossesAndGradients:
         assert not unknown
         difference = norm = 0.0
         for name, parameter in pair.ours.named_parameters():
+            assert parameter.requires_grad or name not in gradients, name
             if name in gradients:
                 difference += (parameter.grad - gradients[name]).square().sum().item()
                 norm += gradients[name].square().sum().item()
             else:  # transformers does not train what only the proposals' losses reach
                 assert parameter.grad is None or not parameter.grad.any(), name
-                assert config.two_stage, name
+                assert config.two_stage or not parameter.requires_grad, name
         assert math.sqrt(difference) <= 1e-8 * math.sqrt(norm)
         assert norm > 0
 
@@ -282,11 +301,10 @@ RECIPE = TrainSection.model_validate(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("settings", [{}, {"with_box_refine": True}], ids=["base", "refine"])
-def test_ten_steps_of_training(tmp_path: Path, world: World, settings: dict[str, Any]) -> None:
+def test_ten_steps_of_training(tmp_path: Path, world: World) -> None:
     """Our training, with its loader, criterion and engine, against a plain loop over transformers' network."""
     manifest = make_varied_manifest(tmp_path / "data", 12)
-    config = DetrConfig(num_classes=manifest.labels.num_classes, **SMALL, **settings)
+    config = DetrConfig(num_classes=manifest.labels.num_classes, with_box_refine=True, **SMALL)
     start = build_model(config, torch.Generator().manual_seed(0))
     perturb(start)
     export_weights(start, tmp_path / "start.safetensors")
