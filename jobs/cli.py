@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -131,6 +131,24 @@ def synth(
         out, SyntheticSection(train_images=train_images, val_images=val_images, image_size=image_size, seed=seed)
     )
     typer.echo(f"{train_images} + {val_images} images in {out}")
+
+
+@app.command(epilog="Example: raydetr convert r50_deformable_detr-checkpoint.pth detector --to hf")
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Weights of any format: a file, folder or checkpoint.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write, or for hf the folder.")],
+    to: Annotated[Literal["raydetr", "original", "hf"], typer.Option(help="Whose format to write.")],
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="YAML file with the model, where IN does not tell it.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Convert weights between this project, the original (.pth) and transformers (a folder)."""
+    from jobs.convert import convert as convert_weights
+
+    if overrides and config is None:
+        raise UserError("--set changes a configuration: give one with -c")
+    typer.echo(convert_weights(source, out, to, _load(config, overrides).model if config else None))
 
 
 @app.command(epilog="Example: raydetr config -c my.yaml --set train.epochs=10")

@@ -1,28 +1,39 @@
 """Weights in and out of files: the only module of `model` that touches a disk or the network.
 
-Read are our safetensors files (and checkpoint folders that hold one), and torchvision's ResNet files for the backbone.
-A file is checked whole before the first tensor of the model changes, so a refused file leaves the model as it was.
-Nothing is unpickled but plain tensors.
+Read and written are our safetensors files (and checkpoint folders that hold one), the original's checkpoints and HF's
+folders (see `formats`); torchvision's ResNet files are read for the backbone. A file is checked whole before the first
+tensor of the model changes, so a refused file leaves the model as it was. Nothing is unpickled but plain values.
 """
 
+import argparse
 import hashlib
+import json
 import os
 import pickle
 import re
+import shutil
 import urllib.error
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model.backbone import Backbone, FrozenBatchNorm2d
+from model.architecture import hf_config, notes_of_args, notes_of_hf, odd_norms
+from model.backbone import Backbone
+from model.config import DetrConfig
+from model.fit import IGNORED, LoadReport, Weights, fit, fit_backbone, some, unique_tensors
+from model.formats import FORMATS, recognise, to_foreign, to_own
 
 FOLDER_FILE = "model.safetensors"
+FOLDER_FILES = (FOLDER_FILE, f"{FOLDER_FILE}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""What a folder of weights is looked through for, in this order: whole or in parts, safe or pickled."""
+CONFIG_FILE = "config.json"
 IMAGENET_URL = "https://download.pytorch.org/models/"
 IMAGENET_FILES = {
     "resnet18": "resnet18-f37072fd.pth",
@@ -35,92 +46,85 @@ IMAGENET_FILES = {
 
 _DAMAGED = (SafetensorError, RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
 _HASHED_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")
-# Counters that batch norm keeps while training, leftovers of a FLOP counter in published files, and the classifier.
-_IGNORED = re.compile(r"(^|\.)(num_batches_tracked|total_ops|total_params)$")
-_CLASSIFIER = re.compile(r"^fc\.(weight|bias)$")
-_CLASS_HEAD = re.compile(r"(^|\.)class_embed\.(\d+\.)?(weight|bias)$")  # DETR has one without a number
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What loading did."""
-
-    source: str
-    """File, URL, or "state dict"."""
-    format: str
-    """`raydetr` or `torchvision`."""
-    loaded: tuple[str, ...]
-    """Tensors of the model that were set."""
-    reset: tuple[str, ...] = ()
-    """Tensors of the class heads that keep their initial weights, as the file has another number of classes."""
-    ignored: tuple[str, ...] = ()
-    """Tensors of the file that the model has no use for."""
-
-    def __str__(self) -> str:
-        parts = [f"{len(self.loaded)} tensors from {self.source} ({self.format})"]
-        if self.reset:
-            parts.append(f"class heads start anew: {', '.join(self.reset)}")
-        if self.ignored:
-            parts.append(f"{len(self.ignored)} tensors not used: {_some(self.ignored)}")
-        return "; ".join(parts)
-
-
-def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a model, each under one name only, also where heads are shared."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
-
-
-def export_weights(model: nn.Module, path: str | Path, format: str = "raydetr") -> None:
-    """Write a model's weights to a safetensors file; it appears whole or not at all.
+def export_weights(
+    model: nn.Module, path: str | Path, format: str = "raydetr", class_names: Sequence[str] | None = None
+) -> None:
+    """Write a model's weights; file or folder appears whole or not at all.
 
     Args:
         model: the detector.
-        path: the file; its folder must exist.
-        format: `raydetr`, the only one yet: the model's names, each tensor once.
+        path: the file, or for `hf` the folder, which must not be there or be empty; what it lies in must exist.
+        format: `raydetr`, a safetensors file with the model's names, each tensor once, and the architecture in its
+            metadata; `original`, a `.pth` file that the original's `--resume` takes, every head under all its names;
+            `hf`, a folder for `from_pretrained` of `DeformableDetrForObjectDetection` or `DetrForObjectDetection`.
+        class_names: for `hf`, names of the classes by logit.
+
+    Raises:
+        ValueError: the format is unknown, or its reader has no network that computes the same.
     """
-    if format != "raydetr":
-        raise ValueError(f'cannot write the weights format "{format}": choose raydetr')
-    path = Path(path)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in unique_tensors(model).items()}
+    if format not in FORMATS:
+        raise ValueError(f'cannot write the weights format "{format}": choose {", ".join(FORMATS)}')
+    path, config = Path(path), model.config
+    assert isinstance(config, DetrConfig)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, partial, metadata={"format": "raydetr"})
+        if format == "raydetr":
+            metadata = {"format": "raydetr", "config": json.dumps(asdict(config))}
+            save_file(_on_host(unique_tensors(model)), partial, metadata=metadata)
+        elif format == "original":
+            _check_original(config)
+            tensors = to_foreign(_on_host(model.state_dict()), "original", config.arch)
+            torch.save({"model": tensors, "raydetr": asdict(config)}, partial)
+        else:
+            settings = hf_config(config, class_names)
+            tensors = to_foreign(_on_host(model.state_dict()), "hf", config.arch)
+            partial.mkdir()
+            # transformers finds equal heads and ties them; a safetensors file cannot share memory.
+            save_file(
+                {name: tensor.clone() for name, tensor in tensors.items()}, partial / FOLDER_FILE, {"format": "pt"}
+            )
+            (partial / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
         os.replace(partial, path)
     finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
         partial.unlink(missing_ok=True)
 
 
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _check_original(config: DetrConfig) -> None:
+    lacks = odd_norms(config)
+    if config.backbone == "resnet_tiny" or config.backbone_norm != "frozen_batch_norm":
+        lacks.append(f"the backbone {config.backbone} with {config.backbone_norm}")
+    if lacks:
+        raise ValueError(f"the original has not {', nor '.join(lacks)}: these weights cannot be written for it")
+
+
 def load_weights(
-    model: nn.Module, path_or_state_dict: str | Path | Mapping[str, Tensor], *, reset_heads: bool = False
+    model: nn.Module, source: str | Path | Mapping[str, Tensor] | Weights, *, reset_heads: bool = False
 ) -> LoadReport:
     """Set a detector's weights; a torchvision ResNet file sets those of its backbone.
 
     Args:
         model: the detector.
-        path_or_state_dict: a `.safetensors` file, a folder with `model.safetensors`, a `.pth` file of tensors, or
-            tensors by name. A head shared by the layers may stand under one or all of its names.
+        source: a file or a folder of any format (see `read_weights`), or tensors by name.
         reset_heads: where the file has another number of classes, leave the class heads as they are, do not refuse.
 
     Raises:
-        ValueError: the file cannot be read, is not of a known format, or does not fit the model; it names the tensors.
+        ValueError: the file cannot be read, is not of a known format, or does not fit the model; it names the tensors
+            and, where the file tells, the settings of the model that it does fit.
     """
-    if isinstance(path_or_state_dict, Mapping):
-        source, tensors = "state dict", dict(path_or_state_dict)
-    else:
-        source, tensors = str(path_or_state_dict), read_tensors(path_or_state_dict)
-    if _is_torchvision(tensors):
-        return _load_torchvision(model.get_submodule("backbone"), tensors, source)
-    if not any(name.startswith("transformer.") for name in tensors):
-        raise ValueError(
-            f"{source}: not weights of a detector of this project nor of a torchvision ResNet; its tensors are "
-            f"{_some(tensors) or 'none'}"
-        )
-    ignored = tuple(name for name in tensors if _IGNORED.search(name))
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in ignored}
-    reset = _class_heads_to_reset(model, tensors, source, reset_heads)
-    loaded = _fill(model, {name: tensor for name, tensor in tensors.items() if name not in reset}, source, set(reset))
-    reset_once = tuple(name for name in reset if name in unique_tensors(model))
-    return LoadReport(source, "raydetr", loaded, reset_once, ignored)
+    if not isinstance(source, Weights):
+        name, tensors, notes = _read(source)
+        if _is_torchvision(tensors):
+            return fit_backbone(model.get_submodule("backbone"), tensors, name)
+        source = _weights(name, tensors, notes)
+    return fit(model, source, reset_heads)
 
 
 def load_backbone(model: nn.Module, source: str | Path) -> LoadReport:
@@ -147,107 +151,110 @@ def load_backbone(model: nn.Module, source: str | Path) -> LoadReport:
     _check_digest(path)
     tensors = read_tensors(path)
     if not _is_torchvision(tensors):
-        raise ValueError(f"{source}: not a torchvision ResNet state dict; its tensors are {_some(tensors) or 'none'}")
-    return _load_torchvision(backbone, tensors, source)
+        raise ValueError(f"{source}: not a torchvision ResNet state dict; its tensors are {some(tensors) or 'none'}")
+    return fit_backbone(backbone, tensors, source)
+
+
+def read_weights(source: str | Path | Mapping[str, Tensor]) -> Weights:
+    """A detector's weights under our names, with what the file says of their architecture.
+
+    Args:
+        source: ours (`.safetensors`, or a folder with `model.safetensors`), the original's checkpoint, HF's file or
+            folder (`model.safetensors` or `pytorch_model.bin`, whole or in parts, with `config.json` beside it), or
+            tensors by the names of any of these.
+
+    Raises:
+        ValueError: it cannot be read, or is not of a known format.
+    """
+    name, tensors, notes = _read(source)
+    if _is_torchvision(tensors):
+        raise ValueError(f"{name}: a torchvision ResNet, not a detector; it is for train.init.backbone")
+    return _weights(name, tensors, notes)
+
+
+def _read(source: str | Path | Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    if isinstance(source, Mapping):
+        return "state dict", dict(source), {}
+    return str(source), *_read_file(Path(source))
+
+
+def _weights(source: str, tensors: Mapping[str, Tensor], notes: dict[str, Any]) -> Weights:
+    recognised = recognise(tensors)
+    if recognised is None:
+        raise ValueError(
+            f"{source}: not weights of DETR or Deformable DETR (ours, the original's or transformers'), nor of a "
+            f"torchvision ResNet; its tensors are {some(tensors) or 'none'}"
+        )
+    format, arch = recognised
+    ignored = tuple(name for name in tensors if IGNORED.search(name))
+    own, unknown = to_own({name: t for name, t in tensors.items() if name not in ignored}, format, arch)
+    return Weights(source, format, arch, own, notes, tuple(unknown), ignored)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Tensors by name of a safetensors file, of a folder that holds `model.safetensors`, or of a torch file.
+    """Tensors by name of a weights file of any format, or of a folder that holds one of `FOLDER_FILES`.
 
     Raises:
         ValueError: there is no such file, it is damaged, or it holds something else than tensors.
     """
-    path = Path(path)
+    return _read_file(Path(path))[0]
+
+
+def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name, and what is said of their architecture beside them."""
     if path.is_dir():
-        path = path / FOLDER_FILE
+        path = next((path / name for name in FOLDER_FILES if (path / name).is_file()), path / FOLDER_FILE)
     if not path.is_file():
         raise ValueError(f"{path}: there is no such weights file")
+    notes = _hf_notes(path.parent / CONFIG_FILE) if path.name in FOLDER_FILES else {}
+    if path.name in FOLDER_FILES and path.suffix == ".json":
+        index = _read_json(path)
+        parts = sorted(set(index.get("weight_map", {}).values()))
+        tensors = {name: tensor for part in parts for name, tensor in _read_file(path.parent / part)[0].items()}
+        return tensors, notes
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return tensors, notes | json.loads((file.metadata() or {}).get("config", "{}"))
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the original keeps its arguments in one
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGED as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise ValueError(f"{path}: damaged, or not a weights file ({reason}); get it again") from e
+    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        args = content.get("args", {})
+        notes |= notes_of_args(vars(args) if isinstance(args, argparse.Namespace) else args)
+        notes |= content.get("raydetr", {})
+        content = content["model"]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path}: holds something else than tensors by name, so it is not a weights file")
-    return dict(content)
+    return dict(content), notes
+
+
+def _hf_notes(path: Path) -> dict[str, Any]:
+    """What a config.json of transformers says; empty where there is none."""
+    if not path.is_file():
+        return {}
+    config = _read_json(path)
+    kind = config.get("model_type")
+    if kind not in ("detr", "deformable_detr"):
+        raise ValueError(f"{path}: is of a model of the type {kind}, and only detr and deformable_detr are read")
+    return notes_of_hf(config)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: damaged, or not JSON ({error}); get it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: is not a JSON object; get it again")
+    return content
 
 
 def _is_torchvision(tensors: Mapping[str, Tensor]) -> bool:
     return "layer1.0.conv1.weight" in tensors
-
-
-def _load_torchvision(backbone: nn.Module, tensors: dict[str, Tensor], source: str) -> LoadReport:
-    frozen = any(isinstance(module, FrozenBatchNorm2d) for module in backbone.modules())
-    if "bn1.running_mean" in tensors and not frozen:
-        raise ValueError(
-            f"{source}: has batch norm statistics; to use them, set model.backbone_norm: frozen_batch_norm"
-        )
-    ignored = tuple(name for name in tensors if _IGNORED.search(name) or _CLASSIFIER.search(name))
-    loaded = _fill(backbone, {name: tensor for name, tensor in tensors.items() if name not in ignored}, source, set())
-    return LoadReport(source, "torchvision", tuple(f"backbone.{name}" for name in loaded), (), ignored)
-
-
-def _class_heads_to_reset(
-    model: nn.Module, tensors: Mapping[str, Tensor], source: str, reset_heads: bool
-) -> tuple[str, ...]:
-    """Names of the class heads if the file has another number of logits than the model; else none."""
-    own = model.state_dict()
-    heads = tuple(name for name in own if _CLASS_HEAD.search(name))
-    other = [name for name in heads if name in tensors and len(tensors[name]) != len(own[name])]
-    if not other:
-        return ()
-    if not reset_heads:
-        raise ValueError(
-            f"{source}: has {len(tensors[other[0]])} class logits and the model has {len(own[other[0]])}; to keep all "
-            "other weights and start the class heads anew, set reset_heads (train.init.reset_heads: true)"
-        )
-    return heads
-
-
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str, keep: set[str]) -> tuple[str, ...]:
-    """Copy `tensors` into the model, or raise one error about all that does not fit; names in `keep` are left alone."""
-    names_of: dict[int, list[str]] = {}  # a shared tensor has several names
-    own: dict[str, Tensor] = {}
-    everything = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-    for name, tensor in everything:
-        names_of.setdefault(id(tensor), []).append(name)
-        own[name] = tensor
-    copies: dict[str, Tensor] = {}
-    missing, problems = [], []
-    for names in names_of.values():
-        if names[0] in keep:
-            continue
-        given = [name for name in names if name in tensors]
-        if not given:
-            missing.append(names[0])
-            continue
-        first = tensors[given[0]]
-        wrong = next((name for name in given if tensors[name].shape != own[name].shape), None)
-        if wrong is not None:
-            problems.append(f"{wrong} is {list(tensors[wrong].shape)}, the model's is {list(own[wrong].shape)}")
-        elif any(not torch.equal(tensors[name], first) for name in given[1:]):
-            problems.append(f"{given[0]} differs from {given[1]}, but the model shares one (with_box_refine is off)")
-        elif not first.is_floating_point():
-            problems.append(f"{given[0]} is {first.dtype}, not floating point")
-        else:
-            copies[names[0]] = first
-    unexpected = [name for name in tensors if name not in own]
-    if missing:
-        problems.append(f"{len(missing)} tensors of the model are missing: {_some(missing)}")
-    if unexpected:
-        problems.append(f"{len(unexpected)} tensors are not the model's: {_some(unexpected)}")
-    if problems:
-        more = f"; and {len(problems) - 5} problems more" if len(problems) > 5 else ""
-        raise ValueError(f"{source}: does not fit the model of this configuration: {'; '.join(problems[:5])}{more}")
-    with torch.no_grad():
-        for name, tensor in copies.items():
-            own[name].copy_(tensor)
-    return tuple(copies)
 
 
 def _download(url: str) -> Path:
@@ -279,9 +286,3 @@ def _check_digest(path: Path) -> None:
             f"{path}: its sha256 begins with {digest[: len(match[1])]}, its name says {match[1]}: "
             "it is damaged or another file; delete it and get it again"
         )
-
-
-def _some(names: Mapping[str, Tensor] | list[str] | tuple[str, ...], most: int = 4) -> str:
-    """The first few names."""
-    listed = list(names)
-    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")

@@ -117,7 +117,7 @@ class InitSection(Section):
     backbone: str | None = None
     """Backbone weights: a path or URL of torchvision's state dict, or `imagenet` for the published ones."""
     weights: str | None = None
-    """Detector weights: a path of a checkpoint folder or a weights file."""
+    """Detector weights: a checkpoint folder, or a file or folder of ours, of the original or of transformers."""
     reset_heads: bool = False
     """Re-initialise the heads when the weights file has another number of classes."""
 

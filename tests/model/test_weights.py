@@ -1,4 +1,7 @@
+import argparse
 import hashlib
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,8 @@ from torch import Tensor
 
 from model import DetrConfig, build_model
 from model.deformable_detr import DeformableDetr
-from model.weights import IMAGENET_FILES, export_weights, load_backbone, load_weights, read_tensors, unique_tensors
+from model.fit import unique_tensors
+from model.weights import IMAGENET_FILES, export_weights, load_backbone, load_weights, read_tensors, read_weights
 
 
 def make_detector(seed: int = 0, **settings: Any) -> DeformableDetr:
@@ -56,7 +60,7 @@ class TestOwnFormat:
     def test_each_tensor_is_written_once(self, tmp_path: Path) -> None:
         export_weights(make_detector(with_box_refine=True), tmp_path / "w.safetensors")
         with safe_open(tmp_path / "w.safetensors", "pt") as file:
-            assert file.metadata() == {"format": "raydetr"}
+            assert file.metadata()["format"] == "raydetr"
             assert not [name for name in file.keys() if name.startswith("transformer.decoder.bbox")]  # noqa: SIM118
 
     def test_a_state_dict_with_all_names_is_taken(self) -> None:
@@ -70,8 +74,13 @@ class TestOwnFormat:
         load_weights(other, tmp_path / "w.pth")
         assert_equal(other, copy_of(model))
 
+    def test_the_architecture_stands_in_the_file(self, tmp_path: Path) -> None:
+        model = make_detector(with_box_refine=True, two_stage=True, heads=2, points=3, dropout=0.3, dilation=True)
+        export_weights(model, tmp_path / "w.safetensors")
+        assert read_weights(tmp_path / "w.safetensors").config() == model.config
+
     def test_unknown_format_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="choose raydetr"):
+        with pytest.raises(ValueError, match="choose raydetr, original, hf"):
             export_weights(make_detector(), tmp_path / "w", format="onnx")
 
     def test_a_failed_write_leaves_nothing(self, tmp_path: Path) -> None:
@@ -79,6 +88,129 @@ class TestOwnFormat:
         with pytest.raises(OSError, match="taken"):
             export_weights(make_detector(), tmp_path / "taken")
         assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def make_publishable(seed: int = 0, **settings: Any) -> DeformableDetr:
+    """A detector that the others' code can hold, too."""
+    return make_detector(seed, **({"backbone": "resnet18", "hidden_dim": 64} | settings))
+
+
+def write_original(path: Path, model: DeformableDetr, **arguments: Any) -> Path:
+    """A checkpoint as the original's training leaves it, with the leftovers of a FLOP counter."""
+    export_weights(model, path, "original")
+    tensors = torch.load(path, weights_only=True)["model"]
+    tensors |= {"transformer.total_ops": torch.zeros(1), "backbone.0.body.total_params": torch.zeros(1)}
+    optimizer = torch.optim.AdamW([torch.zeros(1)])
+    args = argparse.Namespace(
+        nheads=model.config.heads, dec_n_points=model.config.points, lr=2e-4, device="cuda", masks=False
+    )
+    vars(args).update(arguments)
+    content = {"model": tensors, "optimizer": optimizer.state_dict(), "epoch": 49, "args": args}
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 40)
+    torch.save(content | {"lr_scheduler": scheduler.state_dict()}, path)
+    return path
+
+
+class TestOriginalFormat:
+    @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
+    def test_a_checkpoint_of_the_original_is_read(self, tmp_path: Path, settings: dict[str, Any]) -> None:
+        model, other = make_publishable(**settings), make_publishable(seed=1, **settings)
+        report = load_weights(other, write_original(tmp_path / "checkpoint.pth", model))
+        assert_equal(other, copy_of(model))
+        assert (report.format, len(report.ignored)) == ("original", 2)
+
+    def test_every_head_is_written_under_all_its_names(self, tmp_path: Path) -> None:
+        model = make_publishable(with_box_refine=True, two_stage=True)
+        export_weights(model, tmp_path / "w.pth", "original")
+        tensors = torch.load(tmp_path / "w.pth", weights_only=True)["model"]
+        assert len(tensors) == len(model.state_dict())
+        assert {
+            "backbone.0.body.conv1.weight",
+            "backbone.0.body.layer1.0.bn1.running_var",
+            "class_embed.2.weight",
+            "transformer.decoder.class_embed.2.weight",
+            "transformer.decoder.bbox_embed.2.layers.0.bias",
+        } <= tensors.keys()
+
+    def test_other_things_than_namespaces_are_not_unpickled(self, tmp_path: Path) -> None:
+        path = write_original(tmp_path / "w.pth", make_publishable(), folder=Path("x"), code=print)
+        with pytest.raises(ValueError, match=r"w\.pth"):
+            read_tensors(path)
+
+    def test_arguments_are_believed(self, tmp_path: Path) -> None:
+        model = make_publishable(heads=4, points=8)
+        path = write_original(tmp_path / "w.pth", model, dilation=True, dropout=0.25)
+        assert read_weights(path).config() == replace(model.config, dilation=True, dropout=0.25)
+        report = load_weights(make_publishable(heads=4, points=8), path)
+        assert "made with model.dilation: true, unlike this model" in str(report)
+        with pytest.raises(ValueError, match=r"made with other settings; set model\.heads: 4, model\.points: 8"):
+            load_weights(make_publishable(heads=8, points=4), path)
+
+    @pytest.mark.parametrize("format", ["original", "hf"])
+    def test_what_others_lack_is_not_written(self, tmp_path: Path, format: str) -> None:
+        with pytest.raises(ValueError, match="the backbone resnet_tiny"):
+            export_weights(make_detector(hidden_dim=64), tmp_path / "w", format)
+        with pytest.raises(ValueError, match="a width of 32"):
+            export_weights(make_detector(backbone="resnet18"), tmp_path / "w", format)
+        assert not list(tmp_path.iterdir())
+
+
+class TestTransformersFormat:
+    """Files only; `test_parity` has transformers itself read and write them."""
+
+    @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
+    def test_out_and_in(self, tmp_path: Path, settings: dict[str, Any]) -> None:
+        model, other = make_publishable(**settings), make_publishable(seed=1, **settings)
+        export_weights(model, tmp_path / "folder", "hf", ["cat", "dog", "bird"])
+        assert json.loads((tmp_path / "folder" / "config.json").read_text())["id2label"]["2"] == "bird"
+        for source in (tmp_path / "folder", tmp_path / "folder" / "model.safetensors"):
+            assert read_weights(source).config() == model.config
+            assert load_weights(other, source).format == "hf"
+        assert_equal(other, copy_of(model))
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+    def test_pickled_and_in_parts(self, tmp_path: Path) -> None:
+        model = make_publishable()
+        export_weights(model, tmp_path / "safe", "hf")
+        tensors = list(read_tensors(tmp_path / "safe").items())
+        parts = {"a.bin": dict(tensors[:50]), "b.bin": dict(tensors[50:])}
+        index = {"weight_map": {name: part for part, content in parts.items() for name in content}}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        torch.save(parts["a.bin"], tmp_path / "a.bin")
+        with pytest.raises(ValueError, match=r"b\.bin: there is no such weights file"):
+            load_weights(model, tmp_path)
+        torch.save(parts["b.bin"], tmp_path / "b.bin")
+        other = make_publishable(seed=1)
+        load_weights(other, tmp_path)
+        assert_equal(other, copy_of(model))
+
+    def test_another_model_and_a_broken_config(self, tmp_path: Path) -> None:
+        export_weights(make_publishable(), tmp_path / "w", "hf")
+        (tmp_path / "w" / "config.json").write_text('{"model_type": "conditional_detr"}')
+        with pytest.raises(ValueError, match=r"config\.json: is of a model of the type conditional_detr"):
+            read_weights(tmp_path / "w")
+        (tmp_path / "w" / "config.json").write_text("{")
+        with pytest.raises(ValueError, match=r"config\.json: damaged, or not JSON"):
+            read_weights(tmp_path / "w")
+
+    def test_a_folder_with_something_in_it_is_left_alone(self, tmp_path: Path) -> None:
+        (tmp_path / "notes.txt").write_text("mine")
+        with pytest.raises(OSError, match="not empty"):
+            export_weights(make_publishable(), tmp_path, "hf")
+        assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
+def test_through_all_formats_bit_by_bit(tmp_path: Path, settings: dict[str, Any]) -> None:
+    first = make_publishable(heads=2, **settings)
+    model = first
+    for format, name in (("original", "w.pth"), ("hf", "folder"), ("raydetr", "w.safetensors")):
+        export_weights(model, tmp_path / name, format)
+        weights = read_weights(tmp_path / name)
+        assert (weights.format, weights.config()) == (format, first.config)
+        model = make_publishable(seed=1, heads=2, **settings)
+        load_weights(model, weights)
+    assert_equal(model, copy_of(first))
 
 
 class TestOtherClassCount:
@@ -98,6 +230,17 @@ class TestOtherClassCount:
         assert_equal(model, expected)
         assert set(report.reset) == {name for name in unique_tensors(model) if "class_embed" in name}
         assert "class heads start anew: class_embed.0.weight" in str(report)
+
+    @pytest.mark.parametrize("format", ["original", "hf"])
+    def test_reset_from_other_formats(self, tmp_path: Path, format: str) -> None:
+        model, source = make_publishable(num_classes=3), make_publishable(seed=1, num_classes=91)
+        export_weights(source, tmp_path / "w", format)
+        before, given = copy_of(model), copy_of(source)
+        with pytest.raises(ValueError, match=r"has 91 class logits and the model has 3"):
+            load_weights(model, tmp_path / "w")
+        assert_equal(model, before)
+        assert load_weights(model, tmp_path / "w", reset_heads=True).reset
+        assert_equal(model, {name: (before if "class_embed" in name else given)[name] for name in before})
 
     def test_equal_counts_reset_nothing(self) -> None:
         model, source = make_detector(), make_detector(seed=1)
@@ -181,8 +324,36 @@ class TestFilesThatDoNotFit:
             load_weights(model, state)
         assert_equal(model, before)
 
+    @pytest.mark.parametrize("format", ["raydetr", "original", "hf"])
+    @pytest.mark.parametrize(
+        ("made", "into", "mend"),
+        [
+            ("two-stage", "base", "set model.with_box_refine: true, model.two_stage: true$"),
+            ("refine", "base", "set model.with_box_refine: true$"),
+            ("base", "two-stage", "set model.with_box_refine: false, model.two_stage: false$"),
+        ],
+    )
+    def test_another_variant_is_named(self, tmp_path: Path, format: str, made: str, into: str, mend: str) -> None:
+        source = make_publishable(**VARIANTS[made])
+        with torch.no_grad():
+            for index, head in enumerate(source.bbox_embed):
+                head.layers[0].bias += index  # type: ignore[union-attr, index, operator]
+        export_weights(source, tmp_path / "w.safetensors" if format == "raydetr" else tmp_path / "w", format)
+        model = make_publishable(seed=1, **VARIANTS[into])
+        before = copy_of(model)
+        with pytest.raises(ValueError, match=mend):
+            load_weights(model, next(tmp_path.iterdir()))
+        assert_equal(model, before)
+
+    def test_missing_tensors_go_by_the_names_of_the_file(self, tmp_path: Path) -> None:
+        export_weights(make_publishable(), tmp_path / "w", "hf")
+        tensors = read_tensors(tmp_path / "w")
+        del tensors["model.query_position_embeddings.weight"], tensors["model.level_embed"]
+        with pytest.raises(ValueError, match=r"2 tensors .* missing: .*model\.query_position_embeddings\.weight"):
+            load_weights(make_publishable(), tensors)
+
     def test_another_network(self) -> None:
-        with pytest.raises(ValueError, match="not weights of a detector"):
+        with pytest.raises(ValueError, match="not weights of DETR or Deformable DETR"):
             load_weights(make_detector(), {"encoder.weight": torch.zeros(2)})
 
     def test_left_over_counters_are_ignored(self) -> None:

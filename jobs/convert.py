@@ -1,0 +1,59 @@
+"""`raydetr convert`: weights from one format to another."""
+
+from pathlib import Path
+
+from model import DetrConfig, build_model
+from model.weights import export_weights, load_weights, read_weights
+from pipeline.checkpoint import STATE, read_state
+from pipeline.coco import LabelMap
+from pipeline.errors import UserError
+
+
+def convert(source: Path, out: Path, to: str, settings: DetrConfig | None = None) -> str:
+    """Write the weights in `source` to `out`; every value stays as it is.
+
+    Args:
+        source: a file or folder of any format that `read_weights` takes, or a checkpoint of a run.
+        out: a file, or a folder for `hf`; nothing may be there.
+        to: `raydetr`, `original` or `hf`.
+        settings: the architecture, but for the number of classes; what `source` tells when None.
+
+    Returns:
+        What was done, and what had to be assumed, as lines for a person.
+
+    Raises:
+        UserError: `source` cannot be read, does not fit the settings, or `to` cannot hold it.
+    """
+    if out.exists():
+        raise UserError(f"{out}: is there already; delete it, or choose another name")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"{out}: its folder does not exist; make it first")
+    names = None
+    try:
+        weights = read_weights(source)
+        assumed: list[str] = []
+        if (source / STATE).is_file():
+            state = read_state(source)
+            settings, names = settings or state.detr_config(), _class_names(LabelMap.from_json(state.labels))
+        if settings is not None:
+            config = weights.with_classes_of(settings)
+        else:
+            config = weights.config()
+            assumed = [f"model.{name}: {str(getattr(config, name)).lower()}" for name in weights.assumed()]
+        model = build_model(config)
+        report = load_weights(model, weights)
+        export_weights(model, out, to, names)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
+    lines = [f"{report} to {out} ({to})"]
+    if assumed:
+        lines.append(f"assumed, as {source} does not tell: {', '.join(assumed)}; if that is wrong, say so with -c FILE")
+    return "\n".join(lines)
+
+
+def _class_names(labels: LabelMap) -> list[str]:
+    """A name for each logit, which transformers wants; one that is no category is N/A, as in COCO's models."""
+    categories = [labels.category(label) for label in range(labels.num_classes)]
+    return ["N/A" if category is None else labels.names[category] for category in categories]
