@@ -9,7 +9,10 @@ import pytest
 import yaml
 
 PROJECT = Path(__file__).resolve().parents[2]
-COMMANDS = ["run", "shard", "train", "evaluate", "register", "predict", "synth", "convert", "config", "inspect", "doctor"]
+COMMANDS = [
+    *("run", "shard", "train", "evaluate", "register", "predict"),
+    *("synth", "convert", "config", "inspect", "doctor"),
+]
 
 
 def raydetr(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
