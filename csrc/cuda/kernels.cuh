@@ -101,18 +101,25 @@ __device__ __forceinline__ void unpack(const Pack<Storage, Width>& pack, T (&to)
   }
 }
 
-// Holds an address in a register: the compiler would rather compute it anew, in 64 bits, at each of its uses.
+// Holds a number or an address in a register: the compiler would rather load or compute it anew at each of its uses.
 template <typename T>
-__device__ __forceinline__ void pin(T*& address) {
+__device__ __forceinline__ void pin(T& number) {
 #ifdef __CUDA_ARCH__
-  asm volatile("" : "+l"(address));
+  if constexpr (std::is_pointer_v<T>) {
+    asm volatile("" : "+l"(number));
+  } else if constexpr (sizeof(T) == 4) {
+    asm volatile("" : "+f"(number));
+  } else {
+    asm volatile("" : "+d"(number));
+  }
 #endif
 }
 
-// The same channels of another row, rows being `stride` bytes apart.
+// The same channels of another row, rows being `stride` bytes apart: one instruction, which a product of signed numbers
+// is not everywhere.
 template <typename Byte>
 __device__ __forceinline__ Byte* row_of(Byte* base, int32_t row, int32_t stride) {
-  return base + static_cast<int64_t>(row) * stride;
+  return base + static_cast<uint64_t>(static_cast<uint32_t>(row)) * static_cast<uint32_t>(stride);
 }
 
 template <typename T>
@@ -331,6 +338,19 @@ __global__ void __launch_bounds__(kThreads, L::kChannels ? 3 : 2)
   pin(cells);
   pin(gradients);
   pin(sums);
+  // Of few channels, known to the compiler, the output's gradient stays in registers.
+  constexpr int kHeld = L::kChannels ? L::kChannels / kStep : 1;
+  T gradient[kHeld][L::kWidth];
+  if constexpr (L::kChannels != 0) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      unpack(load<Cell>(gradients + i * kStep * sizeof(typename L::Storage)), gradient[i]);
+#pragma unroll
+      for (T& number : gradient[i]) {
+        pin(number);
+      }
+    }
+  }
   Samples<T, L::kLanes> samples(locations, weights, first_place, group.lane, shape.places);
   Sample<T> next = samples.next();
 #pragma unroll 1
@@ -351,12 +371,15 @@ __global__ void __launch_bounds__(kThreads, L::kChannels ? 3 : 2)
       T product[4] = {};
       if (rows.corner[0] >= 0) {
         const Rows<T> by = shared.weights[slot];
+#pragma unroll
         for (int first = 0; first < channels; first += kStep) {
-          if (!L::kChannels && first + first_channel >= channels) {
-            break;
+          T(&mine)[L::kWidth] = gradient[first / kStep % kHeld];
+          if constexpr (L::kChannels == 0) {
+            if (first + first_channel >= channels) {
+              break;
+            }
+            unpack(load<Cell>(gradients + first * sizeof(typename L::Storage)), mine);
           }
-          T gradient[L::kWidth];
-          unpack(load<Cell>(gradients + first * sizeof(typename L::Storage)), gradient);
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner) {
             if constexpr (Sampling) {
@@ -366,14 +389,14 @@ __global__ void __launch_bounds__(kThreads, L::kChannels ? 3 : 2)
                      cell);
 #pragma unroll
               for (int i = 0; i < L::kWidth; ++i) {
-                product[corner] += gradient[i] * cell[i];
+                product[corner] += mine[i] * cell[i];
               }
             }
             if constexpr (Value) {
               T share[L::kWidth];
 #pragma unroll
               for (int i = 0; i < L::kWidth; ++i) {
-                share[i] = by.corner[corner] * gradient[i];
+                share[i] = by.corner[corner] * mine[i];
               }
               const int32_t stride = row_size * static_cast<int32_t>(sizeof(T));
               add(row_of(sums, rows.corner[corner], stride) + first * sizeof(T), share);
@@ -395,13 +418,13 @@ __global__ void __launch_bounds__(kThreads, L::kChannels ? 3 : 2)
       for (int corner = 0; corner < 4; ++corner) {
         product.corner[corner] = own.inside[corner] ? product.corner[corner] : T(0);
       }
-      const PointGradient<T> gradient = point_gradient(product.corner, x.fraction, y.fraction, sample.weight, level);
+      const PointGradient<T> result = point_gradient(product.corner, x.fraction, y.fraction, sample.weight, level);
       if (group.inside && place < shape.places) {
         if (grad_locations != nullptr) {
-          reinterpret_cast<Pack<T, 2>*>(grad_locations)[first_place + place] = {{gradient.x, gradient.y}};
+          reinterpret_cast<Pack<T, 2>*>(grad_locations)[first_place + place] = {{result.x, result.y}};
         }
         if (grad_weights != nullptr) {
-          grad_weights[first_place + place] = gradient.weight;
+          grad_weights[first_place + place] = result.weight;
         }
       }
     }
