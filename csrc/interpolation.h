@@ -68,6 +68,38 @@ RAYDETR_INLINE Corners<T> corners(const Axis<T>& x, const Axis<T>& y, const Leve
           {top * left, top * right, bottom * left, bottom * right}};
 }
 
+// The same for kernels that read every corner of a point: a corner outside its level takes the place of one inside and
+// weighs `outside`, which is 0, or NaN to mark the result. A point that has nothing to add has row[0] == -1.
+template <typename T>
+struct Patch {
+  int32_t row[4];
+  T weight[4];
+  bool inside[4];
+};
+
+template <typename T>
+RAYDETR_INLINE Patch<T> patch(const Axis<T>& x, const Axis<T>& y, const Level& level, T scale, T outside) {
+  const bool in_left = static_cast<uint32_t>(x.low) < static_cast<uint32_t>(level.width);
+  const bool in_right = static_cast<uint32_t>(x.low + 1) < static_cast<uint32_t>(level.width);
+  const bool in_top = static_cast<uint32_t>(y.low) < static_cast<uint32_t>(level.height);
+  const bool in_bottom = static_cast<uint32_t>(y.low + 1) < static_cast<uint32_t>(level.height);
+  const T left = in_left ? static_cast<T>(1) - x.fraction : outside;
+  const T right = in_right ? x.fraction : outside;
+  const T top = in_top ? (static_cast<T>(1) - y.fraction) * scale : outside;
+  const T bottom = in_bottom ? y.fraction * scale : outside;
+  const int32_t left_column = in_left ? x.low : 0;
+  const int32_t right_column = in_right ? x.low + 1 : left_column;
+  const int32_t top_line = in_top ? y.low : 0;
+  const int32_t bottom_line = in_bottom ? y.low + 1 : top_line;
+  const int32_t top_row = level.start + top_line * level.width;
+  const int32_t bottom_row = level.start + bottom_line * level.width;
+  const bool used = ((in_left | in_right) & (in_top | in_bottom)) | (outside != static_cast<T>(0));
+  return {{used ? top_row + left_column : -1, top_row + right_column, bottom_row + left_column,
+           bottom_row + right_column},
+          {top * left, top * right, bottom * left, bottom * right},
+          {in_top && in_left, in_top && in_right, in_bottom && in_left, in_bottom && in_right}};
+}
+
 // Gradients of one sampling point from the products <grad_output, corner> over the channels of its head.
 template <typename T>
 struct PointGradient {
