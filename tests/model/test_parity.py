@@ -132,9 +132,8 @@ def run_theirs(model: Any, batch: ImageBatch, targets: list[dict[str, Tensor]] |
 def run_detr_with_losses(model: Any, batch: ImageBatch, labels: Any) -> Any:
     """Their DETR with the losses of all layers, whose hidden states are taken from outside."""
     hidden: list[Tensor] = []
-    handles = [
-        layer.register_forward_hook(lambda *call: hidden.append(call[-1])) for layer in model.model.decoder.layers
-    ]
+    layers = model.model.decoder.layers
+    handles = [layer.register_forward_hook(lambda *call: hidden.append(call[-1])) for layer in layers]
     outputs = model(pixel_values=batch.pixels, pixel_mask=(~batch.mask).long())
     for handle in handles:
         handle.remove()
@@ -153,7 +152,7 @@ def rows_matched(ours: Tensor, theirs: Tensor, boxes: Tensor, their_boxes: Tenso
     for index in range(len(ours)):
         first = torch.cat((ours[index], boxes[index]), 1)
         second = torch.cat((theirs[index], their_boxes[index]), 1)
-        distance = torch.cdist(first, second)
+        distance = (first[:, None] - second).abs().amax(-1)
         rows.append(torch.from_numpy(linear_sum_assignment(distance.numpy())[1]))
     return torch.stack(rows)
 
