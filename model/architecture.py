@@ -174,7 +174,8 @@ def hf_config(config: DetrConfig, class_names: Sequence[str] | None = None) -> d
         "d_model": config.hidden_dim,
         "dropout": config.dropout,
         "num_queries": config.num_queries,
-        "auxiliary_loss": config.auxiliary_losses,
+        # With it, transformers feeds each layer of DETR's decoder the norm of the one before: other detections.
+        "auxiliary_loss": config.auxiliary_losses and config.arch == "deformable_detr",
         "id2label": {str(index): name for index, name in enumerate(names)},
         "label2id": {name: index for index, name in enumerate(names)},
     }

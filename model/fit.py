@@ -105,8 +105,7 @@ def fit(model: nn.Module, weights: Weights, reset_heads: bool) -> LoadReport:
     if wrong:
         raise ValueError(f"{weights.source}: its attention was made with other settings; set {', '.join(wrong)}")
     reset = _class_heads_to_reset(model, weights, reset_heads)
-    kept = {name: tensor for name, tensor in weights.tensors.items() if name not in reset}
-    copies, problems = _match(model, kept, weights, set(reset))
+    copies, problems = _match(model, weights.tensors, weights, set(reset))
     if problems:
         raise ValueError(_does_not_fit(weights.source, problems) + _mend(weights, config))
     _copy(model, copies)

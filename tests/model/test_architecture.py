@@ -50,6 +50,7 @@ def test_config_of_transformers_there_and_back(settings: dict[str, Any]) -> None
     config = DetrConfig(**(SMALL | {"heads": 4, "dropout": 0.2} | settings))
     written = hf_config(config)
     assert len(written["id2label"]) == len(written["label2id"]) == 7
+    assert written["auxiliary_loss"] == (config.arch == "deformable_detr")  # it changes what transformers' DETR detects
     state = build_model(config).state_dict()
     assert infer_config(state, config.arch, notes_of_hf(written)) == config
 
