@@ -53,27 +53,6 @@ def pairwise_generalized_iou(first: Tensor, second: Tensor) -> Tensor:
     return generalized_iou(first[..., :, None, :], second[..., None, :, :])
 
 
-def check_boxes(boxes: Tensor, name: str) -> None:
-    """Refuse cxcywh boxes that no loss can use. It reads the values, so call it on the host, not in a training step.
-
-    Args:
-        boxes: cxcywh `[n, 4]`.
-        name: what the boxes are, for the message.
-
-    Raises:
-        ValueError: a box is not finite or has a negative size.
-    """
-    if boxes.ndim != 2 or boxes.shape[-1] != 4:
-        raise ValueError(f"{name}: boxes have the shape {tuple(boxes.shape)}, expected (n, 4) as cx, cy, w, h")
-    unusable = ~torch.isfinite(boxes).all(-1) | (boxes[:, 2:] < 0).any(-1)
-    if unusable.any():
-        first = int(unusable.nonzero()[0])
-        raise ValueError(
-            f"{name}: {int(unusable.sum())} of {len(boxes)} boxes are not finite or have a negative size, "
-            f"first box {first}: {boxes[first].tolist()} as cx, cy, w, h"
-        )
-
-
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     """Logit of `x` in 0..1, with both x and 1 - x kept at least `eps` from 0."""
     x = x.clamp(0, 1)

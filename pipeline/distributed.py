@@ -95,11 +95,6 @@ def sum_over_ranks(world: World, *values: float) -> list[float]:
     return all_reduce_sum(world, torch.tensor(values, dtype=torch.float64)).tolist()
 
 
-def any_rank(world: World, flag: bool) -> bool:
-    """Whether the flag is set on any rank."""
-    return sum_over_ranks(world, float(flag))[0] > 0
-
-
 def gather_objects(world: World, value: Any) -> list[Any]:
     """The values of all ranks, by rank, on every rank."""
     if world.size == 1:
@@ -116,11 +111,6 @@ def broadcast_object(world: World, value: Result) -> Result:
     values = [value]
     dist.broadcast_object_list(values, src=0, group=world.host_group)
     return values[0]
-
-
-def barrier(world: World) -> None:
-    """Wait for all ranks."""
-    any_rank(world, False)
 
 
 def raise_together(world: World, error: Exception | None) -> None:

@@ -98,7 +98,3 @@ class SampleOrder:
         It is that of its first sample, since an epoch ends with the first step that reaches its last sample.
         """
         return step * global_batch // self.samples
-
-    def epoch_end(self, epoch: int, global_batch: int) -> int:
-        """Steps that are done when `epoch` (counted from 0) has ended."""
-        return -(-(epoch + 1) * self.samples // global_batch)

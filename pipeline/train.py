@@ -290,7 +290,10 @@ def _config(job: TrainJob) -> dict[str, Any]:
 
 
 def _check_same_run(job: TrainJob, manifest: Manifest, state: State, path: Path) -> None:
-    lines = differences(state.config, _config(job))
+    # A setting that is newer than the checkpoint had the effect of its default.
+    defaults = {"model": plain(DetrConfig()), "train": plain(TrainSection())}
+    trained = {section: defaults[section] | values for section, values in state.config.items()}
+    lines = differences(trained, _config(job))
     changed = [line for line in lines if line.split(":", 1)[0] not in MAY_DIFFER]
     if state.data_digest != manifest.digest:
         changed.append(f"digest of {manifest.folder}: {state.data_digest} -> {manifest.digest}")

@@ -4,7 +4,6 @@ import torch
 from model.boxes import (
     at_least_float32,
     box_area,
-    check_boxes,
     cxcywh_to_xyxy,
     generalized_iou,
     inverse_sigmoid,
@@ -50,25 +49,6 @@ def test_pairwise_is_every_pair() -> None:
     pairs = pairwise_generalized_iou(boxes[:, :3], boxes[:, 3:])
     assert pairs.shape == (2, 3, 4)
     torch.testing.assert_close(pairs[1, 2, 0], generalized_iou(boxes[1, 2], boxes[1, 3]))
-
-
-@pytest.mark.parametrize(
-    "boxes",
-    [
-        pytest.param([[0.5, 0.5, float("nan"), 0.1]], id="nan"),
-        pytest.param([[0.5, 0.5, 0.1, 0.1], [float("inf"), 0.5, 0.1, 0.1]], id="infinite"),
-        pytest.param([[0.5, 0.5, -0.1, 0.1]], id="negative size"),
-        pytest.param([[0.5, 0.5, 0.1]], id="three numbers"),
-    ],
-)
-def test_unusable_boxes_are_refused_by_name(boxes: list[list[float]]) -> None:
-    with pytest.raises(ValueError, match="image 7"):
-        check_boxes(torch.tensor(boxes), "image 7")
-
-
-def test_usable_boxes_pass() -> None:
-    check_boxes(torch.empty(0, 4), "no object")
-    check_boxes(torch.tensor([[0.5, 0.5, 0.0, 1.0]]), "no width")
 
 
 def test_inverse_sigmoid_is_clamped() -> None:

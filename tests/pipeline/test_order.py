@@ -93,14 +93,10 @@ class TestStream:
     def test_an_epoch_ends_with_the_step_that_reaches_its_last_sample(self) -> None:
         one = order(10)  # batches of 4: the third step reaches sample 10 and goes on into the next epoch
         assert [one.epoch_of(step, 4) for step in range(6)] == [0, 0, 0, 1, 1, 2]
-        assert [one.epoch_end(epoch, 4) for epoch in range(4)] == [3, 5, 8, 10]
-        for step in range(20):
-            assert one.epoch_end(one.epoch_of(step, 4), 4) > step
 
     def test_batch_of_several_epochs(self) -> None:
         one = order(3)
         assert [epoch for epoch, _ in one.step_samples(0, 8)] == [0, 0, 0, 1, 1, 1, 2, 2]
-        assert one.epoch_end(0, 8) == 1
 
 
 def test_travels_without_what_it_keeps() -> None:

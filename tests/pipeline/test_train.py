@@ -23,7 +23,7 @@ from pipeline.distributed import World, close, init_world
 from pipeline.errors import UserError
 from pipeline.loader import MicroBatch, Step
 from pipeline.manifest import Manifest, read_image_bytes
-from pipeline.train import TrainJob, _agree_on_finite, _Run, dropout_seed, engine_config, main, train
+from pipeline.train import TrainJob, _agree_on_finite, _Run, dropout_seed, engine_config, main, resume_point, train
 from tests.builders import make_varied_manifest
 from tests.ranks import Ranks, processes
 
@@ -235,6 +235,24 @@ def test_other_data_is_refused(straight: tuple[TrainJob, Path], world: World, tm
 def test_settings_that_change_no_step_may_change(straight: tuple[TrainJob, Path], world: World) -> None:
     job = make_job(_manifest(straight), straight[0].out, log_steps=5, keep_checkpoints=1, zero_stage=1, max_restarts=9)
     assert train(job, world) == straight[1]
+
+
+@pytest.mark.parametrize(("value", "goes_on"), [("none", True), ("sqrt", False)], ids=["default", "another value"])
+def test_a_checkpoint_from_before_a_setting_was_there(
+    straight: tuple[TrainJob, Path], tmp_path: Path, value: str, goes_on: bool
+) -> None:
+    manifest = _manifest(straight)
+    job = make_job(manifest, tmp_path, scale_lr=value)
+    shutil.copytree(straight[0].checkpoints, job.checkpoints)
+    for path in job.checkpoints.glob("*/state.json"):
+        state = json.loads(path.read_text())
+        del state["config"]["train"]["scale_lr"]
+        path.write_text(json.dumps(state))
+    if goes_on:
+        assert resume_point(job, manifest) is not None
+    else:
+        with pytest.raises(UserError, match=r"train\.scale_lr: none -> sqrt"):
+            resume_point(job, manifest)
 
 
 def test_micro_batches_must_be_shared_equally(manifest: Manifest, ranks: Ranks, tmp_path: Path) -> None:
