@@ -24,6 +24,8 @@ MOST_SIDE = 1200
 PANEL = 4.2
 """Longest side of a panel's picture, in inches."""
 DPI = 110
+LEAST_WINDOW = 0.15
+"""Least part of the picture's sides that the panel of a level shows."""
 GREEN = "#00e000"
 
 
@@ -45,6 +47,8 @@ class Look:
     """[heads, levels, points, 2]; not clipped: those outside the picture sample zeros."""
     weights: NDArray[np.float32]
     """[heads, levels, points]; those of a head add up to 1."""
+    size: tuple[int, int]
+    """Width and height of the picture."""
     levels: tuple[tuple[int, int, int], ...]
     """Stride in pixels of the network's input, height and width in cells, of each level."""
 
@@ -111,64 +115,78 @@ def _look(
         sampling.reference[0, query].float().cpu().numpy() * scale,
         sampling.points[0, query].float().cpu().numpy() * scale,
         sampling.weights[0, query].float().cpu().numpy(),
+        size,
         tuple((stride, *shape) for stride, shape in zip(strides, sampling.shapes, strict=True)),
     )
 
 
-def draw_look(pixels: NDArray[np.uint8], seen: Look, path: Path) -> Path:
-    """Draw a panel for all levels and one for each: the picture, points colored by weight, reference point and box.
+def save_look(pixels: NDArray[np.uint8], seen: Look, path: Path) -> Path:
+    """Write what `draw_look` draws as PNG."""
+    draw_look(pixels, seen).savefig(path, dpi=DPI, bbox_inches="tight", metadata={"Software": None})
+    return path
+
+
+def draw_look(pixels: NDArray[np.uint8], seen: Look) -> Figure:
+    """Draw the whole picture with all points, then for each level the part of the picture that was looked at.
+
+    Points are circles, colored by their weights; the box is green, and so is the cross at the reference point.
 
     Args:
         pixels: RGB uint8 [height, width, 3].
         seen: what `look` gives for this picture.
-        path: the PNG to write.
     """
     height, width = pixels.shape[:2]
     picture = Image.fromarray(pixels)
     picture.thumbnail((MOST_SIDE, MOST_SIDE))
-    levels = len(seen.levels)
-    panels = [list(range(levels)), *([level] for level in range(levels))] if levels > 1 else [[0]]
-    columns = min(len(panels), 2 if width > height and len(panels) < 5 else 3)
-    rows = math.ceil(len(panels) / columns)
+    levels = range(len(seen.levels))
+    columns = 2 if width > height and len(levels) < 4 else 3
+    rows = math.ceil((1 + len(levels)) / columns)
     panel_width, panel_height = (PANEL * side / max(width, height) for side in (width, height))
-    figure = Figure(figsize=(columns * panel_width + 1.2, rows * (panel_height + 0.45) + 0.7), layout="constrained")
+    figure = Figure((columns * panel_width + 1, rows * (panel_height + 0.4) + 0.5), layout="compressed")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False)
-    most = float(seen.weights.max())
-    for axes, shown in zip(grid.flat, panels, strict=False):
-        axes.imshow(picture, extent=(0, width, height, 0))
-        dots = _draw_points(axes, seen, shown, most)
-        axes.set_title(_title(seen, shown, width, height), fontsize=9)
-        axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
-    for axes in grid.flat[len(panels) :]:
+    for axes in grid.flat:
         axes.axis("off")
-    bar = figure.colorbar(dots, ax=grid, shrink=0.8, aspect=30)
-    bar.set_label("attention weight (a head's add up to 1)")
-    figure.suptitle(f"query {seen.query}: {seen.category} {seen.score:.2f}; the cross is its reference point")
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})
-    return path
+    whole, *parts = grid.flat
+    dots = _draw_panel(whole, picture, seen, levels, (0, 0, width, height))
+    left, top, right, bottom = window = _window(seen)
+    whole.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color="white", linestyle="--"))
+    whole.set_title(f"query {seen.query}: {seen.category} {seen.score:.2f}", fontsize=10)
+    for level, axes in zip(levels, parts, strict=False):
+        _draw_panel(axes, picture, seen, [level], window)
+        stride, cells_y, cells_x = seen.levels[level]
+        part = float(seen.weights[:, level].sum() / seen.weights.sum())
+        axes.set_title(f"stride {stride}, {cells_x} x {cells_y} cells: {part:.0%} of the weight", fontsize=10)
+    figure.colorbar(dots, ax=grid, shrink=0.8, aspect=30, label="attention weight (a head's add up to 1)")
+    return figure
 
 
-def _draw_points(axes: Axes, seen: Look, shown: list[int], most: float) -> PathCollection:
-    points, weights = seen.points[:, shown].reshape(-1, 2), seen.weights[:, shown].ravel()
+def _draw_panel(
+    axes: Axes, picture: Image.Image, seen: Look, levels: Sequence[int], window: tuple[float, float, float, float]
+) -> PathCollection:
+    """Draw picture, points of some levels, reference point and box; `window` is the part of the picture to show."""
+    width, height = seen.size
+    left, top, right, bottom = window
+    axes.imshow(picture, extent=(0, width, height, 0))
+    axes.set(xlim=(left, right), ylim=(bottom, top))
+    points, weights = seen.points[:, levels].reshape(-1, 2), seen.weights[:, levels].ravel()
     order = weights.argsort()  # the greatest weight on top
     dots = axes.scatter(
-        *points[order].T, c=weights[order], vmin=0, vmax=most, cmap="turbo", s=26, edgecolors="black", linewidths=0.6
-    )
-    left, top, right, bottom = seen.box
-    axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=GREEN, linewidth=1.8))
+        *points[order].T, c=weights[order], vmin=0, vmax=float(seen.weights.max()), cmap="turbo",
+        s=30 if len(levels) == 1 else 14, edgecolors="black", linewidths=0.6,
+    )  # fmt: skip
+    x, y, x_end, y_end = seen.box
+    axes.add_patch(Rectangle((x, y), x_end - x, y_end - y, fill=False, color=GREEN, linewidth=1.8))
     axes.scatter(*seen.reference, c=GREEN, marker="+", s=160, linewidths=2.2, zorder=3)
     return dots
 
 
-def _title(seen: Look, shown: list[int], width: int, height: int) -> str:
-    """Name the panel's levels, with the part of the weight that they have, and the points that cannot be seen."""
-    points = seen.points[:, shown].reshape(-1, 2)
-    outside = int(((points < 0) | (points > (width, height))).any(1).sum())
-    if len(shown) > 1:
-        title = f"all {len(shown)} levels, {len(points)} points"
-    else:
-        stride, rows, columns = seen.levels[shown[0]]
-        part = float(seen.weights[:, shown].sum() / seen.weights.sum())
-        title = f"stride {stride}, {columns} x {rows} cells, {part:.0%} of the weight"
-    return title + (f"\n{outside} of {len(points)} points outside" if outside else "")
+def _window(seen: Look) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of the part of the picture, in its proportions, that holds the box and all points."""
+    size = np.array(seen.size, dtype=np.float32)
+    held = np.concatenate([seen.points.reshape(-1, 2), np.reshape(seen.box, (2, 2)), seen.reference[None]])
+    held = held.clip(0, size)
+    first, last = held.min(0), held.max(0)
+    side = size * min(1.0, max(LEAST_WINDOW, float(((last - first) / size).max()) * 1.15))
+    left, top = ((first + last - side) / 2).clip(0, size - side).tolist()
+    return left, top, left + float(side[0]), top + float(side[1])

@@ -243,7 +243,7 @@ def predict(
     Raises:
         UserError: naming the model or the picture that cannot be used.
     """
-    from pipeline.attention import check_samples, draw_look, look
+    from pipeline.attention import check_samples, look, save_look
     from pipeline.report import draw_boxes
 
     paths = list(_pictures(images))
@@ -267,7 +267,7 @@ def predict(
         found.append({"file_name": str(path), "drawn": f"{name}.png", "detections": detections})
         if show_attention or queries:
             looks = look(detector, pixels, queries, show_attention)
-            drawn = [draw_look(pixels, seen, out / f"{name}_query{seen.query}.png").name for seen in looks]
+            drawn = [save_look(pixels, seen, out / f"{name}_query{seen.query}.png").name for seen in looks]
             found[-1]["attention"] = drawn
     write_json(out / "detections.json", found)
     return len(paths)
