@@ -139,8 +139,9 @@ def draw_look(pixels: NDArray[np.uint8], seen: Look) -> Figure:
     picture = Image.fromarray(pixels)
     picture.thumbnail((MOST_SIDE, MOST_SIDE))
     levels = range(len(seen.levels))
-    columns = 2 if width > height and len(levels) < 4 else 3
-    rows = math.ceil((1 + len(levels)) / columns)
+    panels = 1 + len(levels)
+    columns = panels if height > width else max(2, math.ceil(panels / 2))  # tall pictures stand in one row
+    rows = math.ceil(panels / columns)
     panel_width, panel_height = (PANEL * side / max(width, height) for side in (width, height))
     figure = Figure((columns * panel_width + 1, rows * (panel_height + 0.4) + 0.5), layout="compressed")
     FigureCanvasAgg(figure)

@@ -53,9 +53,12 @@ def test_padding_of_the_batch_moves_nothing(refine: bool) -> None:
 def test_recorded_is_what_the_operator_got(monkeypatch: pytest.MonkeyPatch) -> None:
     got: list[tuple[Tensor, Tensor]] = []
     operator = model.attention.ms_deform_attn
-    monkeypatch.setattr(
-        model.attention, "ms_deform_attn", lambda v, s, x, w: got.append((x, w)) or operator(v, s, x, w)
-    )
+
+    def spy(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+        got.append((locations, weights))
+        return operator(value, shapes, locations, weights)
+
+    monkeypatch.setattr(model.attention, "ms_deform_attn", spy)
     sampling = record(make_detector(with_box_refine=True, two_stage=True), ((64, 96),))  # no padding
     locations, weights = got[-1]
     assert torch.equal(sampling.points, locations)

@@ -74,7 +74,7 @@ class TestLook:
         assert [entry.query for entry in seen] == [7, 2]
         assert [entry.score for entry in seen] == [everything[7].score, everything[2].score]
         assert np.array_equal(seen[0].points, everything[7].points)
-        with pytest.raises(UserError, match="query 12: .* there are 0 to 11"):
+        with pytest.raises(UserError, match=r"query 12: .* there are 0 to 11"):
             look(detector, PICTURE, queries=[12])
 
     def test_detr_has_no_points(self) -> None:
