@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -143,7 +144,7 @@ def draw_look(pixels: NDArray[np.uint8], seen: Look) -> Figure:
     columns = panels if height > width else max(2, math.ceil(panels / 2))  # tall pictures stand in one row
     rows = math.ceil(panels / columns)
     panel_width, panel_height = (PANEL * side / max(width, height) for side in (width, height))
-    figure = Figure((columns * panel_width + 1, rows * (panel_height + 0.4) + 0.5), layout="compressed")
+    figure = Figure((columns * panel_width + 1, rows * (panel_height + 0.5) + 0.5), layout="compressed")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
@@ -157,7 +158,7 @@ def draw_look(pixels: NDArray[np.uint8], seen: Look) -> Figure:
         _draw_panel(axes, picture, seen, [level], window)
         stride, cells_y, cells_x = seen.levels[level]
         part = float(seen.weights[:, level].sum() / seen.weights.sum())
-        axes.set_title(f"stride {stride}, {cells_x} x {cells_y} cells: {part:.0%} of the weight", fontsize=10)
+        axes.set_title(f"stride {stride}, {cells_x} x {cells_y} cells\n{part:.0%} of the weight", fontsize=10)
     figure.colorbar(dots, ax=grid, shrink=0.8, aspect=30, label="attention weight (a head's add up to 1)")
     return figure
 
@@ -175,6 +176,7 @@ def _draw_panel(
     dots = axes.scatter(
         *points[order].T, c=weights[order], vmin=0, vmax=float(seen.weights.max()), cmap="turbo",
         s=30 if len(levels) == 1 else 14, edgecolors="black", linewidths=0.6,
+        path_effects=[withStroke(linewidth=2, foreground="white")],
     )  # fmt: skip
     x, y, x_end, y_end = seen.box
     axes.add_patch(Rectangle((x, y), x_end - x, y_end - y, fill=False, color=GREEN, linewidth=1.8))

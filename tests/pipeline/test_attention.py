@@ -95,8 +95,8 @@ class TestDrawing:
         assert shown(whole) == ((0, 0, 200, 80), [[65, 35], [55, 25]])  # the greater weight is drawn last
         assert shown(fine)[1] == [[55, 25]]
         assert shown(coarse)[1] == [[65, 35]]
-        assert fine.get_title() == "stride 8, 20 x 8 cells: 83% of the weight"
-        assert coarse.get_title() == "stride 16, 10 x 4 cells: 17% of the weight"
+        assert fine.get_title() == "stride 8, 20 x 8 cells\n83% of the weight"
+        assert coarse.get_title() == "stride 16, 10 x 4 cells\n17% of the weight"
         assert whole.get_title() == "query 3: thing 4 0.50"
         assert not unused.has_data()
         assert bar.get_ylim() == pytest.approx((0, 0.5))
