@@ -106,12 +106,35 @@ def predict(
         str | None, typer.Option(help="MLflow server of the registry; the default is runs/mlflow.db.")
     ] = None,
     score_threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score that is drawn.")] = 0.4,
+    show_attention: Annotated[
+        bool,
+        typer.Option(
+            "--show-attention",
+            help="Draw what the best detection looked at, too: the points that its query samples on each level, "
+            "colored by their weights, as NAME_queryN.png.",
+        ),
+    ] = False,
+    top: Annotated[int, typer.Option(min=1, help="--show-attention: of how many detections, best first.")] = 1,
+    query: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="--show-attention: of this query instead; may be repeated."),
+    ] = None,
 ) -> None:
-    """Draw a registered model's detections on pictures."""
+    """Draw a registered model's detections on pictures, and with --show-attention what it looked at."""
     from pipeline.serving import predict as predict_pictures
 
+    if (query or top > 1) and not show_attention:
+        raise UserError("--query and --top choose what --show-attention draws: give that, too")
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs').resolve() / 'mlflow.db'}"
-    count = predict_pictures(model, images, out, tracking_uri=uri, score_threshold=score_threshold)
+    count = predict_pictures(
+        model,
+        images,
+        out,
+        tracking_uri=uri,
+        score_threshold=score_threshold,
+        show_attention=top if show_attention else 0,
+        queries=query or (),
+    )
     typer.echo(f"{count} pictures with their detections in {out}")
 
 

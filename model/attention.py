@@ -56,15 +56,21 @@ class MSDeformAttn(nn.Module):
         Returns:
             `[B, Q, C]`.
         """
-        batch, queries, _ = query.shape
         value = self.value_proj(source).masked_fill(padding[..., None], 0.0)
-        value = value.view(batch, -1, self.heads, value.shape[-1] // self.heads)  # [B, S, M, D]
+        value = value.view(len(value), -1, self.heads, value.shape[-1] // self.heads)  # [B, S, M, D]
+        locations, weights = self.sampling(query, reference, spatial_shapes)
+        output: Tensor = self.output_proj(ms_deform_attn(value, spatial_shapes, locations, weights))
+        return output
+
+    def sampling(
+        self, query: Tensor, reference: Tensor, spatial_shapes: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """The sampled points `[B, Q, M, L, P, 2]`, in 0..1 over the level's canvas, and weights `[B, Q, M, L, P]`."""
+        batch, queries, _ = query.shape
         offsets = self.sampling_offsets(query).view(batch, queries, self.heads, self.levels, self.points, 2)
         weights = at_least_float32(self.attention_weights(query)).view(batch, queries, self.heads, -1)
         weights = F.softmax(weights, dim=-1).view(batch, queries, self.heads, self.levels, self.points)
-        locations = self._locations(reference, at_least_float32(offsets), spatial_shapes)
-        output: Tensor = self.output_proj(ms_deform_attn(value, spatial_shapes, locations, weights))
-        return output
+        return self._locations(reference, at_least_float32(offsets), spatial_shapes), weights
 
     def _locations(self, reference: Tensor, offsets: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> Tensor:
         """Sampling locations [B, Q, M, L, P, 2]: in fp32, as 16 bits would move a sample by a third of a cell."""

@@ -89,6 +89,14 @@ class DetrConfig:
         """Logits of a query: the classes, and "no object" under softmax."""
         return self.num_classes + (self.class_loss == "softmax")
 
+    @property
+    def strides(self) -> list[int]:
+        """Pixels from a cell to the next, of each feature level."""
+        last = 16 if self.dilation else 32
+        if self.feature_levels == 1:
+            return [last]
+        return [8, 16, *(last * 2**level for level in range(self.feature_levels - 2))]
+
 
 def _check_choices(config: DetrConfig) -> None:
     """Refuse a value that is none of its field's choices, naming the nearest one."""

@@ -26,7 +26,8 @@ def postprocess(
         top: most detections of an image.
 
     Returns:
-        Of each image `scores` [k] in falling order, `labels` [k] and `boxes` [k, 4] xyxy in pixels.
+        Of each image `scores` [k] in falling order, `labels` [k], `boxes` [k, 4] xyxy in pixels and `queries` [k], the
+        number of the query that gave it.
     """
     if class_loss not in ("focal", "softmax"):
         raise ValueError(f'class_loss is "{class_loss}", it must be focal or softmax')
@@ -43,4 +44,5 @@ def postprocess(
         labels = classes.gather(1, query)
     boxes = cxcywh_to_xyxy(at_least_float32(pred_boxes)).gather(1, query[..., None].expand(-1, -1, 4))
     boxes = boxes * sizes.to(boxes).flip(1).repeat(1, 2)[:, None]  # width, height, width, height
-    return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes, strict=True)]
+    columns = zip(scores, labels, boxes, query, strict=True)
+    return [{"scores": s, "labels": c, "boxes": b, "queries": q} for s, c, b, q in columns]

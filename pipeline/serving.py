@@ -127,10 +127,7 @@ class Detector:
             UserError: the bytes are not a picture.
         """
         pixels = read_picture(image) if isinstance(image, bytes) else image
-        height, width = pixels.shape[:2]
-        plan = plan_eval(width, height, self.evaluate.short_side, self.evaluate.max_side)
-        batch = PixelBatch.collate([plan.apply_image(pixels)]).to(self.device)
-        found = self.detect(batch, torch.tensor([[height, width]]))[0]
+        found = self.detect(*self.prepare(pixels))[0]
         return [
             {
                 "category_id": entry["category_id"],
@@ -142,7 +139,12 @@ class Detector:
             if entry["score"] >= score_threshold
         ]
 
-    @torch.inference_mode()
+    def prepare(self, pixels: NDArray[np.uint8]) -> tuple[ImageBatch, torch.Tensor]:
+        """Make a batch of one picture, RGB uint8 [height, width, 3], and its size, as `detect` takes them."""
+        height, width = pixels.shape[:2]
+        plan = plan_eval(width, height, self.evaluate.short_side, self.evaluate.max_side)
+        return PixelBatch.collate([plan.apply_image(pixels)]).to(self.device), torch.tensor([[height, width]])
+
     def detect(self, batch: ImageBatch, sizes: torch.Tensor) -> list[list[dict[str, Any]]]:
         """Detect the objects of a batch.
 
@@ -157,14 +159,16 @@ class Detector:
         Raises:
             FloatingPointError: the network gives numbers that are not finite.
         """
+        return [_entries(result, self.labels) for result in self.results(batch, sizes, self.evaluate.max_detections)]
+
+    @torch.inference_mode()
+    def results(self, batch: ImageBatch, sizes: torch.Tensor, top: int) -> list[dict[str, torch.Tensor]]:
+        """Return the `top` best of each image as `model.postprocess` does; arguments and errors are of `detect`."""
         outputs = self.model(batch)
         logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
         if not bool(torch.isfinite(logits).all() & torch.isfinite(boxes).all()):
             raise FloatingPointError("the network gives numbers that are not finite: its weights are spoilt")
-        results = postprocess(
-            logits, boxes, sizes.to(self.device), self.config.class_loss, self.evaluate.max_detections
-        )
-        return [_entries(result, self.labels) for result in results]
+        return postprocess(logits, boxes, sizes.to(self.device), self.config.class_loss, top)
 
 
 def _entries(result: dict[str, torch.Tensor], labels: LabelMap) -> list[dict[str, Any]]:
@@ -217,6 +221,8 @@ def predict(
     *,
     tracking_uri: str,
     score_threshold: float = 0.4,
+    show_attention: int = 0,
+    queries: Sequence[int] = (),
     device: str | None = None,
 ) -> int:
     """Draw a model's detections on pictures, and write them to `<out>/detections.json`.
@@ -227,6 +233,8 @@ def predict(
         out: folder of the drawn pictures (PNG).
         tracking_uri: MLflow server of the registry.
         score_threshold: least score.
+        show_attention: for how many of the best detections, whatever their score, to draw what they looked at as well.
+        queries: the queries to draw that for instead.
         device: where the network runs; a GPU where there is one when None.
 
     Returns:
@@ -235,12 +243,16 @@ def predict(
     Raises:
         UserError: naming the model or the picture that cannot be used.
     """
+    from pipeline.attention import check_samples, look, save_look
     from pipeline.report import draw_boxes
 
     paths = list(_pictures(images))
     detector = open_detector(model, tracking_uri, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if show_attention or queries:
+        check_samples(detector)
     out.mkdir(parents=True, exist_ok=True)
-    found, taken = [], set()
+    found: list[dict[str, Any]] = []
+    taken = set()
     for path in paths:
         try:
             pixels = read_picture(path.read_bytes())
@@ -253,6 +265,10 @@ def predict(
         taken.add(name)
         draw_boxes(pixels, detections, detector.labels.names).save(out / f"{name}.png")
         found.append({"file_name": str(path), "drawn": f"{name}.png", "detections": detections})
+        if show_attention or queries:
+            looks = look(detector, pixels, queries, show_attention)
+            drawn = [save_look(pixels, seen, out / f"{name}_query{seen.query}.png").name for seen in looks]
+            found[-1]["attention"] = drawn
     write_json(out / "detections.json", found)
     return len(paths)
 

@@ -91,3 +91,9 @@ def test_evaluate_wants_all_three_files(tmp_path: Path) -> None:
     result = raydetr("evaluate", "--annotations", "x.json", "--out", str(tmp_path))
     assert result.returncode == 2
     assert "--detections" in result.stderr
+
+
+def test_a_query_is_for_the_attention(tmp_path: Path) -> None:
+    result = raydetr("predict", "-m", str(tmp_path), "--out", str(tmp_path / "out"), "--query", "3", "a.jpg")
+    assert result.returncode == 2
+    assert "--show-attention" in result.stderr

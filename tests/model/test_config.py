@@ -18,6 +18,12 @@ def test_logits() -> None:
     assert DetrConfig(num_classes=5, class_loss="softmax").num_logits == 6
 
 
+def test_strides() -> None:
+    assert DetrConfig().strides == [8, 16, 32, 64]
+    assert DetrConfig(feature_levels=5, dilation=True).strides == [8, 16, 16, 32, 64]
+    assert [DetrConfig(feature_levels=1, dilation=dilation).strides for dilation in (False, True)] == [[32], [16]]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -9,6 +9,7 @@ def test_top_pairs_of_query_and_class_by_hand() -> None:
     boxes = torch.tensor([[[0.5, 0.5, 0.5, 0.5], [0.9, 0.1, 0.4, 0.4]]])
     found = postprocess(logits, boxes, torch.tensor([[100, 200]]), "focal", top=3)[0]
     assert found["labels"].tolist() == [1, 0, 2]
+    assert found["queries"].tolist() == [1, 0, 0]
     torch.testing.assert_close(found["scores"], torch.tensor([3.0, 2.0, 1.5]).sigmoid())
     expected = torch.tensor([[140.0, -10, 220, 30], [50, 25, 150, 75], [50, 25, 150, 75]])  # not clipped
     torch.testing.assert_close(found["boxes"], expected)
@@ -18,6 +19,7 @@ def test_softmax_gives_each_query_its_best_class() -> None:
     logits = torch.tensor([[[2.0, 1.9, 0.0], [0.0, 1.0, 5.0]]])
     found = postprocess(logits, torch.rand(1, 2, 4), torch.tensor([[10, 10]]), "softmax")[0]
     assert found["labels"].tolist() == [0, 1]
+    assert found["queries"].tolist() == [0, 1]
     torch.testing.assert_close(found["scores"], logits.softmax(-1)[0, [0, 1], [0, 1]])
 
 

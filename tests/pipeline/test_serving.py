@@ -132,6 +132,17 @@ class TestPredict:
         assert found[0]["detections"][0].keys() == {"category_id", "category", "score", "bbox"}
         assert Image.open(out / "a.png").size == (40, 30)
 
+    def test_attention(self, checkpoint: Path, tmp_path: Path) -> None:
+        image, out = write_image(tmp_path / "a.png", 40, 30), tmp_path / "out"
+        predict(str(checkpoint), [image], out, tracking_uri="", score_threshold=1.0, show_attention=2)
+        (best,) = json.loads((out / "detections.json").read_text())
+        assert len(best["attention"]) == 2
+        predict(str(checkpoint), [image], out, tracking_uri="", show_attention=1, queries=[5])
+        (chosen,) = json.loads((out / "detections.json").read_text())
+        assert chosen["attention"] == ["a_query5.png"]
+        drawn = {*best["attention"], "a_query5.png", "a.png", "detections.json"}
+        assert {path.name for path in out.iterdir()} == drawn
+
     @pytest.mark.parametrize(
         ("name", "message"),
         [
