@@ -15,6 +15,7 @@ from model.config import DetrConfig
 from model.dropout import Dropout
 from model.heads import BoxHead, Outputs, collect_outputs, in_full_precision
 from model.position import encode_cells
+from model.recompute import Recomputing
 
 
 def _attention(config: DetrConfig) -> nn.MultiheadAttention:
@@ -77,7 +78,7 @@ class DetrDecoderLayer(nn.Module):
         return output
 
 
-class DetrEncoder(nn.Module):
+class DetrEncoder(Recomputing):
     """The encoder's layers."""
 
     def __init__(self, config: DetrConfig) -> None:
@@ -87,11 +88,11 @@ class DetrEncoder(nn.Module):
     def forward(self, source: Tensor, position: Tensor, padding: Tensor) -> Tensor:
         """`source` [B, S, C] to the memory [B, S, C]."""
         for layer in self.layers:
-            source = layer(source, position, padding)
+            source = self.run_block(layer, source, position, padding)
         return source
 
 
-class DetrDecoder(nn.Module):
+class DetrDecoder(Recomputing):
     """The decoder's layers and the norm that the heads see every layer's result through."""
 
     def __init__(self, config: DetrConfig) -> None:
@@ -104,7 +105,7 @@ class DetrDecoder(nn.Module):
         target = torch.zeros_like(position)
         hidden = []
         for layer in self.layers:
-            target = layer(target, position, memory, key, padding)
+            target = self.run_block(layer, target, position, memory, key, padding)
             hidden.append(self.norm(target))
         return hidden
 

@@ -19,6 +19,7 @@ from model.config import DetrConfig
 from model.dropout import Dropout
 from model.heads import in_full_precision
 from model.position import encode_boxes, encode_cells
+from model.recompute import Recomputing
 
 
 class EncoderLayer(nn.Module):
@@ -88,7 +89,7 @@ class DecoderLayer(nn.Module):
         return output
 
 
-class Encoder(nn.Module):
+class Encoder(Recomputing):
     """The encoder's layers."""
 
     def __init__(self, config: DetrConfig) -> None:
@@ -106,11 +107,11 @@ class Encoder(nn.Module):
         """`source` [B, S, C] of all levels to the memory [B, S, C]."""
         reference = encoder_reference_points(shapes, valid_ratios)
         for layer in self.layers:
-            source = layer(source, position, reference, shapes, padding)
+            source = self.run_block(layer, source, position, reference, shapes, padding)
         return source
 
 
-class Decoder(nn.Module):
+class Decoder(Recomputing):
     """The decoder's layers, and the boxes that they lead to.
 
     Args:
@@ -154,7 +155,8 @@ class Decoder(nn.Module):
         hidden, boxes = [], []
         for layer, head in zip(self.layers, bbox_embed, strict=False):  # two-stage has a head more, for the proposals
             ratios = valid_ratios.repeat(1, 1, reference.shape[-1] // 2)[:, None]  # [B, 1, L, 2 or 4]
-            target = layer(target, position, reference[:, :, None] * ratios, memory, shapes, padding)
+            of_levels = reference[:, :, None] * ratios
+            target = self.run_block(layer, target, position, of_levels, memory, shapes, padding)
             hidden.append(target)
             boxes.append(relative_boxes(in_full_precision(head, target), reference))
             if self.refine:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from model import Criterion, DetrConfig, build_model
+from model import Criterion, DetrConfig, build_model, recompute_activations
 from model.weights import load_backbone, load_weights
 from pipeline import checkpoint
 from pipeline.checkpoint import State
@@ -58,6 +58,7 @@ MAY_DIFFER = {
         "epochs",
         "max_steps",
         "zero_stage",
+        "activation_checkpointing",
         "loader_workers",
         "log_steps",
         "checkpoint_epochs",
@@ -322,6 +323,7 @@ def _make_model(job: TrainJob, found: tuple[Path, State] | None, world: World) -
     digests = gather_objects(world, _digest(model))
     assert len(set(digests)) == 1, f"the ranks begin with different weights: {digests}"
     model.backbone.freeze(job.train.freeze_backbone)
+    recompute_activations(model, job.train.activation_checkpointing)
     return model.train()
 
 

@@ -377,6 +377,18 @@ def test_bf16_trains_fp32_weights(straight: tuple[TrainJob, Path], world: World,
     assert losses(job)[1] != losses(straight[0])[1]
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_activation_checkpointing_changes_no_number(
+    straight: tuple[TrainJob, Path], world: World, tmp_path: Path, stage: int
+) -> None:
+    """Also when it is turned on in the middle of a run."""
+    manifest = _manifest(straight)
+    train(make_job(manifest, tmp_path, max_steps=4, zero_stage=stage), world)
+    job = make_job(manifest, tmp_path, zero_stage=stage, activation_checkpointing=True)
+    train(job, world)
+    assert losses(job) == pytest.approx(losses(straight[0]), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("epochs", "after"),
     [
