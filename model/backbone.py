@@ -178,6 +178,7 @@ class Backbone(Recomputing):
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Feature maps `[batch, channels, H / stride, W / stride]` of images `[batch, 3, H, W]`, strides 8, 16, 32."""
+        pixels = pixels.to(next(self.parameters()).dtype)
         x = self.maxpool(F.relu(self.bn1(self.conv1(pixels)), inplace=True))
         features = []
         for stage in range(1, 5):

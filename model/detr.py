@@ -39,7 +39,7 @@ class DetrEncoderLayer(nn.Module):
 
     def forward(self, source: Tensor, position: Tensor, padding: Tensor) -> Tensor:
         """`source` with `position` [B, S, C] and `padding` [B, S] to [B, S, C]."""
-        query = source + position
+        query = (source + position).to(source.dtype)
         attended = self.self_attn(query, query, source, key_padding_mask=padding, need_weights=False)[0]
         source = self.norm1(source + self.dropout1(attended))
         fed = self.linear2(self.dropout(F.relu(self.linear1(source))))
@@ -130,7 +130,8 @@ class DetrTransformer(nn.Module):
         padding = mask.flatten(1)
         position = encode_cells(mask, source.shape[-1], at_least_float32(source).dtype, from_centres=False)
         memory = self.encoder(source, position, padding)
-        hidden: list[Tensor] = self.decoder(query_embed.expand(len(source), -1, -1), memory, memory + position, padding)
+        key = (memory + position).to(memory.dtype)
+        hidden: list[Tensor] = self.decoder(query_embed.expand(len(source), -1, -1), memory, key, padding)
         return hidden
 
 

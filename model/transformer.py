@@ -2,8 +2,8 @@
 
 Shapes: B batch, L levels, S cells of all levels, C hidden channels, Q queries. Boxes are cxcywh in 0..1 of the image.
 
-Coordinates (reference points, valid ratios, position codes, boxes) are fp32 under autocast, too: 16 bits cannot name a
-pixel of a large image.
+Coordinates (reference points, valid ratios, position codes, boxes) are fp32 with 16-bit weights and under autocast,
+too: 16 bits cannot name a pixel of a large image. A position code is rounded once it is added to a feature.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class EncoderLayer(nn.Module):
         self, source: Tensor, position: Tensor, reference: Tensor, shapes: Sequence[tuple[int, int]], padding: Tensor
     ) -> Tensor:
         """`source` [B, S, C] with `position` [B, S, C] and `reference` [B, S, L, 2] to [B, S, C]."""
-        attended = self.self_attn(source + position, reference, source, shapes, padding)
+        attended = self.self_attn((source + position).to(source.dtype), reference, source, shapes, padding)
         source = self.norm1(source + self.dropout1(attended))
         fed = self.linear2(self.dropout2(F.relu(self.linear1(source))))
         output: Tensor = self.norm2(source + self.dropout3(fed))
@@ -244,7 +244,7 @@ class Transformer(nn.Module):
             proposal_logits, proposal_boxes, picked = self._propose(memory, masks, class_embed[-1], bbox_embed[-1])
             reference = picked.sigmoid()
             code = encode_boxes(reference, source.shape[-1] // 2)
-            query_position, target = self.pos_trans_norm(self.pos_trans(code)).chunk(2, dim=-1)
+            query_position, target = self.pos_trans_norm(self.pos_trans(code.to(memory.dtype))).chunk(2, dim=-1)
         else:
             query_position, target = query_embed.expand(len(source), -1, -1).chunk(2, dim=-1)
             reference = in_full_precision(self.reference_points, query_position).sigmoid()
