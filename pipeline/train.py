@@ -213,7 +213,9 @@ def _forward_backward(
         torch.manual_seed(dropout_seed(train.seed, step.step, micro.index))
         engine.set_gradient_accumulation_boundary(number == len(step.micro_batches) - 1)
         outputs = engine(micro.batch.to(device))
-        targets = [{key: value.to(device) for key, value in target.items()} for target in micro.targets]
+        targets = [
+            {key: value.to(device, non_blocking=True) for key, value in target.items()} for target in micro.targets
+        ]
         losses = criterion(outputs, targets, num_boxes, train.global_batch)
         if not micro.image_ids:  # a placeholder for images that cannot be read
             losses = {name: loss * 0.0 for name, loss in losses.items()}
@@ -324,6 +326,8 @@ def _make_model(job: TrainJob, found: tuple[Path, State] | None, world: World) -
     assert len(set(digests)) == 1, f"the ranks begin with different weights: {digests}"
     model.backbone.freeze(job.train.freeze_backbone)
     recompute_activations(model, job.train.activation_checkpointing)
+    if job.train.compile:
+        model.transformer.compile(dynamic=True)  # one graph; after too many odd sizes torch goes on without
     return model.train()
 
 

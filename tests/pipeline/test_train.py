@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from model import DetrConfig, build_model
 from pipeline import checkpoint
@@ -387,6 +389,22 @@ def test_activation_checkpointing_changes_no_number(
     job = make_job(manifest, tmp_path, zero_stage=stage, activation_checkpointing=True)
     train(job, world)
     assert losses(job) == pytest.approx(losses(straight[0]), rel=1e-6)
+
+
+def test_a_compiled_transformer_trains_alike(
+    manifest: Manifest, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the code of the graph, which takes a C++ compiler a minute: the graph runs as it is."""
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, *_, **__: graph)
+    curves = []
+    counters.clear()
+    for compiled in (False, True):
+        job = make_job(manifest, tmp_path / str(compiled), max_steps=2, compile=compiled)
+        train(replace(job, model=replace(job.model, dropout=0.0, feature_levels=1)), world)
+        curves.append(losses(job))
+        assert (counters["stats"]["unique_graphs"] > 0) == compiled
+    torch.compiler.reset()
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
 
 
 @pytest.mark.parametrize(
