@@ -12,6 +12,7 @@ from model.deformable_detr import DeformableDetr
 from model.detr import Detr
 from model.init import init_weights
 from model.postprocess import postprocess
+from model.recompute import recompute_activations
 
 __all__ = [
     "Criterion",
@@ -21,6 +22,7 @@ __all__ = [
     "PixelBatch",
     "build_model",
     "postprocess",
+    "recompute_activations",
 ]
 
 

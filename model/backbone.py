@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.recompute import Recomputing
+
 Norm = Literal["frozen_batch_norm", "group_norm"]
 Frozen = Literal["none", "stem_and_layer1", "all"]
 
@@ -124,7 +126,7 @@ _ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, 
 }
 
 
-class Backbone(nn.Module):
+class Backbone(Recomputing):
     """The stages of a ResNet whose outputs a detector uses.
 
     Args:
@@ -176,10 +178,11 @@ class Backbone(nn.Module):
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Feature maps `[batch, channels, H / stride, W / stride]` of images `[batch, 3, H, W]`, strides 8, 16, 32."""
+        pixels = pixels.to(next(self.parameters()).dtype)
         x = self.maxpool(F.relu(self.bn1(self.conv1(pixels)), inplace=True))
         features = []
         for stage in range(1, 5):
-            x = self.get_submodule(f"layer{stage}")(x)
+            x = self.run_block(self.get_submodule(f"layer{stage}"), x)
             features.append(x)
         return features[-1:] if self.only_last else features[1:]
 

@@ -15,6 +15,9 @@ from model.boxes import at_least_float32, cxcywh_to_xyxy, generalized_iou
 from model.config import CriterionConfig
 from model.matcher import Matches, match_all
 
+PROPOSALS = "_enc"
+"""Suffix of the losses of the encoder's proposals."""
+
 
 class Criterion:
     """Named losses of a model's outputs, unweighted, and their weighted sum.
@@ -56,16 +59,11 @@ class Criterion:
             num_images: images of the global batch, for the softmax loss, whose normaliser counts unmatched queries too;
                 those of `targets` when None.
         """
-        layers = [("", outputs), *((f"_{i}", layer) for i, layer in enumerate(outputs.get("aux_outputs", ())))]
-        images = len(targets) if num_images is None else num_images
-        losses: dict[str, Tensor] = {}
-        device_type = outputs["pred_logits"].device.type
-        with torch.autocast(device_type, enabled=False):
-            losses.update(self._losses(layers, targets, num_boxes, images))
-            if "enc_outputs" in outputs:
-                objects = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
-                losses.update(self._losses([("_enc", outputs["enc_outputs"])], objects, num_boxes, images))
-        return losses
+        layers = {"": outputs} | {f"_{i}": layer for i, layer in enumerate(outputs.get("aux_outputs", ()))}
+        if "enc_outputs" in outputs:
+            layers[PROPOSALS] = outputs["enc_outputs"]
+        with torch.autocast(outputs["pred_logits"].device.type, enabled=False):
+            return self._losses(layers, targets, num_boxes, len(targets) if num_images is None else num_images)
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Weighted sum of the losses that `__call__` gives."""
@@ -74,26 +72,29 @@ class Criterion:
 
     def _losses(
         self,
-        layers: Sequence[tuple[str, Mapping[str, Any]]],
+        layers: Mapping[str, Mapping[str, Any]],
         targets: Sequence[Mapping[str, Tensor]],
         num_boxes: Tensor | float,
         num_images: float,
     ) -> dict[str, Tensor]:
-        """Losses of layers that share their targets, by name with the layer's suffix."""
-        predictions = [{key: output[key] for key in ("pred_logits", "pred_boxes")} for _, output in layers]
-        matches = match_all(predictions, [dict(target) for target in targets], self.config, self.class_loss)
+        """Losses of the layers, given and named by their suffixes, after one matching of them all."""
+        predictions = [{key: output[key] for key in ("pred_logits", "pred_boxes")} for output in layers.values()]
+        of_proposals = [suffix == PROPOSALS for suffix in layers]
+        objects_of = [dict(target) for target in targets]
+        matches = match_all(predictions, objects_of, self.config, self.class_loss, of_proposals)
         device = predictions[0]["pred_logits"].device
         indices = [index.to(device, non_blocking=True) for index in _gather_indices(matches, targets)]
         labels = torch.cat([target["labels"] for target in targets])
         boxes = at_least_float32(torch.cat([target["boxes"] for target in targets]))
         objects = torch.as_tensor(num_boxes, dtype=boxes.dtype)
         losses = {}
-        for (suffix, _), prediction, (image, query, row) in zip(layers, predictions, indices, strict=True):
+        for suffix, prediction, (image, query, row) in zip(layers, predictions, indices, strict=True):
             logits = at_least_float32(prediction["pred_logits"])
+            wanted_labels = torch.zeros_like(row) if suffix == PROPOSALS else labels[row]
             if self.class_loss == "focal":
-                losses["loss_ce" + suffix] = self._focal(logits, image, query, labels[row]) / objects.clamp(min=1)
+                losses["loss_ce" + suffix] = self._focal(logits, image, query, wanted_labels) / objects.clamp(min=1)
             else:
-                losses["loss_ce" + suffix] = self._softmax(logits, image, query, labels[row], objects, num_images)
+                losses["loss_ce" + suffix] = self._softmax(logits, image, query, wanted_labels, objects, num_images)
             predicted, wanted = at_least_float32(prediction["pred_boxes"])[image, query], boxes[row]
             l1 = (predicted - wanted).abs().sum()
             giou = (1 - generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))).sum()

@@ -15,6 +15,7 @@ from model.config import DetrConfig
 from model.dropout import Dropout
 from model.heads import BoxHead, Outputs, collect_outputs, in_full_precision
 from model.position import encode_cells
+from model.recompute import Recomputing
 
 
 def _attention(config: DetrConfig) -> nn.MultiheadAttention:
@@ -38,7 +39,7 @@ class DetrEncoderLayer(nn.Module):
 
     def forward(self, source: Tensor, position: Tensor, padding: Tensor) -> Tensor:
         """`source` with `position` [B, S, C] and `padding` [B, S] to [B, S, C]."""
-        query = source + position
+        query = (source + position).to(source.dtype)
         attended = self.self_attn(query, query, source, key_padding_mask=padding, need_weights=False)[0]
         source = self.norm1(source + self.dropout1(attended))
         fed = self.linear2(self.dropout(F.relu(self.linear1(source))))
@@ -77,7 +78,7 @@ class DetrDecoderLayer(nn.Module):
         return output
 
 
-class DetrEncoder(nn.Module):
+class DetrEncoder(Recomputing):
     """The encoder's layers."""
 
     def __init__(self, config: DetrConfig) -> None:
@@ -87,11 +88,11 @@ class DetrEncoder(nn.Module):
     def forward(self, source: Tensor, position: Tensor, padding: Tensor) -> Tensor:
         """`source` [B, S, C] to the memory [B, S, C]."""
         for layer in self.layers:
-            source = layer(source, position, padding)
+            source = self.run_block(layer, source, position, padding)
         return source
 
 
-class DetrDecoder(nn.Module):
+class DetrDecoder(Recomputing):
     """The decoder's layers and the norm that the heads see every layer's result through."""
 
     def __init__(self, config: DetrConfig) -> None:
@@ -104,7 +105,7 @@ class DetrDecoder(nn.Module):
         target = torch.zeros_like(position)
         hidden = []
         for layer in self.layers:
-            target = layer(target, position, memory, key, padding)
+            target = self.run_block(layer, target, position, memory, key, padding)
             hidden.append(self.norm(target))
         return hidden
 
@@ -129,7 +130,8 @@ class DetrTransformer(nn.Module):
         padding = mask.flatten(1)
         position = encode_cells(mask, source.shape[-1], at_least_float32(source).dtype, from_centres=False)
         memory = self.encoder(source, position, padding)
-        hidden: list[Tensor] = self.decoder(query_embed.expand(len(source), -1, -1), memory, memory + position, padding)
+        key = (memory + position).to(memory.dtype)
+        hidden: list[Tensor] = self.decoder(query_embed.expand(len(source), -1, -1), memory, key, padding)
         return hidden
 
 

@@ -28,9 +28,14 @@ class BoxHead(nn.Module):
 
 
 def in_full_precision(head: nn.Module, x: Tensor) -> Tensor:
-    """`head(x)` without autocast: coordinates and logits are few and want their digits."""
+    """`head(x)` in fp32, whatever the type of its weights: coordinates and logits are few and want their digits."""
+    weights = dict(head.named_parameters())
+    exact = {name: at_least_float32(weight) for name, weight in weights.items()}
     with torch.autocast(x.device.type, enabled=False):
-        output: Tensor = head(at_least_float32(x))
+        if all(exact[name] is weight for name, weight in weights.items()):
+            output: Tensor = head(at_least_float32(x))
+        else:
+            output = torch.func.functional_call(head, exact, at_least_float32(x))
     return output
 
 

@@ -33,6 +33,7 @@ def match_all(
     targets: Sequence[dict[str, Tensor]],
     config: CriterionConfig,
     class_loss: str,
+    of_proposals: Sequence[bool] | None = None,
 ) -> list[Matches]:
     """Match several outputs to the same objects, each on its own, with one transfer to the host.
 
@@ -44,6 +45,7 @@ def match_all(
         targets: of each image `labels` [n] int64 and `boxes` [n, 4] cxcywh.
         config: weights.
         class_loss: `focal` or `softmax`.
+        of_proposals: of each output whether it only tells objects from none: for it every object has the label 0.
 
     Returns:
         Of each output the matches of each image.
@@ -61,7 +63,9 @@ def match_all(
     for members in groups.values():
         logits = torch.stack([outputs[index]["pred_logits"] for index in members])
         predicted = torch.stack([outputs[index]["pred_boxes"] for index in members])
-        costs.append(matching_costs(logits, predicted, labels, boxes, config, class_loss))
+        flags = [of_proposals is not None and of_proposals[index] for index in members]
+        wanted = torch.stack([torch.zeros_like(labels) if flag else labels for flag in flags])
+        costs.append(matching_costs(logits, predicted, wanted, boxes, config, class_loss))
     on_host = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
     matches: list[Matches] = [[] for _ in outputs]
     start = 0
@@ -76,9 +80,9 @@ def match_all(
 def matching_costs(
     logits: Tensor, predicted: Tensor, labels: Tensor, boxes: Tensor, config: CriterionConfig, class_loss: str
 ) -> Tensor:
-    """Costs [K, B, Q, N] of `logits` [K, B, Q, C], `predicted` [K, B, Q, 4] for `labels` [B, N], `boxes` [B, N, 4]."""
+    """Costs [K, B, Q, N] of `logits` [K, B, Q, C], `predicted` [K, B, Q, 4]; `labels` [K, B, N], `boxes` [B, N, 4]."""
     logits, predicted, boxes = at_least_float32(logits), at_least_float32(predicted), at_least_float32(boxes)
-    wanted = labels[None, :, None].expand(*logits.shape[:3], -1)  # [K, B, Q, N]
+    wanted = labels[:, :, None].expand(*logits.shape[:3], -1)  # [K, B, Q, N]
     if class_loss == "focal":
         # The change of the focal loss when a query turns from background to the object's class.
         chosen = logits.gather(-1, wanted)

@@ -2,8 +2,8 @@
 
 Shapes: B batch, L levels, S cells of all levels, C hidden channels, Q queries. Boxes are cxcywh in 0..1 of the image.
 
-Coordinates (reference points, valid ratios, position codes, boxes) are fp32 under autocast, too: 16 bits cannot name a
-pixel of a large image.
+Coordinates (reference points, valid ratios, position codes, boxes) are fp32 with 16-bit weights and under autocast,
+too: 16 bits cannot name a pixel of a large image. A position code is rounded once it is added to a feature.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from model.config import DetrConfig
 from model.dropout import Dropout
 from model.heads import in_full_precision
 from model.position import encode_boxes, encode_cells
+from model.recompute import Recomputing
 
 
 class EncoderLayer(nn.Module):
@@ -40,7 +41,7 @@ class EncoderLayer(nn.Module):
         self, source: Tensor, position: Tensor, reference: Tensor, shapes: Sequence[tuple[int, int]], padding: Tensor
     ) -> Tensor:
         """`source` [B, S, C] with `position` [B, S, C] and `reference` [B, S, L, 2] to [B, S, C]."""
-        attended = self.self_attn(source + position, reference, source, shapes, padding)
+        attended = self.self_attn((source + position).to(source.dtype), reference, source, shapes, padding)
         source = self.norm1(source + self.dropout1(attended))
         fed = self.linear2(self.dropout2(F.relu(self.linear1(source))))
         output: Tensor = self.norm2(source + self.dropout3(fed))
@@ -88,7 +89,7 @@ class DecoderLayer(nn.Module):
         return output
 
 
-class Encoder(nn.Module):
+class Encoder(Recomputing):
     """The encoder's layers."""
 
     def __init__(self, config: DetrConfig) -> None:
@@ -106,11 +107,11 @@ class Encoder(nn.Module):
         """`source` [B, S, C] of all levels to the memory [B, S, C]."""
         reference = encoder_reference_points(shapes, valid_ratios)
         for layer in self.layers:
-            source = layer(source, position, reference, shapes, padding)
+            source = self.run_block(layer, source, position, reference, shapes, padding)
         return source
 
 
-class Decoder(nn.Module):
+class Decoder(Recomputing):
     """The decoder's layers, and the boxes that they lead to.
 
     Args:
@@ -154,7 +155,8 @@ class Decoder(nn.Module):
         hidden, boxes = [], []
         for layer, head in zip(self.layers, bbox_embed, strict=False):  # two-stage has a head more, for the proposals
             ratios = valid_ratios.repeat(1, 1, reference.shape[-1] // 2)[:, None]  # [B, 1, L, 2 or 4]
-            target = layer(target, position, reference[:, :, None] * ratios, memory, shapes, padding)
+            of_levels = reference[:, :, None] * ratios
+            target = self.run_block(layer, target, position, of_levels, memory, shapes, padding)
             hidden.append(target)
             boxes.append(relative_boxes(in_full_precision(head, target), reference))
             if self.refine:
@@ -242,7 +244,7 @@ class Transformer(nn.Module):
             proposal_logits, proposal_boxes, picked = self._propose(memory, masks, class_embed[-1], bbox_embed[-1])
             reference = picked.sigmoid()
             code = encode_boxes(reference, source.shape[-1] // 2)
-            query_position, target = self.pos_trans_norm(self.pos_trans(code)).chunk(2, dim=-1)
+            query_position, target = self.pos_trans_norm(self.pos_trans(code.to(memory.dtype))).chunk(2, dim=-1)
         else:
             query_position, target = query_embed.expand(len(source), -1, -1).chunk(2, dim=-1)
             reference = in_full_precision(self.reference_points, query_position).sigmoid()

@@ -156,6 +156,12 @@ class TrainSection(Section):
     """DeepSpeed ZeRO stage: 1 shards the optimizer's state over the workers."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the network: fp32, or bf16 autocast with fp32 parameters."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of the layers and of the backbone's stages for the backward pass, and compute the rest
+    again: less memory, a third more computation, the same numbers."""
+    compile: bool = False
+    """Compile the transformer with torch.compile, which needs a C++ compiler on every worker and takes minutes in the
+    first step; other image sizes use the same code. Dropout draws other numbers than without."""
     seed: int = 0
     """Seed of the initial weights, the order, the augmentation and the dropout."""
     window: int = Field(8, ge=1)

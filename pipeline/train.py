@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from model import Criterion, DetrConfig, build_model
+from model import Criterion, DetrConfig, build_model, recompute_activations
 from model.weights import load_backbone, load_weights
 from pipeline import checkpoint
 from pipeline.checkpoint import State
@@ -58,6 +58,7 @@ MAY_DIFFER = {
         "epochs",
         "max_steps",
         "zero_stage",
+        "activation_checkpointing",
         "loader_workers",
         "log_steps",
         "checkpoint_epochs",
@@ -212,7 +213,9 @@ def _forward_backward(
         torch.manual_seed(dropout_seed(train.seed, step.step, micro.index))
         engine.set_gradient_accumulation_boundary(number == len(step.micro_batches) - 1)
         outputs = engine(micro.batch.to(device))
-        targets = [{key: value.to(device) for key, value in target.items()} for target in micro.targets]
+        targets = [
+            {key: value.to(device, non_blocking=True) for key, value in target.items()} for target in micro.targets
+        ]
         losses = criterion(outputs, targets, num_boxes, train.global_batch)
         if not micro.image_ids:  # a placeholder for images that cannot be read
             losses = {name: loss * 0.0 for name, loss in losses.items()}
@@ -325,6 +328,9 @@ def _make_model(job: TrainJob, found: tuple[Path, State] | None, world: World) -
     digests = gather_objects(world, _digest(model))
     assert len(set(digests)) == 1, f"the ranks begin with different weights: {digests}"
     model.backbone.freeze(job.train.freeze_backbone)
+    recompute_activations(model, job.train.activation_checkpointing)
+    if job.train.compile:
+        model.transformer.compile(dynamic=True)  # one graph; after too many odd sizes torch goes on without
     return model.train()
 
 

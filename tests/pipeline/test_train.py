@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from model import DetrConfig, build_model
 from pipeline import checkpoint
@@ -393,6 +395,34 @@ def test_bf16_trains_fp32_weights(straight: tuple[TrainJob, Path], world: World,
     assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float32}
     assert losses(job)[1] == pytest.approx(losses(straight[0])[1], rel=0.05)
     assert losses(job)[1] != losses(straight[0])[1]
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_activation_checkpointing_changes_no_number(
+    straight: tuple[TrainJob, Path], world: World, tmp_path: Path, stage: int
+) -> None:
+    """Also when it is turned on in the middle of a run."""
+    manifest = _manifest(straight)
+    train(make_job(manifest, tmp_path, max_steps=4, zero_stage=stage), world)
+    job = make_job(manifest, tmp_path, zero_stage=stage, activation_checkpointing=True)
+    train(job, world)
+    assert losses(job) == pytest.approx(losses(straight[0]), rel=1e-6)
+
+
+def test_a_compiled_transformer_trains_alike(
+    manifest: Manifest, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the code of the graph, which takes a C++ compiler a minute: the graph runs as it is."""
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, *_, **__: graph)
+    curves = []
+    counters.clear()
+    for compiled in (False, True):
+        job = make_job(manifest, tmp_path / str(compiled), max_steps=2, compile=compiled)
+        train(replace(job, model=replace(job.model, dropout=0.0, feature_levels=1)), world)
+        curves.append(losses(job))
+        assert (counters["stats"]["unique_graphs"] > 0) == compiled
+    torch.compiler.reset()
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,111 @@
+"""A training step reads from the device once: the costs of the matching. All else would wait for it, too.
+
+On the host the same calls are made, so they are counted here without a GPU.
+"""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import Criterion, CriterionConfig
+from tests.builders import make_batch, make_detector, make_target
+
+aten: Any = torch.ops.aten
+READS = {
+    aten._local_scalar_dense,  # item, bool, int, float, and tolist of a scalar
+    aten.nonzero,
+    aten.masked_select,
+    aten.is_nonzero,
+    aten.equal,
+    aten._unique2,
+    aten.unique_dim,
+    aten.unique_consecutive,
+    aten.bincount,
+    aten.repeat_interleave,
+}
+"""Operators whose results the host has to wait for: values, or shapes that depend on values."""
+BY_MASK = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
+TRANSFERS = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
+
+
+class Operators(TorchDispatchMode):
+    """Counts `READS`, and indexing by a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = func.overloadpacket
+        indices = args[1] if packet in BY_MASK else ()
+        if packet in READS or any(index is not None and index.dtype == torch.bool for index in indices):
+            self.counts[str(packet)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Calls(TorchFunctionMode):
+    """Counts `TRANSFERS`, which are no operators on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        to_host = func is torch.Tensor.to and torch.device("cpu") in [torch.device(a) for a in args if a == "cpu"]
+        if func in TRANSFERS or to_host:
+            self.counts[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def reads_of(work: Any) -> tuple[Counter[str], Counter[str]]:
+    with Operators() as operators, Calls() as calls:
+        work()
+    return operators.counts, calls.counts
+
+
+@pytest.mark.parametrize("counts", [(3, 2), (0, 4)], ids=["objects", "an image without"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"with_box_refine": True, "two_stage": True}, {"class_loss": "softmax"}, {"arch": "detr"}],
+    ids=["base", "two-stage", "softmax", "detr"],
+)
+def test_the_matching_alone_reads_from_the_device(settings: dict[str, Any], counts: tuple[int, int]) -> None:
+    model = make_detector(decoder_layers=6, **settings).train()
+    criterion = Criterion(5, CriterionConfig(), model.config.class_loss)
+    batch, targets = make_batch(), [make_target(count) for count in counts]
+
+    def step() -> None:
+        criterion.total(criterion(model(batch), targets, float(sum(counts)))).backward()
+
+    step()
+    operators, calls = reads_of(step)
+    assert operators == {}
+    assert calls == {"cpu": 1, "numpy": 1}
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.any()),
+        lambda x: x[x > 0],
+        lambda x: x.masked_fill(x > 0, 0).nonzero(),
+        lambda x: torch.where(x > 0),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+    ],
+    ids=["item", "bool", "mask", "nonzero", "where", "tolist", "cpu"],
+)
+def test_a_read_is_seen(read: Any) -> None:
+    operators, calls = reads_of(lambda: read(torch.ones(3)))
+    assert operators + calls
+
+
+def test_work_on_the_device_is_not_counted() -> None:
+    index = torch.tensor([0, 2])
+    operators, calls = reads_of(lambda: torch.where(torch.ones(3) > 0, 1.0, 2.0)[index].masked_fill_(index > 0, 0.0))
+    assert not operators + calls
