@@ -68,7 +68,7 @@ def look(detector: Detector, pixels: NDArray[np.uint8], queries: Sequence[int] =
     """
     check_samples(detector)
     batch, sizes = detector.prepare(pixels)
-    with record_sampling(detector.model.transformer.decoder.layers[-1].cross_attn) as calls:  # type: ignore[union-attr, arg-type, index]
+    with record_sampling(detector.model.transformer.decoder.layers[-1].cross_attn) as calls:  # type: ignore[union-attr, index]
         every = detector.config.num_queries * detector.config.num_logits
         (result,) = detector.results(batch, sizes, every)
     (sampling,) = calls
@@ -174,13 +174,13 @@ def _draw_panel(
     points, weights = seen.points[:, levels].reshape(-1, 2), seen.weights[:, levels].ravel()
     order = weights.argsort()  # the greatest weight on top
     dots = axes.scatter(
-        *points[order].T, c=weights[order], vmin=0, vmax=float(seen.weights.max()), cmap="turbo",
+        points[order, 0], points[order, 1], c=weights[order], vmin=0, vmax=float(seen.weights.max()), cmap="turbo",
         s=30 if len(levels) == 1 else 14, edgecolors="black", linewidths=0.6,
         path_effects=[withStroke(linewidth=2, foreground="white")],
     )  # fmt: skip
     x, y, x_end, y_end = seen.box
     axes.add_patch(Rectangle((x, y), x_end - x, y_end - y, fill=False, color=GREEN, linewidth=1.8))
-    axes.scatter(*seen.reference, c=GREEN, marker="+", s=160, linewidths=2.2, zorder=3)
+    axes.scatter(seen.reference[0], seen.reference[1], c=GREEN, marker="+", s=160, linewidths=2.2, zorder=3)
     return dots
 
 
