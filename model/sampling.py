@@ -60,5 +60,5 @@ def _valid_ratios(shapes: Sequence[tuple[int, int]], padding: Tensor, dtype: tor
     """The part (width, height) of each level's canvas that the image fills, from the padding of all cells."""
     masks = torch.split_with_sizes(padding, [height * width for height, width in shapes], dim=1)
     return torch.stack(
-        [valid_ratio(mask.unflatten(1, shape), dtype) for mask, shape in zip(masks, shapes, strict=True)], dim=1
+        [valid_ratio(mask.reshape(-1, *shape), dtype) for mask, shape in zip(masks, shapes, strict=True)], dim=1
     )
