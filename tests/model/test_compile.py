@@ -16,11 +16,10 @@ SIZES = ([(200, 360)], [(260, 200), (130, 330)], [(256, 256)], [(330, 192)], [(4
     "settings",
     [
         {"decoder_layers": 1},
-        {"feature_levels": 3, "with_box_refine": True},
         {"feature_levels": 3, "with_box_refine": True, "two_stage": True},
         {"arch": "detr", "decoder_layers": 1},
     ],
-    ids=["base", "refine", "two-stage", "detr"],
+    ids=["base", "two-stage", "detr"],
 )
 def test_one_graph_serves_all_sizes(settings: dict[str, Any]) -> None:
     model = make_detector(**({"decoder_layers": 2, "dropout": 0.0} | settings)).train()
