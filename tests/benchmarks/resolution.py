@@ -5,7 +5,8 @@
 Batch 1, resnet_tiny, 2 encoder and 2 decoder layers of width 128. DETR-DC5 and one-scale Deformable DETR-DC5 have one
 map of stride 16, multi-scale has four of strides 8 to 64. Measured are the whole step (forward, losses, backward) and
 the encoder's share of it (its forward and backward on the inputs that the step gave it): shortest time, and most memory
-held above what was held before. On a CPU that is resident memory, on a GPU torch's.
+held above what was held before. On a CPU these are seconds of one core, so that other load counts little, and resident
+memory; on a GPU wall time and torch's memory.
 
 DETR comes twice: "matrix" computes attention as the original does, with the matrix of all cells by all cells in memory,
 "fused" as torch does where it can, in tiles that never are the whole matrix: memory linear, arithmetic the same.
@@ -15,7 +16,6 @@ The exponents are the slopes of straight lines through the three greatest sides,
 import argparse
 import ctypes
 import gc
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -63,13 +63,14 @@ class Cost(NamedTuple):
 def measure_call(call: Callable[[], object], device: torch.device, repeats: int) -> tuple[float, int]:
     """Shortest time of some calls, and the most memory that one of them held above what was held before it."""
     times, peaks = [], []
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     for _ in range(repeats):
         before = _forget_peak(device)
-        begun = time.perf_counter()
+        begun = clock()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
+        times.append(clock() - begun)
         most = torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident("VmHWM")
         peaks.append(most - before)
     return min(times), max(peaks)
@@ -172,13 +173,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 384, 512, 768, 1024], help="multiples of 64 px")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch threads")
     parser.add_argument("--repeats", type=int, default=2, help="measured steps, of which the shortest counts")
     parser.add_argument("--out", type=Path, default=Path("runs/resolution.png"), help="file of the plot")
     options = parser.parse_args()
     if len(set(options.sides)) < FITTED:
         parser.error(f"--sides must name at least {FITTED} sizes: the exponents are fitted to them")
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     print(f"operator: {'compiled' if compiled(options.device.type) else 'plain torch'}; device: {options.device}")
     print(f"{'':27}{'side':>5}{'step s':>9}{'step MiB':>10}{'encoder s':>11}{'encoder MiB':>13}")
     costs: dict[str, dict[int, Cost]] = {}
