@@ -147,9 +147,8 @@ def plot(curves: dict[str, Curve], path: Path) -> None:
     for axes, metric in zip(figure.subplots(1, 2, sharey=True), ("AP50", "APs"), strict=True):
         for model, curve in curves.items():
             steps, values = [0.0, *(p["step"] for p in curve)], [0.0, *(p[metric] for p in curve)]
-            axes.plot(
-                steps, values, marker=".", linestyle="--" if model.startswith("detr") else "-", label=TITLES[model]
-            )
+            style = "--" if model.startswith("detr") else "-"
+            axes.plot(steps, values, marker=".", linestyle=style, label=TITLES[model])
         axes.set_xlabel("steps")
         axes.set_title(metric)
         axes.grid(alpha=0.3)
@@ -186,21 +185,20 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     set_up_logging()
     begun = time.perf_counter()
-    curves, speeds = {}, {}
+    print(f"{'after ' + str(options.steps) + ' steps':28}" + "".join(f"{name:>8}" for name in COLUMNS)
+          + f"{'steps to AP50 ' + str(WANTED_AP50):>21}{'images/s':>10}", flush=True)  # fmt: skip
+    curves: dict[str, Curve] = {}
     world = init_world("cpu")
     try:
         for model in options.models:
             config = make_config(model, options)
-            curves[model] = learn(config, world)
-            speeds[model] = images_per_second(config)
+            curve = curves[model] = learn(config, world)
+            reached = steps_to(WANTED_AP50, curve)
+            print(f"{TITLES[model]:28}" + "".join(f"{curve[-1][name]:8.3f}" for name in COLUMNS)
+                  + f"{'not reached' if reached is None else round(reached):>21}{images_per_second(config):10.1f}",
+                  flush=True)  # fmt: skip
     finally:
         close(world)
-    print(f"{'after ' + str(options.steps) + ' steps':28}" + "".join(f"{name:>8}" for name in COLUMNS)
-          + f"{'steps to AP50 ' + str(WANTED_AP50):>21}{'images/s':>10}")  # fmt: skip
-    for model, curve in curves.items():
-        reached = steps_to(WANTED_AP50, curve)
-        print(f"{TITLES[model]:28}" + "".join(f"{curve[-1][name]:8.3f}" for name in COLUMNS)
-              + f"{'not reached' if reached is None else round(reached):>21}{speeds[model]:10.1f}")  # fmt: skip
     path = options.out / "convergence.png"
     plot(curves, path)
     shown = claims(curves)
