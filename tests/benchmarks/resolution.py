@@ -118,7 +118,7 @@ def measure(name: str, side: int, device: torch.device, repeats: int) -> Cost:
         model.zero_grad()
         source, *others = inputs
         memory = model.transformer.encoder(source.requires_grad_(), *others)
-        memory.backward(torch.ones_like(memory))
+        torch.autograd.backward(memory, torch.ones_like(memory))
 
     hook = model.transformer.encoder.register_forward_pre_hook(keep)
     with sdpa_kernel(SDPBackend.MATH) if name.endswith("matrix") else nullcontext():
