@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from model.weights import load_backbone, load_weights
 from pipeline import checkpoint
 from pipeline.checkpoint import State
 from pipeline.config import TrainSection, differences, load_config, plain
+from pipeline.curves import Curves
 from pipeline.distributed import (
     World,
     all_reduce_sum,
@@ -48,7 +48,6 @@ from pipeline.log import get_logger, set_up_logging
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.optim import lr_factor, make_optimizer, parameter_groups, set_learning_rates
 from pipeline.order import SampleOrder
-from pipeline.tracking import Spool, SpoolReader
 
 logger = get_logger(__name__)
 
@@ -155,7 +154,8 @@ def train(job: TrainJob, world: World) -> Path:
     path, first, skipped = (found[0], found[1].step, found[1].skipped) if found else (None, 0, 0)
     engine = _make_engine(run, found)
     criterion = Criterion(job.model.num_classes, job.train.criterion, job.model.class_loss)
-    curves = _Curves(run, first)
+    spool = job.spool if world.rank == 0 else None
+    curves = Curves(spool, job.train, run.total, run.epochs, first)
     try:
         for step, num_boxes, unreadable in _global_steps(run, first):
             set_learning_rates(engine.basic_optimizer, run.factor(step.step))
@@ -411,38 +411,6 @@ def _state(run: _Run, step: int, skipped: int, optimizer: torch.optim.Optimizer)
         data_digest=run.manifest.digest,
         groups=checkpoint.group_settings(optimizer),
     )
-
-
-class _Curves:
-    """The points of the training curves, which rank 0 appends to the spool: each once, whatever is restarted."""
-
-    def __init__(self, run: _Run, first: int) -> None:
-        self._run = run
-        self._spool = Spool(run.job.spool) if run.world.rank == 0 else None
-        records = SpoolReader(run.job.spool).read() if run.world.rank == 0 else []
-        self._written = {record.step: record.metrics.get("train/loss", math.nan) for record in records}
-        self._done, self._since = first, time.perf_counter()
-
-    def step_done(self, step: int, values: dict[str, float], optimizer: torch.optim.Optimizer) -> None:
-        """Write a point after `step` if one is due: every `log_steps`, and after the first and the last step."""
-        done, train, total = step + 1, self._run.job.train, self._run.total
-        if self._spool is None or not (done % train.log_steps == 0 or done in (1, total)):
-            return
-        now = time.perf_counter()
-        rate = (done - self._done) * train.global_batch / (now - self._since)
-        self._done, self._since = done, now
-        point = {**values, "epoch": self._run.epochs(done), "images_per_second": rate}
-        point |= {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
-        if not math.isclose(self._written.get(done, math.nan), values["loss"], rel_tol=1e-3):
-            self._spool.write(done, {f"train/{name}": value for name, value in point.items()})
-        logger.info(
-            "step %d/%d  epoch %.2f  loss %.4f  gradient %.3f  %.1f images/s",
-            *(done, total, point["epoch"], values["loss"], values["grad_norm"], rate),
-        )
-
-    def close(self) -> None:
-        if self._spool is not None:
-            self._spool.close()
 
 
 def main(arguments: list[str] | None = None) -> int:
