@@ -1,4 +1,5 @@
-// Checks of the operator's inputs, shared by the devices. Every message begins with the argument that is wrong.
+// The operator's schemas and the checks of its inputs, shared by the devices. Every message begins with the argument
+// that is wrong.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -17,6 +18,16 @@ namespace raydetr {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// Shapes are SymInt[] (height and width of every level in turn): nothing is read back from a device, and torch.compile
+// may leave them symbolic. A gradient that is not wanted is an empty tensor.
+constexpr const char* kForwardSchema =
+    "ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights)"
+    " -> Tensor";
+constexpr const char* kBackwardSchema =
+    "ms_deform_attn_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations,"
+    " Tensor attention_weights, bool want_value, bool want_locations, bool want_weights, bool deterministic)"
+    " -> (Tensor, Tensor, Tensor)";
 
 // Sizes of a call, all checked.
 struct Problem {

@@ -15,6 +15,16 @@
 
 namespace raydetr {
 
+// Type in which values of a storage type are summed.
+template <typename Storage>
+struct SumOf {
+  using type = float;
+};
+template <>
+struct SumOf<double> {
+  using type = double;
+};
+
 // A level of the feature pyramid: its size and the row of the flattened values where it begins.
 struct Level {
   int32_t height;

@@ -1,23 +1,17 @@
-// Schemas of the operators and the Python module `_raydetr`, whose import registers them.
+// The operators, and the Python module `_raydetr`, whose import registers them.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include "checks.h"
 #include "cpu/kernels.h"
 
 #ifndef RAYDETR_CUDA_ARCHITECTURES
 #define RAYDETR_CUDA_ARCHITECTURES ""
 #endif
 
-// Shapes are SymInt[] (height and width of every level in turn): nothing is read back from a device, and
-// torch.compile may leave them symbolic. A gradient that is not wanted is an empty tensor.
 STABLE_TORCH_LIBRARY(raydetr, m) {
-  m.def(
-      "ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights)"
-      " -> Tensor");
-  m.def(
-      "ms_deform_attn_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations,"
-      " Tensor attention_weights, bool want_value, bool want_locations, bool want_weights, bool deterministic)"
-      " -> (Tensor, Tensor, Tensor)");
+  m.def(raydetr::kForwardSchema);
+  m.def(raydetr::kBackwardSchema);
 }
 
 // What `raydetr doctor` reports; the operators themselves are reached through torch.ops.raydetr.

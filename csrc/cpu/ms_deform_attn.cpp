@@ -23,16 +23,6 @@ namespace {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// Type in which values of a storage type are summed.
-template <typename Storage>
-struct SumOf {
-  using type = float;
-};
-template <>
-struct SumOf<double> {
-  using type = double;
-};
-
 // Ask for huge pages under large memory that is about to be written for the first time: page faults of 4 KiB would take
 // longer than the work.
 inline void prefer_huge_pages(void* data, size_t bytes) {
@@ -272,8 +262,6 @@ std::tuple<Tensor, Tensor, Tensor> backward_typed(const Problem& problem, const 
   using T = typename SumOf<Storage>::type;
   const Tensor gradient =
       std::is_same_v<Storage, T> ? grad_output : torch::stable::to(grad_output, locations.scalar_type());
-  Tensor grad_value = want_value ? value_gradient<Storage>(problem, gradient, value, locations, weights)
-                                 : torch::stable::new_empty(value, {0});
   Tensor grad_locations =
       on_huge_pages(want_locations ? torch::stable::empty_like(locations) : torch::stable::new_empty(locations, {0}));
   Tensor grad_weights =
@@ -298,6 +286,9 @@ std::tuple<Tensor, Tensor, Tensor> backward_typed(const Problem& problem, const 
           kernels<T>().sampling(task, begin, end);
         });
   }
+  // Last: until then the values are still where the forward left them, in a cache.
+  Tensor grad_value = want_value ? value_gradient<Storage>(problem, gradient, value, locations, weights)
+                                 : torch::stable::new_empty(value, {0});
   return {grad_value, grad_locations, grad_weights};
 }
 

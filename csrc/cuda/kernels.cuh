@@ -22,15 +22,6 @@ namespace raydetr::cuda {
 constexpr unsigned kWarp = 0xffffffffu;
 constexpr int kThreads = 256;  // of a block at most: with 4 lanes a group, a tile of queries
 
-template <typename Storage>
-struct SumOf {
-  using type = float;
-};
-template <>
-struct SumOf<double> {
-  using type = double;
-};
-
 __device__ __forceinline__ void convert(float from, float& to) { to = from; }
 __device__ __forceinline__ void convert(double from, double& to) { to = from; }
 __device__ __forceinline__ void convert(__half from, float& to) { to = __half2float(from); }

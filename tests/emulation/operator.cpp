@@ -54,13 +54,8 @@ std::vector<int64_t> divide(int64_t dividend, int64_t by) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(raydetr_emulated, m) {
-  m.def(
-      "ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights)"
-      " -> Tensor");
-  m.def(
-      "ms_deform_attn_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations,"
-      " Tensor attention_weights, bool want_value, bool want_locations, bool want_weights, bool deterministic)"
-      " -> (Tensor, Tensor, Tensor)");
+  m.def(raydetr::kForwardSchema);
+  m.def(raydetr::kBackwardSchema);
   m.def("tiles(int[] spatial_shapes) -> int[]");
   m.def("divide(int dividend, int by) -> int[]");
 }
