@@ -10,12 +10,12 @@ operator could gain: the share of the softmax of the attention weights and of th
 import argparse
 import functools
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import seconds
 from torch import Tensor, nn
 from transformers import DeformableDetrForObjectDetection
 
@@ -25,18 +25,6 @@ from model.weights import export_weights
 
 HEIGHT, WIDTH, CLASSES, OBJECTS = 480, 640, 91, 7
 LEAST = 1.8
-
-
-def seconds(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Shortest time of each call. They take turns, so that whatever else the machine does meets all alike."""
-    best = [float("inf")] * len(calls)
-    for repeat in range(repeats + 1):
-        for index, call in enumerate(calls):
-            start = time.perf_counter()
-            call()
-            if repeat:  # the first one warms up
-                best[index] = min(best[index], time.perf_counter() - start)
-    return best
 
 
 def make_peer(model: nn.Module) -> nn.Module:

@@ -1,23 +1,23 @@
 """How many times faster the compiled attention operator is than plain torch (`model.ops.reference`), both in one run.
 
-    python tests/benchmarks/operator.py [--threads 2] [--repeats 3]
+    python tests/benchmarks/operator.py [--threads 2] [--repeats 5]
 
 Encoder: the tokens of an 800 x 1333 image as queries; decoder: 300 queries. 8 heads, 32 channels, 4 levels, 4 points,
-fp32. "local" locations lie around the query's own position with a sigma of 3 cells, "uniform" ones anywhere.
+fp32. "local" locations lie around the query's own position with a sigma of 3 cells, "uniform" ones anywhere. The two
+take turns; those of the decoder, milliseconds long, are of ten calls in a row.
 """
 
 import argparse
 import functools
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from common import SHAPES, centres, seconds
 from torch import Tensor
 
 from model.ops import ms_deform_attn, reference
 
-SHAPES = [(100, 167), (50, 84), (25, 42), (13, 21)]
 HEADS, CHANNELS, POINTS = 8, 32, 4
 
 
@@ -29,15 +29,6 @@ class Case(NamedTuple):
     locations: Tensor
     weights: Tensor
     least: tuple[float, float]
-
-
-def centres() -> Tensor:
-    """Position `[S, 2]` of every cell of every level, in 0..1."""
-    grids = []
-    for height, width in SHAPES:
-        y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-        grids.append(torch.stack((x / width, y / height), -1).flatten(0, 1))
-    return torch.cat(grids)
 
 
 def make_case(name: str, batch: int, queries: int | None, local: bool, least: tuple[float, float]) -> Case:
@@ -58,18 +49,6 @@ def make_case(name: str, batch: int, queries: int | None, local: bool, least: tu
     return Case(name, value, locations, weights, least)
 
 
-def seconds(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Shortest time of each call. They take turns, so that whatever else the machine does meets all alike."""
-    times: list[list[float]] = [[] for _ in calls]
-    for repeat in range(repeats + 1):
-        for call, own in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            if repeat:  # the first one warms up
-                own.append(time.perf_counter() - start)
-    return [min(own) for own in times]
-
-
 def forward(operator: Callable[..., Tensor], case: Case) -> None:
     """Inference."""
     with torch.inference_mode():
@@ -87,7 +66,7 @@ def main() -> int:
     """Print the table; the exit code is 1 if a ratio is below its least."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     cases = [
@@ -104,8 +83,9 @@ def main() -> int:
         for index, what in enumerate(("forward", "forward + backward")):
             operators = (reference.ms_deform_attn, ms_deform_attn)
             step = forward if index == 0 else forward_and_backward
-            repeats = options.repeats * (10 if case.locations.shape[1] < 1000 else 1)
-            times = seconds([functools.partial(step, operator, case) for operator in operators], repeats)
+            in_a_row = 10 if case.locations.shape[1] < 1000 else 1
+            calls = [functools.partial(step, operator, case) for operator in operators]
+            times = seconds(calls, options.repeats, in_a_row)
             ratio = times[0] / times[1]
             missed += ratio < case.least[index]
             print(
