@@ -164,25 +164,6 @@ RAYDETR_FORCE void prepare_block(Prepared<T>& prepared, const Points<T>& points,
   }
 }
 
-// Ask for `Width` channels of a row of the next query's points of a level. Rows that were packed are in a near cache
-// already; those in place come from a far one.
-template <int Width, bool Write, typename T>
-RAYDETR_FORCE void prefetch(const T* row) {
-  if constexpr (Width * sizeof(T) >= 64) {
-#pragma GCC unroll 8
-    for (size_t byte = 0; byte < Width * sizeof(T); byte += 64) {
-      __builtin_prefetch(reinterpret_cast<const char*>(row) + byte, Write);
-    }
-  }
-}
-
-// The place in a block of the same point of the next query, or the last there is.
-template <typename T>
-RAYDETR_FORCE int64_t ahead(const Prepared<T>& prepared, const Points<T>& points, int64_t place) {
-  const int64_t next = place + points.point_count;
-  return next < prepared.size ? next : place;
-}
-
 // `Padded`: the row of zeros lies at row -1 and needs no choice.
 template <bool Padded, typename T>
 RAYDETR_FORCE const T* row_pointer(const Rows<T>& rows, int32_t row) {
@@ -210,10 +191,6 @@ RAYDETR_FORCE void gather(Prepared<T>& prepared, const ForwardTask<T>& task, int
     for (int corner = 0; corner < 4; ++corner) {
       const T* row = row_pointer<Padded>(task.value, prepared.row(corner)[i]) + channel;
       const T weight = prepared.weight(corner)[i];
-      if constexpr (!Padded) {
-        const int64_t next = prepared.row(corner)[ahead(prepared, task.points, i)];
-        prefetch<Width, false>(task.value.data + next * task.value.stride + channel);
-      }
 #pragma GCC unroll 16
       for (int r = 0; r < registers; ++r) {
         Vector<T, lanes> cell;
@@ -324,10 +301,6 @@ RAYDETR_FORCE void corner_products(Prepared<T>& prepared, const SamplingTask<T>&
 #pragma GCC unroll 4
     for (int corner = 0; corner < 4; ++corner) {
       const T* row = row_pointer<Padded>(task.value, prepared.row(corner)[i]) + channel;
-      if constexpr (!Padded) {
-        const int64_t next = prepared.row(corner)[ahead(prepared, task.points, i)];
-        prefetch<Width, false>(task.value.data + next * task.value.stride + channel);
-      }
       Vector<T, lanes> cell;
       load<T, lanes>(cell, row);
       sum[corner] = cell * gradient[0];
@@ -414,7 +387,7 @@ RAYDETR_FORCE void sampling_queries(const SamplingTask<T>& task, int64_t begin, 
 }
 
 // Add `Width` channels of one query's gradient to the corners of its points.
-template <typename T, int Lanes, bool InPlace, int Width>
+template <typename T, int Lanes, int Width>
 RAYDETR_FORCE void scatter(Prepared<T>& prepared, const ValueTask<T>& task, int64_t q, int64_t channel,
                            const T* grad_output) {
   constexpr int lanes = Width < Lanes ? Width : Lanes;
@@ -430,10 +403,6 @@ RAYDETR_FORCE void scatter(Prepared<T>& prepared, const ValueTask<T>& task, int6
 #pragma GCC unroll 4
     for (int corner = 0; corner < 4; ++corner) {
       const int32_t row = prepared.row(corner)[i] - task.first_row;
-      if constexpr (InPlace) {
-        const int64_t next = prepared.row(corner)[ahead(prepared, task.points, i)] - task.first_row;
-        prefetch<Width, true>(task.grad_value + next * task.grad_stride + channel);
-      }
       if (static_cast<uint32_t>(row) < row_count) {
         T* to = task.grad_value + static_cast<int64_t>(row) * task.grad_stride + channel;
         const T weight = prepared.weight(corner)[i];
@@ -449,29 +418,20 @@ RAYDETR_FORCE void scatter(Prepared<T>& prepared, const ValueTask<T>& task, int6
   }
 }
 
-template <typename T, int Lanes, bool InPlace>
-RAYDETR_FORCE void value_blocks(const ValueTask<T>& task) {
+// Gradient of the values of one level (or of some rows of it). Every cell is summed in the order of the queries, so the
+// result does not depend on how the rows are shared out.
+template <typename T, int Lanes>
+RAYDETR_FORCE void value_level(const ValueTask<T>& task) {
   Prepared<T> prepared(task.queries, task.points.point_count);
   for (int64_t first = 0; first < task.queries; first += kBlock) {
     const int64_t count = task.queries - first < kBlock ? task.queries - first : kBlock;
     prepare_block(prepared, task.points, first, count);
     for (int64_t q = 0; q < count; ++q) {
       const T* grad_output = task.grad_output + (first + q) * task.output_stride;
-#define RAYDETR_CALL(width) (scatter<T, Lanes, InPlace, width>(prepared, task, q, channel, grad_output))
+#define RAYDETR_CALL(width) (scatter<T, Lanes, width>(prepared, task, q, channel, grad_output))
       RAYDETR_SPLIT_CHANNELS(task.channels, RAYDETR_CALL);
 #undef RAYDETR_CALL
     }
-  }
-}
-
-// Gradient of the values of one level (or of some rows of it). Every cell is summed in the order of the queries, so the
-// result does not depend on how the rows are shared out.
-template <typename T, int Lanes>
-RAYDETR_FORCE void value_level(const ValueTask<T>& task) {
-  if (task.grad_stride == task.channels) {
-    value_blocks<T, Lanes, false>(task);
-  } else {
-    value_blocks<T, Lanes, true>(task);
   }
 }
 

@@ -131,18 +131,19 @@ void for_packed_queries(const Problem& problem, const Storage* value, const Body
 // same pages of memory.
 template <typename T, typename Body>
 void for_sparse_queries(const Problem& problem, const T* value, const Body& body) {
-  constexpr int64_t few = 8;
-  const int64_t chunks = (problem.queries + few - 1) / few;
+  constexpr int64_t few = 16;
   const int64_t stride = problem.heads * problem.channels;
   const std::vector<T> zeros(problem.channels, T(0));
-  torch::stable::parallel_for(0, problem.batch * chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index) {
-      const int64_t batch = index / chunks;
-      const int64_t first = index % chunks * few;
+  torch::stable::parallel_for(0, problem.batch * problem.queries, few, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t batch = begin / problem.queries;
+      const int64_t first = begin % problem.queries;
+      const int64_t last = std::min({end - batch * problem.queries, first + few, problem.queries});
       for (int64_t head = 0; head < problem.heads; ++head) {
         const Rows<T> rows{value + batch * problem.rows * stride + head * problem.channels, stride, zeros.data()};
-        body(batch * problem.heads + head, rows, first, std::min(first + few, problem.queries));
+        body(batch * problem.heads + head, rows, first, last);
       }
+      begin += last - first;
     }
   });
 }
