@@ -4,7 +4,9 @@ import json
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from pipeline.train import train as train_here
 from tests.builders import make_varied_manifest
 from tests.pipeline.test_train import MODEL, SETTINGS, assert_same_weights
 
-STEPS = 12
+STEPS = 30
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -104,16 +106,24 @@ def test_a_finished_run_is_not_trained_again(trained: tuple[Config, Path, int], 
 def test_a_killed_worker_changes_nothing(trained: tuple[Config, Path, int], manifest: Manifest, tmp_path: Path) -> None:
     config = make_config(tmp_path, max_restarts=1)
     spool = config.folder / "spool" / "train.jsonl"
+    done = threading.Event()
     killed: list[int] = []
 
     def kill_one() -> None:
-        if not killed and spool.exists() and len(spool.read_text().splitlines()) >= 4:
-            workers = [pid for pid, command in descendants(os.getpid()).items() if "RayTrainWorker" in command]
-            if workers:
+        """In a thread: the driver's own look, once a second, would be too late for so short a run."""
+        while not killed and not done.wait(0.01):
+            if spool.exists() and len(spool.read_text().splitlines()) >= 4:
+                workers = [pid for pid, command in descendants(os.getpid()).items() if "RayTrainWorker" in command]
                 os.kill(workers[-1], signal.SIGKILL)
                 killed.append(len(losses(spool)))
 
-    last = train(config, manifest, on_poll=kill_one)
+    with ThreadPoolExecutor(1) as pool:
+        killing = pool.submit(kill_one)
+        try:
+            last = train(config, manifest)
+        finally:
+            done.set()
+        killing.result()
     assert killed, "no worker was killed"
     assert killed[0] < STEPS, "it was not killed in time"
     assert_same_weights(last, trained[1])
