@@ -99,7 +99,8 @@ def build_options() -> dict[str, object]:
     macros, flags, extension_type = list(MACROS), {"cxx": CPU_FLAGS}, cpp_extension.CppExtension
     nvcc = nvcc_release()
     if with_cuda(os.environ.get("RAYDETR_CUDA", ""), torch.version.cuda, nvcc):
-        chosen = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(str(nvcc)))
+        chosen = os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures(str(nvcc))
+        os.environ["TORCH_CUDA_ARCH_LIST"] = chosen
         sources += ["csrc/cuda/ms_deform_attn.cu"]
         macros += [("USE_CUDA", None), ("RAYDETR_CUDA_ARCHITECTURES", f'"{chosen}"')]
         flags["nvcc"] = CUDA_FLAGS

@@ -98,10 +98,12 @@ def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
     """Whether a card runs kernels that were built for the architectures of a TORCH_CUDA_ARCH_LIST.
 
     A binary serves its own generation from its minor version on (with a suffix, as in 9.0a, that card alone), and PTX
-    whatever is later.
+    whatever is later. Of names, as in Hopper, that is left to the proof.
     """
     for architecture in architectures.replace(";", " ").split():
         number, _, ptx = architecture.partition("+")
+        if not number[:1].isdigit():
+            return True
         major, minor = map(int, number.rstrip("af").split("."))
         if capability == (major, minor):
             return True

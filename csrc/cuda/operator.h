@@ -46,8 +46,12 @@ inline Shape shape_of(const Problem& problem) {
   shape.all_places = divisor(static_cast<uint32_t>(shape.places));
   shape.tiled = problem.queries == problem.rows;
   std::copy(problem.levels.begin(), problem.levels.end(), shape.levels);
-  std::transform(problem.levels.begin(), problem.levels.end(), shape.bands,
-                 [](const Level& level) { return divisor(kTile * static_cast<uint32_t>(level.width)); });
+  std::transform(problem.levels.begin(), problem.levels.end(), shape.bands, [](const Level& level) {
+    // A level whose band would have more cells than 31 bits count is less than a band high: one division by a larger
+    // number gives its one band as well.
+    const int64_t cells = int64_t{kTile} * level.width;
+    return divisor(static_cast<uint32_t>(std::min<int64_t>(cells, std::numeric_limits<int32_t>::max())));
+  });
   return shape;
 }
 

@@ -20,7 +20,9 @@ except ImportError as error:
 
 def compiled(device: str = "cpu") -> bool:
     """Whether the compiled kernels (the extension module `_raydetr`) serve a type of device; else it is `reference`."""
-    return kernels is not None and (device != "cuda" or bool(kernels.CUDA_ARCHITECTURES))
+    if kernels is None:
+        return False
+    return device in ("cpu", "meta") or (device == "cuda" and bool(kernels.CUDA_ARCHITECTURES))
 
 
 def description() -> str:

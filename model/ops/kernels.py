@@ -1,7 +1,7 @@
 """The compiled operator as torch sees it: its fake kernels, its gradient and its autocast rule.
 
 Importing this module imports the extension `_raydetr`, which registers `torch.ops.raydetr`; it is an ImportError where
-the extension was not built.
+the extension was not built. There is no second derivative, which is an error, and no forward-mode derivative.
 """
 
 import importlib
@@ -40,7 +40,17 @@ def _sampling_type(value: torch.dtype) -> torch.dtype:
 
 
 def _fake(value: Tensor, spatial_shapes: list[int], sampling_locations: Tensor, attention_weights: Tensor) -> Tensor:
-    for name, tensor in (("sampling_locations", sampling_locations), ("attention_weights", attention_weights)):
+    if value.ndim != 4:
+        raise ValueError(f"value: expected [B, S, M, D], got {list(value.shape)}")
+    sampling_type = _sampling_type(value.dtype)
+    for name, tensor, ndim in (
+        ("sampling_locations", sampling_locations, 6),
+        ("attention_weights", attention_weights, 5),
+    ):
+        if tensor.ndim != ndim or tensor.dtype != sampling_type:
+            raise ValueError(
+                f"{name}: expected {sampling_type} of {ndim} dimensions, got {tensor.dtype} {list(tensor.shape)}"
+            )
         if tensor.device != value.device:
             raise ValueError(f"{name}: not on the device of value")
     batch, _, heads, channels = value.shape
@@ -88,6 +98,10 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return for_value, None, for_locations, for_weights
 
 
+def _no_second_derivative(ctx: Any, *gradients: Tensor) -> Any:
+    raise NotImplementedError(f"{OPERATOR} has no second derivative; model.ops.reference has one")
+
+
 def _flops(value: Size, spatial_shapes: list[int], locations: Size, weights: Size, *_: Any, **__: Any) -> int:
     """Flops of shapes: 4 multiply-adds to interpolate a sampled channel and 1 to weigh it (appendix A.1)."""
     return 2 * 5 * prod(weights) * value[-1]
@@ -99,7 +113,7 @@ def _autocast(device_type: str) -> Any:
     def cast(
         value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor
     ) -> Tensor:
-        if value.dtype != torch.float64:
+        if value.is_floating_point() and value.dtype != torch.float64:
             value = value.to(torch.get_autocast_dtype(device_type))
         sampling_type = _sampling_type(value.dtype)
         with torch.autocast(device_type, enabled=False):
@@ -118,6 +132,7 @@ def _register() -> None:
     torch.library.register_fake(OPERATOR)(_fake)
     torch.library.register_fake(OPERATOR + "_backward")(_fake_backward)
     torch.library.register_autograd(OPERATOR, _backward, setup_context=_save)
+    torch.library.register_autograd(OPERATOR + "_backward", _no_second_derivative)
     register_flop_formula(torch.ops.raydetr.ms_deform_attn)(_flops)
     # The registrations below live as long as this object.
     EXTENSION.registered = torch.library.Library("raydetr", "IMPL")  # type: ignore[no-untyped-call]

@@ -111,6 +111,10 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 
 template <typename T>
 T __ldg(const T* from) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(T) != 0) {
+    std::fprintf(stderr, "emulation: a load of %zu bytes from an address that is no multiple of them\n", sizeof(T));
+    std::abort();
+  }
   return *from;
 }
 

@@ -102,6 +102,7 @@ def test_without_kernels_it_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch
         ("9.0a", (9, 0), True),
         ("10.0a+PTX", (10, 3), False),
         ("10.0;12.0", (10, 3), True),
+        ("Hopper", (9, 0), True),
         ("", (9, 0), False),
     ],
 )

@@ -176,6 +176,17 @@ class TestAgainstReference:
             assert gradient.shape == leaf.shape
             assert not gradient.any()
 
+    def test_views_that_begin_anywhere(self, operator: Operator) -> None:
+        """Dense, but from an odd element on: what loads several at a time has to copy it first."""
+        inputs = make_inputs(channels=32)
+        shifted = Inputs(*(torch.cat((torch.zeros(1), t.flatten()))[1:].view(t.shape) for t in inputs))
+        grad = torch.randn(2 * 13 * 96 + 1)[1:].view(2, 13, 96)
+        leaves = [tensor.requires_grad_() for tensor in shifted]
+        output = operator(leaves[0], SHAPES, leaves[1], leaves[2])
+        found = [output.detach(), *torch.autograd.grad(output, leaves, grad)]
+        for ours, expected in zip(found, with_gradients(operator, SHAPES, inputs, grad.clone()), strict=True):
+            torch.testing.assert_close(ours, expected)
+
     def test_not_contiguous(self, operator: Operator) -> None:
         inputs = make_inputs(channels=16)
         scattered = Inputs(*(t.transpose(0, 1).contiguous().transpose(0, 1) for t in inputs))
@@ -473,6 +484,32 @@ class TestInTorch:
             output = ops.ms_deform_attn(inputs.value, SHAPES, inputs.locations, inputs.weights)
         assert output.dtype == torch.bfloat16
         assert torch.equal(output, ops.ms_deform_attn(inputs.value.bfloat16(), SHAPES, *inputs[1:]))
+
+    def test_autocast_leaves_integers_to_be_refused(self) -> None:
+        inputs = make_inputs()
+        with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match="value: expected float64"):
+            ops.ms_deform_attn(inputs.value.long(), SHAPES, inputs.locations, inputs.weights)
+
+    def test_no_second_derivative(self) -> None:
+        value, locations, weights = (tensor.requires_grad_() for tensor in make_inputs())
+        output = ops.ms_deform_attn(value, SHAPES, locations, weights)
+        (gradient,) = torch.autograd.grad(output.sum(), value, create_graph=True)
+        with pytest.raises(NotImplementedError, match="no second derivative"):
+            gradient.pow(2).sum().backward()
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"value": torch.zeros(2, 70, 24)}, "value: expected"),
+            ({"locations": torch.zeros(2, 13, 3, 3, 4)}, "sampling_locations: expected"),
+            ({"weights": torch.zeros(2, 13, 3, 3, 4).double()}, "attention_weights: expected torch.float32"),
+        ],
+    )
+    def test_shapes_alone_are_checked_too(self, changed: dict[str, Tensor], message: str) -> None:
+        given = make_inputs()._replace(**changed)
+        value, locations, weights = (tensor.to("meta") for tensor in given)
+        with pytest.raises(ValueError, match=message):
+            torch.ops.raydetr.ms_deform_attn(value, FLAT, locations, weights)
 
     def test_low_precision_locations_are_raised(self) -> None:
         value, locations, weights = make_inputs(dtype=torch.bfloat16)
