@@ -151,7 +151,7 @@ def steps_to(wanted: float, curve: Curve) -> float | None:
 
 def plot(curves: dict[str, Curve], path: Path) -> None:
     """AP50, and AP on small objects, against steps."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, metric in zip(figure.subplots(1, 2, sharey=True), ("AP50", "APs"), strict=True):
         for model, curve in curves.items():
@@ -161,7 +161,7 @@ def plot(curves: dict[str, Curve], path: Path) -> None:
         axes.set_xlabel("steps")
         axes.set_title(metric)
         axes.grid(alpha=0.3)
-    figure.axes[0].legend()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center")
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
