@@ -72,6 +72,7 @@ def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lamb
         shards=manifest.folder.resolve(),
         out=config.folder,
         on_error=config.dataset.on_error,
+        root=Path.cwd(),
     )
     found = resume_point(job, manifest)
     if found is not None and found[1].step == config.train.total_steps(len(manifest.samples)):

@@ -65,7 +65,7 @@ def _detr(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _deformable(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> dict[str, Any]:
     levels = len(tensors["transformer.level_embed"])
-    two_stage = "transformer.enc_output.weight" in tensors
+    two_stage = any(name.startswith(("transformer.enc_output", "transformer.pos_trans")) for name in tensors)
     seen = {"feature_levels": levels, "two_stage": two_stage, "with_box_refine": two_stage or _refines(tensors)}
     if two_stage:
         seen |= {"num_queries": notes["num_queries"]} if "num_queries" in notes else {}
@@ -148,9 +148,7 @@ def hf_config(config: DetrConfig, class_names: Sequence[str] | None = None) -> d
         lacks.append(f"a backbone with {config.backbone_norm}")
     if config.dilation:
         lacks.append("a dilated ResNet but timm's")
-    if config.class_loss != ("focal" if config.arch == "deformable_detr" else "softmax"):
-        lacks.append(f"{config.arch} with the class loss {config.class_loss}")
-    lacks += odd_norms(config)
+    lacks += _other_losses(config) + _odd_norms(config)
     if lacks:
         raise ValueError(f"transformers has not {', nor '.join(lacks)}: these weights cannot be written for it")
     layer_type, depths, sizes = _RESNETS[config.backbone]
@@ -198,7 +196,22 @@ def hf_config(config: DetrConfig, class_names: Sequence[str] | None = None) -> d
     return model
 
 
-def odd_norms(config: DetrConfig) -> list[str]:
+def check_original(config: DetrConfig) -> None:
+    """Raise a ValueError where the original (or facebookresearch/detr) would compute something else."""
+    lacks = _other_losses(config) + _odd_norms(config)
+    if config.backbone == "resnet_tiny" or config.backbone_norm != "frozen_batch_norm":
+        lacks.append(f"the backbone {config.backbone} with {config.backbone_norm}")
+    if lacks:
+        raise ValueError(f"the original has not {', nor '.join(lacks)}: these weights cannot be written for it")
+
+
+def _other_losses(config: DetrConfig) -> list[str]:
+    """The class loss, where others' networks of the architecture have another: it says how logits become scores."""
+    usual = "focal" if config.arch == "deformable_detr" else "softmax"
+    return [] if config.class_loss == usual else [f"{config.arch} with the class loss {config.class_loss}"]
+
+
+def _odd_norms(config: DetrConfig) -> list[str]:
     """What others would compute otherwise, in silence: their group norms have 32 groups, ours fewer when narrow."""
     narrow = config.arch == "deformable_detr" and config.hidden_dim < 64
     return [f"group norms of a width of {config.hidden_dim}, which is under 64"] if narrow else []

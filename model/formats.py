@@ -201,7 +201,7 @@ def recognise(names: Mapping[str, Tensor]) -> tuple[str, str] | None:
     format = next(
         (format for prefix, format in prefixes.items() if any(name.startswith(prefix) for name in names)), None
     )
-    if format is None:
+    if format is None or not any("decoder.layers." in name for name in names):
         return None
     deformable = any(".sampling_offsets." in name or name.endswith("level_embed") for name in names)
     return format, "deformable_detr" if deformable else "detr"

@@ -183,9 +183,10 @@ class Transformer(nn.Module):
 
     Where references come from. In the encoder a cell's reference point is its own centre. In the decoder it is learned:
     a linear layer and a sigmoid on the query's position embedding, the same for all images; with `two_stage` it is the
-    box of a proposal. A box is predicted relative to its reference: the head's first two numbers are added to the
-    reference's logit before the sigmoid. The sampled points lie around the reference too, so a head that looks there
-    has only to say how far off it is, and what attention learns of a place agrees with what the box head is asked.
+    box of a proposal. A box is predicted relative to its reference: the head's first two numbers (all four, where the
+    reference is a box) are added to the reference's logits before the sigmoid. The sampled points lie around the
+    reference too, so a head that looks there has only to say how far off it is, and what attention learns of a place
+    agrees with what the box head is asked.
 
     The level embedding: two cells of different levels at the same place of the image have the same position code, and
     attention could not tell them apart. One learned vector a level, added to the position code (not to the features),

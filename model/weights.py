@@ -12,19 +12,19 @@ import os
 import pickle
 import re
 import shutil
+import stat
 import urllib.error
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model.architecture import hf_config, notes_of_args, notes_of_hf, odd_norms
+from model.architecture import check_original, hf_config, notes_of_args, notes_of_hf
 from model.backbone import Backbone
 from model.config import DetrConfig
 from model.fit import IGNORED, LoadReport, Weights, fit, fit_backbone, some, unique_tensors
@@ -44,7 +44,6 @@ IMAGENET_FILES = {
 }
 """torchvision's IMAGENET1K_V1, which the original trained from; a name ends in the first digits of its sha256."""
 
-_DAMAGED = (SafetensorError, RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
 _HASHED_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")
 
 
@@ -62,7 +61,7 @@ def export_weights(
         class_names: for `hf`, names of the classes by logit.
 
     Raises:
-        ValueError: the format is unknown, or its reader has no network that computes the same.
+        ValueError: the format is unknown, or its reader would compute something else.
     """
     if format not in FORMATS:
         raise ValueError(f'cannot write the weights format "{format}": choose {", ".join(FORMATS)}')
@@ -72,9 +71,9 @@ def export_weights(
     try:
         if format == "raydetr":
             metadata = {"format": "raydetr", "config": json.dumps(asdict(config))}
-            save_file(_on_host(unique_tensors(model)), partial, metadata=metadata)
+            save_tensors(_on_host(unique_tensors(model)), partial, metadata)
         elif format == "original":
-            _check_original(config)
+            check_original(config)
             tensors = to_foreign(_on_host(model.state_dict()), "original", config.arch)
             torch.save({"model": tensors, "raydetr": asdict(config)}, partial)
         else:
@@ -82,7 +81,7 @@ def export_weights(
             tensors = to_foreign(_on_host(model.state_dict()), "hf", config.arch)
             partial.mkdir()
             # transformers finds equal heads and ties them; a safetensors file cannot share memory.
-            save_file(
+            save_tensors(
                 {name: tensor.clone() for name, tensor in tensors.items()}, partial / FOLDER_FILE, {"format": "pt"}
             )
             (partial / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
@@ -97,12 +96,14 @@ def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _check_original(config: DetrConfig) -> None:
-    lacks = odd_norms(config)
-    if config.backbone == "resnet_tiny" or config.backbone_norm != "frozen_batch_norm":
-        lacks.append(f"the backbone {config.backbone} with {config.backbone_norm}")
-    if lacks:
-        raise ValueError(f"the original has not {', nor '.join(lacks)}: these weights cannot be written for it")
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that whoever may read the user's other new files may read: safetensors itself makes one
+    for the owner alone.
+    """
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
 
 
 def load_weights(
@@ -208,8 +209,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path}: there is no such weights file")
     notes = _hf_notes(path.parent / CONFIG_FILE) if path.name in FOLDER_FILES else {}
     if path.name in FOLDER_FILES and path.suffix == ".json":
-        index = _read_json(path)
-        parts = sorted(set(index.get("weight_map", {}).values()))
+        parts = _parts(path)
         tensors = {name: tensor for part in parts for name, tensor in _read_file(path.parent / part)[0].items()}
         return tensors, notes
     try:
@@ -219,17 +219,28 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 return tensors, notes | json.loads((file.metadata() or {}).get("config", "{}"))
         with torch.serialization.safe_globals([argparse.Namespace]):  # the original keeps its arguments in one
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except _DAMAGED as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise ValueError(f"{path}: damaged, or not a weights file ({reason}); get it again") from e
+    except Exception as error:  # the readers do not tell what they raise for bytes of any other kind
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch's advice would be to let the file run code
+            reason = "it holds something else than tensors and plain values, and nothing else is unpickled"
+        raise ValueError(f"{path}: damaged, or not a weights file ({reason}); get it again") from error
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        args = content.get("args", {})
-        notes |= notes_of_args(vars(args) if isinstance(args, argparse.Namespace) else args)
+        args = content.get("args")
+        args = vars(args) if isinstance(args, argparse.Namespace) else args
+        notes |= notes_of_args(args) if isinstance(args, Mapping) else {}
         notes |= content.get("raydetr", {})
         content = content["model"]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path}: holds something else than tensors by name, so it is not a weights file")
     return dict(content), notes
+
+
+def _parts(index: Path) -> list[str]:
+    """Names of the files that an index of transformers spreads the tensors over."""
+    table = _read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table or not all(isinstance(part, str) for part in table.values()):
+        raise ValueError(f"{index}: has no weight_map from tensors to files; get it again")
+    return sorted(set(table.values()))
 
 
 def _hf_notes(path: Path) -> dict[str, Any]:

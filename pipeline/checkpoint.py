@@ -21,9 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from model.config import DetrConfig
+from model.weights import save_tensors
 from pipeline.distributed import World, on_rank_zero
 from pipeline.errors import UserError
 from pipeline.files import sync
@@ -69,8 +70,17 @@ class State:
     """Version of the layout."""
 
     def detr_config(self) -> DetrConfig:
-        """The architecture whose weights these are."""
-        return DetrConfig(**self.config["model"])
+        """The architecture whose weights these are.
+
+        Raises:
+            UserError: this version does not know one of its settings.
+        """
+        try:
+            return DetrConfig(**self.config["model"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{STATE}: its model is not one that this version knows ({error}); use the version that wrote it"
+            ) from error
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -168,8 +178,8 @@ def _write(folder: Path, weights: dict[str, torch.Tensor], moments: dict[str, to
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file(weights, temporary / MODEL)
-        save_file(moments, temporary / OPTIMIZER)
+        save_tensors(weights, temporary / MODEL)
+        save_tensors(moments, temporary / OPTIMIZER)
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
         for file in (MODEL, OPTIMIZER, STATE):
             sync(temporary / file)

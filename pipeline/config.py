@@ -119,7 +119,7 @@ class InitSection(Section):
     weights: str | None = None
     """Detector weights: a checkpoint folder, or a file or folder of ours, of the original or of transformers."""
     reset_heads: bool = False
-    """Re-initialise the heads when the weights file has another number of classes."""
+    """Re-initialise the class heads where the weights are of another number of classes; else they are kept."""
 
 
 class TrainSection(Section):

@@ -28,7 +28,7 @@ from model import Criterion, DetrConfig, build_model, recompute_activations
 from model.weights import load_backbone, load_weights
 from pipeline import checkpoint
 from pipeline.checkpoint import State
-from pipeline.config import TrainSection, differences, load_config, plain
+from pipeline.config import InitSection, TrainSection, differences, load_config, plain
 from pipeline.curves import Curves
 from pipeline.distributed import (
     World,
@@ -82,6 +82,8 @@ class TrainJob:
     """Folder of the run: `checkpoints/` and `spool/train.jsonl` are made below it."""
     on_error: Literal["fail", "skip"] = "fail"
     """Whether a sample that cannot be read stops the run, or is left out and counted."""
+    root: Path = Path()
+    """Folder that relative paths in `train.init` begin in: where the command was given, whichever host reads them."""
 
     @property
     def checkpoints(self) -> Path:
@@ -321,7 +323,7 @@ def _make_model(job: TrainJob, found: tuple[Path, State] | None, world: World) -
         weights = together(world, lambda: checkpoint.load_model_weights(found[0]))
         model.load_state_dict(weights)
     elif job.train.init.backbone is not None or job.train.init.weights is not None:
-        on_rank_zero(world, lambda: _load_initial_weights(model, job.train))
+        on_rank_zero(world, lambda: _load_initial_weights(model, job.train.init, job.root))
         for tensor in model.state_dict().values():
             if world.size > 1:
                 torch.distributed.broadcast(tensor, src=0, group=world.host_group)
@@ -334,13 +336,17 @@ def _make_model(job: TrainJob, found: tuple[Path, State] | None, world: World) -
     return model.train()
 
 
-def _load_initial_weights(model: nn.Module, train: TrainSection) -> None:
+def _load_initial_weights(model: nn.Module, init: InitSection, root: Path) -> None:
     try:
-        if train.init.backbone is not None:
-            logger.info("train.init.backbone: %s", load_backbone(model, train.init.backbone))
-        if train.init.weights is not None:
-            report = load_weights(model, train.init.weights, reset_heads=train.init.reset_heads)
+        if init.backbone is not None:
+            named = init.backbone == "imagenet" or "://" in init.backbone
+            report = load_backbone(model, init.backbone if named else root / init.backbone)
+            logger.info("train.init.backbone: %s", report)
+        if init.weights is not None:
+            report = load_weights(model, root / init.weights, reset_heads=init.reset_heads)
             logger.info("train.init.weights: %s", report)
+            if init.reset_heads and not report.reset:
+                logger.warning("train.init.reset_heads: the class heads are kept, since they fit the number of classes")
     except ValueError as error:
         raise UserError(f"train.init: {error}") from error
 

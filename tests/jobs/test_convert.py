@@ -119,14 +119,15 @@ def test_fine_tuning_from_published_weights(tmp_path: Path, world: World) -> Non
             "lr_drop_epochs": (40.0,),
             **settings,
         }
-        return TrainJob(config, TrainSection.model_validate(recipe), manifest.folder, tmp_path / name)
+        train_section = TrainSection.model_validate(recipe)
+        return TrainJob(config, train_section, manifest.folder, tmp_path / name, root=tmp_path)
 
-    init = InitSection(weights=str(tmp_path / "published.pth"))
+    init = InitSection(weights="published.pth")  # beside the command, wherever the worker runs
     with pytest.raises(UserError, match=r"train\.init: .*published\.pth: has 91 class logits .*reset_heads"):
         train(job("refused", init=init), world)
 
     start = make_detector(num_classes=3)
-    report = load_weights(start, init.weights or "", reset_heads=True)
+    report = load_weights(start, tmp_path / "published.pth", reset_heads=True)
     assert report.reset == ("class_embed.0.weight", "class_embed.0.bias")
     given = published.state_dict()
     assert all(torch.equal(t, given[n]) for n, t in start.state_dict().items() if "class_embed" not in n)

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from model import DetrConfig, build_model
-from model.architecture import differences, hf_config, infer_config, notes_of_args, notes_of_hf
+from model.architecture import check_original, differences, hf_config, infer_config, notes_of_args, notes_of_hf
 from model.fit import unique_tensors
 from tests.model.test_formats import VARIANTS, every_variant
 
@@ -68,6 +68,19 @@ def test_config_of_transformers_there_and_back(settings: dict[str, Any]) -> None
 def test_what_transformers_has_not(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"transformers has not .*{message}"):
         hf_config(DetrConfig(**(SMALL | settings)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"class_loss": "softmax"}, "deformable_detr with the class loss softmax"),
+        ({"arch": "detr", "feature_levels": 1, "class_loss": "focal"}, "detr with the class loss focal"),
+        ({"backbone_norm": "group_norm"}, "resnet50 with group_norm"),
+    ],
+)  # fmt: skip
+def test_what_the_original_has_not(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"the original has not .*{message}"):
+        check_original(DetrConfig(**({"backbone": "resnet50", "num_classes": 7} | settings)))
 
 
 def test_arguments_of_the_original() -> None:

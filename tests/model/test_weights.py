@@ -154,6 +154,13 @@ class TestOriginalFormat:
             export_weights(make_detector(backbone="resnet18"), tmp_path / "w", format)
         assert not list(tmp_path.iterdir())
 
+    @pytest.mark.parametrize("format", ["raydetr", "hf"])
+    def test_a_file_is_as_open_as_the_users_other_files(self, tmp_path: Path, format: str) -> None:
+        (tmp_path / "other").touch()
+        export_weights(make_publishable(), tmp_path / "w", format)
+        file = tmp_path / "w" / "model.safetensors" if format == "hf" else tmp_path / "w"
+        assert file.stat().st_mode == (tmp_path / "other").stat().st_mode
+
 
 class TestTransformersFormat:
     """Files only; `test_parity` has transformers itself read and write them."""
@@ -352,9 +359,30 @@ class TestFilesThatDoNotFit:
         with pytest.raises(ValueError, match=r"2 tensors .* missing: .*model\.query_position_embeddings\.weight"):
             load_weights(make_publishable(), tensors)
 
-    def test_another_network(self) -> None:
-        with pytest.raises(ValueError, match="not weights of DETR or Deformable DETR"):
-            load_weights(make_detector(), {"encoder.weight": torch.zeros(2)})
+    @pytest.mark.parametrize("name", ["encoder.weight", "backbone.body.conv1.weight"])
+    def test_another_network(self, name: str) -> None:
+        with pytest.raises(ValueError, match=f"not weights of DETR or Deformable DETR.*{name}"):
+            load_weights(make_detector(), {name: torch.zeros(2), "rpn.head.weight": torch.zeros(2)})
+
+    def test_a_two_stage_file_that_lacks_one_tensor(self) -> None:
+        weights = read_weights(copy_of(make_detector(**VARIANTS["two-stage"])))
+        del weights.tensors["transformer.enc_output.weight"]
+        assert weights.config().two_stage
+
+    @pytest.mark.parametrize("content", [b"hello world\n", b"(e x\n", b"<html>", b"version https://git-lfs"])
+    def test_any_other_bytes_are_one_clear_error(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "w.pth").write_bytes(content)
+        with pytest.raises(ValueError, match=r"w\.pth: damaged, or not a weights file .*; get it again") as caught:
+            load_weights(make_detector(), tmp_path / "w.pth")
+        assert "weights_only" not in str(caught.value)
+
+    def test_odd_contents(self, tmp_path: Path) -> None:
+        model = make_detector()
+        torch.save({"model": copy_of(make_detector(seed=1)), "args": None}, tmp_path / "w.pth")
+        load_weights(model, tmp_path / "w.pth")
+        (tmp_path / "pytorch_model.bin.index.json").write_text('{"weight_map": ["w.pth"]}')
+        with pytest.raises(ValueError, match=r"index\.json: has no weight_map from tensors to files"):
+            load_weights(model, tmp_path)
 
     def test_left_over_counters_are_ignored(self) -> None:
         model = make_detector()
