@@ -69,22 +69,31 @@ def evaluate(
     overrides: Overrides = None,
     annotations: Annotated[Path | None, typer.Option(help="Ground truth: a COCO JSON file (no config then).")] = None,
     detections: Annotated[Path | None, typer.Option(help="Detections: a file in COCO's result format.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder that metrics.json is written to.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Weights to score in place of the run's checkpoint: ours, published ones, ...")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results of a file.")] = None,
 ) -> None:
-    """Score a run's last checkpoint on the validation split, or a file of detections."""
-    if annotations or detections or out:
-        if not (annotations and detections and out):
-            raise UserError("scoring a file takes --annotations, --detections and --out together")
+    """Score a run's last checkpoint on the validation split, a file of weights on it, or a file of detections."""
+    from pipeline.report import metrics_table
+
+    if annotations or detections:
+        if not (annotations and detections and out) or weights:
+            raise UserError("scoring a file of detections takes --annotations, --detections and --out together")
         from pipeline.evaluate import evaluate_files
-        from pipeline.report import metrics_table
 
         typer.echo(metrics_table(evaluate_files(annotations, detections, out)))
-    elif config is None:
+        return
+    if config is None:
         raise UserError("give a configuration with -c, or --annotations, --detections and --out")
-    else:
-        from jobs.run import Pipeline
+    if (weights is None) != (out is None):
+        raise UserError("scoring a file of weights takes -c, --weights and --out together")
+    from jobs.run import Pipeline
 
-        with Pipeline(_load(config, overrides)) as pipeline:
+    with Pipeline(_load(config, overrides)) as pipeline:
+        if weights and out:
+            typer.echo(metrics_table(pipeline.evaluate_weights(weights, out)))
+        else:
             pipeline.evaluate()
 
 

@@ -20,6 +20,7 @@ from pipeline.evaluate import DETECTIONS_FILE, METRICS, METRICS_FILE, Detection,
 from pipeline.files import write_json
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.report import plot_categories, write_category_table, write_pictures
+from pipeline.serving import Detector
 from pipeline.tracking import Spool, SpoolReader, Tracker
 
 SHARES = 4
@@ -68,6 +69,34 @@ def evaluate(config: Config, checkpoint: Path, manifest: Manifest, tracker: Trac
     if tracker is not None:
         tracker.drain(tracker.reader(spool), final=True)
         _upload(tracker, out)
+    return metrics
+
+
+def evaluate_weights(config: Config, weights: Path, manifest: Manifest, out: Path) -> dict[str, Any]:
+    """Score a file of weights, such as a published one, on the validation split.
+
+    Below `out` are metrics.json, detections.json, pictures, a table and a plot by category, and `detector`, a folder
+    that `raydetr predict -m` takes. Ray must be connected, and every node must see `out` and the shards.
+
+    Args:
+        config: the pipeline; its model section is the architecture of the weights.
+        weights: a file or folder of any format that `model.weights.read_weights` takes.
+        manifest: of the validation split.
+        out: folder of the results.
+
+    Returns:
+        The metrics.
+
+    Raises:
+        UserError: the weights cannot be read or are not those of the model section, or an input is wrong.
+    """
+    architecture = config.model_for(manifest.labels.num_classes)
+    folder = out / "detector"
+    Detector.from_weights(weights, architecture, manifest.labels, config.evaluate).save(folder)
+    with _Shown(Console(highlight=False, soft_wrap=True), weights.name, len(manifest.samples)) as shown:
+        tasks = _Tasks(config, manifest, shown)
+        metrics, _ = evaluate_checkpoint(folder, manifest, config.evaluate, folder, tasks)
+    _report(config, manifest, metrics, folder, out)
     return metrics
 
 

@@ -90,6 +90,10 @@ class Pipeline:
         """Score the last checkpoint (every kept one with evaluate.curve) on the validation split."""
         return evaluate.evaluate(self.config, self._last_checkpoint(), self._manifest("val"), self.tracker)
 
+    def evaluate_weights(self, weights: Path, out: Path) -> dict[str, Any]:
+        """Score a file of weights on the validation split, which is sharded for it; no MLflow run is made."""
+        return evaluate.evaluate_weights(self.config, weights, shard.shard(self.config, splits=["val"])["val"], out)
+
     def register(self) -> Registration:
         """Make the scored checkpoint a version of the registered model."""
         return register.register(self.config, self._last_checkpoint(), self.tracker)

@@ -1,8 +1,8 @@
 """Shards both splits of a dataset as Ray tasks; what is sharded already is not done again."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import RayTaskError
@@ -31,14 +31,17 @@ CANCEL_SECONDS = 30
 logger = get_logger(__name__)
 
 
-def shard(config: Config, *, verify: bool = False) -> dict[str, Manifest]:
-    """Writes the shards of `train` and `val`, drawing the synthetic dataset first when one is configured.
+def shard(
+    config: Config, *, verify: bool = False, splits: Sequence[Literal["train", "val"]] = ("train", "val")
+) -> dict[str, Manifest]:
+    """Writes the shards of the splits, drawing the synthetic dataset first when one is configured.
 
     Ray must be connected, and every node must see the dataset and the shards' folder.
 
     Args:
         config: the pipeline.
         verify: decode every image fully; shards that are there already are read again.
+        splits: which; nothing of another one has to be there.
 
     Returns:
         The manifests by split.
@@ -49,11 +52,12 @@ def shard(config: Config, *, verify: bool = False) -> dict[str, Manifest]:
     root = Path(config.dataset.root).absolute()
     if config.dataset.synthetic is not None:
         draw_dataset(root, config.dataset.synthetic)
-    train, val = _open(root, config.dataset.train), _open(root, config.dataset.val)
-    check_same_categories(train, val)
+    sources = {split: _open(root, getattr(config.dataset, split)) for split in splits}
+    if len(sources) == 2:
+        check_same_categories(sources["train"], sources["val"])
     out = config.shards_folder
     manifests: dict[str, Manifest] = {}
-    for split, source in (("train", train), ("val", val)):
+    for split, source in sources.items():
         found = (out / split / "manifest.json").exists()
         manifests[split] = shard_split(
             source,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pipeline.checkpoint import MODEL, read_state
+from pipeline.checkpoint import MODEL, STATE, read_state
 from pipeline.coco import LabelMap, OnError
 from pipeline.config import EvaluateSection, differences
 from pipeline.errors import UserError
@@ -27,7 +27,7 @@ from pipeline.files import write_json
 from pipeline.loader import EvalLoader, eval_batches
 from pipeline.log import get_logger
 from pipeline.manifest import Manifest, ground_truth
-from pipeline.serving import Detector
+from pipeline.serving import detector_in
 
 logger = get_logger(__name__)
 
@@ -68,7 +68,7 @@ def detect(
     """Run a checkpoint's network over batches of a split.
 
     Args:
-        checkpoint: folder of a checkpoint.
+        checkpoint: folder of a checkpoint, or of a detector that was saved.
         manifest: the split.
         batches: indices into `manifest.samples`, as `eval_batches` gives them, or a share of those.
         evaluate: sizes and the number of detections of an image.
@@ -84,7 +84,7 @@ def detect(
         UserError: the split's categories are not the checkpoint's.
         FloatingPointError: the network gives numbers that are not finite.
     """
-    detector = Detector.from_checkpoint(checkpoint, evaluate, device)
+    detector = detector_in(checkpoint, evaluate, device)
     if detector.labels != manifest.labels:
         raise UserError(
             f"{checkpoint} was trained on other categories ({_told(detector.labels)}) than {manifest.folder} has "
@@ -120,7 +120,7 @@ def evaluate_checkpoint(
     """Write a checkpoint's detections.json and metrics.json into a folder, unless they are there.
 
     Args:
-        checkpoint: folder of the checkpoint.
+        checkpoint: folder of the checkpoint, or of a detector that was saved, which has no step.
         manifest: the validation split.
         evaluate: settings.
         folder: of the results; metrics.json is written last.
@@ -144,7 +144,8 @@ def evaluate_checkpoint(
     batches = eval_batches(manifest, evaluate.batch_size)
     detections = sort_detections([entry for share in detect_all(checkpoint, batches) for entry in share])
     metrics = score(ground_truth(manifest), detections)
-    metrics = {"step": read_state(checkpoint).step, "checkpoint": str(checkpoint), "inputs": inputs, **metrics}
+    step = read_state(checkpoint).step if (checkpoint / STATE).is_file() else None
+    metrics = {"step": step, "checkpoint": str(checkpoint), "inputs": inputs, **metrics}
     write_json(folder / DETECTIONS_FILE, detections, indent=None)
     write_json(folder / METRICS_FILE, metrics)
     return metrics, True

@@ -21,9 +21,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from model import DetrConfig, ImageBatch, PixelBatch, build_model, postprocess
+from model.weights import load_weights, read_weights, save_tensors
 from pipeline.checkpoint import STATE, load_model_weights, read_state
 from pipeline.coco import LabelMap
 from pipeline.config import EvaluateSection
@@ -84,8 +85,31 @@ class Detector:
         return cls(model, config, LabelMap.from_json(state.labels), evaluate, device)
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device | str = "cpu") -> "Detector":
-        """Load what `save` wrote.
+    def from_weights(
+        cls,
+        source: Path,
+        config: DetrConfig,
+        labels: LabelMap,
+        evaluate: EvaluateSection,
+        device: torch.device | str = "cpu",
+    ) -> "Detector":
+        """Load weights of any format that `model.weights.read_weights` takes.
+
+        Raises:
+            UserError: they cannot be read, or are not those of the architecture.
+        """
+        model = build_model(config)
+        try:
+            load_weights(model, read_weights(source))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return cls(model, config, labels, evaluate, device)
+
+    @classmethod
+    def load(
+        cls, folder: Path, evaluate: EvaluateSection | None = None, device: torch.device | str = "cpu"
+    ) -> "Detector":
+        """Load what `save` wrote; with other sizes than it was saved with where `evaluate` is given.
 
         Raises:
             UserError: the folder is not one that `save` wrote, or its format is another.
@@ -93,20 +117,25 @@ class Detector:
         try:
             settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
             weights = load_file(folder / WEIGHTS)
-        except (OSError, ValueError, SafetensorError) as error:
+            found = settings["format"]
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"{folder}: not a folder of a registered detector ({error})") from error
-        if settings.get("format") != FORMAT:
-            raise UserError(f"{folder / SETTINGS}: format {settings.get('format')!r} is not {FORMAT}, which this reads")
-        config = DetrConfig(**settings["model"])
-        evaluate = EvaluateSection(**settings["evaluate"])
-        model = _with_weights(config, weights, folder)
-        return cls(model, config, LabelMap.from_json(settings["labels"]), evaluate, device)
+        if found != FORMAT:
+            raise UserError(f"{folder / SETTINGS}: format {found!r} is not {FORMAT}, which this reads")
+        try:
+            config = DetrConfig(**settings["model"])
+            labels = LabelMap.from_json(settings["labels"])
+            evaluate = evaluate or EvaluateSection(**settings["evaluate"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = f"lacks {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"{folder / SETTINGS}: not settings of a detector that this reads: {reason}") from error
+        return cls(_with_weights(config, weights, folder), config, labels, evaluate, device)
 
     def save(self, folder: Path) -> None:
         """Write weights (safetensors) and settings (JSON), which `load` reads."""
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
-        save_file(weights, folder / WEIGHTS)
+        save_tensors(weights, folder / WEIGHTS)
         sizes = ("short_side", "max_side", "max_detections")
         settings = {
             "format": FORMAT,
@@ -186,9 +215,9 @@ def _entries(result: dict[str, torch.Tensor], labels: LabelMap) -> list[dict[str
 def _with_weights(config: DetrConfig, weights: dict[str, torch.Tensor], source: Path) -> torch.nn.Module:
     model = build_model(config)
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"{source}: the weights are not those of its architecture ({error})") from error
+        load_weights(model, weights)
+    except ValueError as error:
+        raise UserError(f"{source}: the weights are not those of its architecture: {error}") from error
     return model
 
 
@@ -293,7 +322,7 @@ def open_detector(model: str, tracking_uri: str, device: str = "cpu") -> Detecto
         UserError: there is no such model or folder.
     """
     if not model.startswith("models:/"):
-        return _from_folder(Path(model), device)
+        return detector_in(Path(model), device=device)
     from pipeline.tracking import connect, first_line, server_errors
 
     connect(tracking_uri)
@@ -307,13 +336,23 @@ def open_detector(model: str, tracking_uri: str, device: str = "cpu") -> Detecto
                 f"{model}: not found in the registry at {tracking_uri} ({first_line(error)}); `raydetr register` makes "
                 "a version, and --tracking-uri names another registry"
             ) from error
-        return _from_folder(Path(local), device)
+        return detector_in(Path(local), device=device)
 
 
-def _from_folder(folder: Path, device: str) -> Detector:
+def detector_in(folder: Path, evaluate: EvaluateSection | None = None, device: torch.device | str = "cpu") -> Detector:
+    """Load the detector of a folder: a checkpoint, a registered model's, or one that `Detector.save` wrote.
+
+    Args:
+        folder: where it is.
+        evaluate: sizes and the number of detections; those that it was trained or saved with when None.
+        device: where it runs.
+
+    Raises:
+        UserError: the folder is none of these, or damaged.
+    """
     for place in (folder, folder / "artifacts" / "detector"):
         if (place / SETTINGS).is_file():
-            return Detector.load(place, device)
+            return Detector.load(place, evaluate, device)
     if (folder / STATE).is_file():
-        return Detector.from_checkpoint(folder, device=device)
+        return Detector.from_checkpoint(folder, evaluate, device)
     raise UserError(f"{folder}: neither a checkpoint (with {STATE}) nor a registered detector (with {SETTINGS})")

@@ -93,6 +93,12 @@ def test_evaluate_wants_all_three_files(tmp_path: Path) -> None:
     assert "--detections" in result.stderr
 
 
+def test_weights_are_scored_with_a_config_into_a_folder() -> None:
+    result = raydetr("evaluate", "-c", "jobs/configs/demo.yaml", "--weights", "w.pth")
+    assert result.returncode == 2
+    assert "takes -c, --weights and --out together" in result.stderr
+
+
 def test_a_query_is_for_the_attention(tmp_path: Path) -> None:
     result = raydetr("predict", "-m", str(tmp_path), "--out", str(tmp_path / "out"), "--query", "3", "a.jpg")
     assert result.returncode == 2

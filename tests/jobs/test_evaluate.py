@@ -2,17 +2,20 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from jobs.cluster import connected
-from jobs.evaluate import evaluate
+from jobs.evaluate import evaluate, evaluate_weights
+from pipeline.checkpoint import read_state
 from pipeline.config import Config, parse_config
 from pipeline.errors import UserError
-from pipeline.evaluate import detect, score
+from pipeline.evaluate import METRICS, detect, score
 from pipeline.loader import eval_batches
 from pipeline.manifest import Manifest, ground_truth
+from pipeline.serving import Detector
 from pipeline.tracking import Tracker
 from tests.builders import make_varied_manifest, write_checkpoint
 
@@ -85,6 +88,23 @@ class TestEvaluate:
         wanted = {"metrics.json", "detections.json", "per_category.csv", "per_category.png", "pictures"}
         assert files == {f"evaluate/{name}" for name in wanted}
         assert len(tracker.client.list_artifacts(tracker.run_id, "evaluate/pictures")) == 2
+
+    def test_a_file_of_weights(self, split: Manifest, run: Path, tmp_path: Path) -> None:
+        """That of a checkpoint has the checkpoint's score, and leaves a folder that `predict` takes."""
+        last, out = run / "checkpoints" / "checkpoint-10", tmp_path / "out"
+        architecture = read_state(last).detr_config()
+        config = make_config(run.parent).model_copy(update={"model": architecture})
+        metrics = evaluate_weights(config, last, split, out)
+        expected = evaluate(make_config(run.parent), last, split, None)
+        assert {name: metrics[name] for name in METRICS} == {name: expected[name] for name in METRICS}
+        assert {path.name for path in out.iterdir()} >= {"metrics.json", "detections.json", "pictures", "detector"}
+        assert Detector.load(out / "detector").labels == split.labels
+        with pytest.raises(UserError, match=r"none\.pth: there is no such weights file"):
+            evaluate_weights(config, tmp_path / "none.pth", split, tmp_path / "other")
+        other = config.model_copy(update={"model": replace(architecture, num_queries=9)})
+        with pytest.raises(UserError, match=r"query_embed\.weight is \[8, 64\]"):
+            evaluate_weights(other, last, split, tmp_path / "other")
+        assert not (tmp_path / "other").exists()
 
     def test_other_settings_are_refused(self, split: Manifest, run: Path) -> None:
         last = run / "checkpoints" / "checkpoint-10"

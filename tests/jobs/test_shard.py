@@ -35,6 +35,11 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 class TestSharding:
+    def test_one_split_needs_nothing_of_the_other(self, tmp_path: Path) -> None:
+        write_coco(tmp_path / "pets", [11, 12], split="val")
+        manifests = shard(make_config(tmp_path / "pets", tmp_path / "runs"), splits=["val"])
+        assert [(split, len(manifest.samples)) for split, manifest in manifests.items()] == [("val", 2)]
+
     def test_same_bytes_with_any_number_of_workers(self, tmp_path: Path) -> None:
         write_splits(tmp_path / "pets")
         manifests = [

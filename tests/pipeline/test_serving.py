@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from pipeline.coco import Category, LabelMap
 from pipeline.config import EvaluateSection
 from pipeline.errors import UserError
 from pipeline.evaluate import detect
-from pipeline.serving import Detector, answer, predict, read_picture
+from pipeline.serving import Detector, answer, detector_in, predict, read_picture
 from tests.builders import make_image, make_manifest, write_checkpoint, write_image
 
 LABELS = LabelMap("coco91", (Category(1, "cat"), Category(3, "dog"), Category(90, "toothbrush")))
@@ -78,7 +79,35 @@ class TestDetector:
             (d["category_id"], d["bbox"], d["score"]) for d in scored
         ]
 
-    @pytest.mark.parametrize("content", [None, "{", '{"format": 99}'], ids=["missing", "not JSON", "other format"])
+    def test_opened_with_other_sizes(self, checkpoint: Path, tmp_path: Path) -> None:
+        section = EvaluateSection(short_side=40, max_side=60, max_detections=7)
+        Detector.from_checkpoint(checkpoint).save(tmp_path)
+        for folder in (checkpoint, tmp_path):
+            detector = detector_in(folder, section)
+            assert detector.evaluate == section
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            pytest.param(lambda s: s.pop("model"), "lacks 'model'", id="no model"),
+            pytest.param(lambda s: s.pop("labels"), "lacks 'labels'", id="no labels"),
+            pytest.param(lambda s: s["model"].update(wings=2), "wings", id="unknown setting"),
+            pytest.param(lambda s: s["model"].update(heads=5), "heads", id="impossible setting"),
+            pytest.param(lambda s: s["model"].update(num_queries=9), r"query_embed.weight is \[8, 64\]", id="other"),
+        ],
+    )
+    def test_broken_settings(self, change: Any, message: str, checkpoint: Path, tmp_path: Path) -> None:
+        Detector.from_checkpoint(checkpoint).save(tmp_path)
+        settings = json.loads((tmp_path / "detector.json").read_text())
+        change(settings)
+        (tmp_path / "detector.json").write_text(json.dumps(settings))
+        with pytest.raises(UserError, match=f"{tmp_path}.*{message}") as caught:
+            Detector.load(tmp_path)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "content", [None, "{", "[1]", '{"format": 99}'], ids=["missing", "not JSON", "no object", "other format"]
+    )
     def test_broken_folder(self, content: str | None, checkpoint: Path, tmp_path: Path) -> None:
         Detector.from_checkpoint(checkpoint).save(tmp_path)
         (tmp_path / "detector.json").unlink()
