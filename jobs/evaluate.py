@@ -17,7 +17,7 @@ from pipeline.checkpoint import checkpoints
 from pipeline.config import Config, digest, plain
 from pipeline.errors import UserError
 from pipeline.evaluate import DETECTIONS_FILE, METRICS, METRICS_FILE, Detection, detect, evaluate_checkpoint
-from pipeline.files import write_json
+from pipeline.files import make_folder, write_json
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.report import plot_categories, write_category_table, write_pictures
 from pipeline.serving import Detector
@@ -91,8 +91,10 @@ def evaluate_weights(config: Config, weights: Path, manifest: Manifest, out: Pat
         UserError: the weights cannot be read or are not those of the model section, or an input is wrong.
     """
     architecture = config.model_for(manifest.labels.num_classes)
+    detector = Detector.from_weights(weights, architecture, manifest.labels, config.evaluate)
     folder = out / "detector"
-    Detector.from_weights(weights, architecture, manifest.labels, config.evaluate).save(folder)
+    make_folder(folder)
+    detector.save(folder)
     with _Shown(Console(highlight=False, soft_wrap=True), weights.name, len(manifest.samples)) as shown:
         tasks = _Tasks(config, manifest, shown)
         metrics, _ = evaluate_checkpoint(folder, manifest, config.evaluate, folder, tasks)

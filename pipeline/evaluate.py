@@ -23,7 +23,7 @@ from pipeline.checkpoint import MODEL, STATE, read_state
 from pipeline.coco import LabelMap, OnError
 from pipeline.config import EvaluateSection, differences
 from pipeline.errors import UserError
-from pipeline.files import write_json
+from pipeline.files import make_folder, write_json
 from pipeline.loader import EvalLoader, eval_batches
 from pipeline.log import get_logger
 from pipeline.manifest import Manifest, ground_truth
@@ -215,8 +215,9 @@ def evaluate_files(annotations: Path, detections: Path, out: Path) -> dict[str, 
         What `score` does.
 
     Raises:
-        UserError: naming the file and the entry that cannot be used.
+        UserError: naming the file and the entry that cannot be used, or `out` if it cannot be made.
     """
+    make_folder(out)
     metrics = score(annotations, detections)
     write_json(out / METRICS_FILE, metrics)
     return metrics

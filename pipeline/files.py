@@ -5,6 +5,20 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import UserError
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder that the user named for results, with those above it, unless it is there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made a folder ({error.strerror}); choose another name") from error
+
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
     """Write a JSON file, and its folder when missing; see `write_whole`."""

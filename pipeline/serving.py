@@ -29,7 +29,7 @@ from pipeline.checkpoint import STATE, load_model_weights, read_state
 from pipeline.coco import LabelMap
 from pipeline.config import EvaluateSection
 from pipeline.errors import UserError
-from pipeline.files import write_json
+from pipeline.files import make_folder, write_json
 from pipeline.transforms import decode_image, plan_eval
 
 FORMAT = 1
@@ -270,7 +270,7 @@ def predict(
         How many pictures were drawn.
 
     Raises:
-        UserError: naming the model or the picture that cannot be used.
+        UserError: naming the model or the picture that cannot be used, or `out` if it cannot be made.
     """
     from pipeline.attention import check_samples, look, save_look
     from pipeline.report import draw_boxes
@@ -279,7 +279,7 @@ def predict(
     detector = open_detector(model, tracking_uri, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if show_attention or queries:
         check_samples(detector)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     found: list[dict[str, Any]] = []
     taken = set()
     for path in paths:

@@ -87,6 +87,18 @@ def test_files_are_scored_without_a_config(shared_data: Path, tmp_path: Path) ->
     assert json.loads((tmp_path / "metrics.json").read_text())["AP"] == 0.5045806987249628
 
 
+def test_a_file_where_a_folder_is_wanted(shared_data: Path, tmp_path: Path) -> None:
+    folder = shared_data / "cocoapi_val2014_100"
+    (tmp_path / "file").touch()
+    result = raydetr(
+        "evaluate", "--annotations", str(folder / "instances_val2014_100.json"),
+        "--detections", str(folder / "instances_val2014_fakebbox100_results.json"),
+        "--out", str(tmp_path / "file"),
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr == f"error: {tmp_path / 'file'}: cannot be made a folder (File exists); choose another name\n"
+
+
 def test_evaluate_wants_all_three_files(tmp_path: Path) -> None:
     result = raydetr("evaluate", "--annotations", "x.json", "--out", str(tmp_path))
     assert result.returncode == 2
