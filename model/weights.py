@@ -70,7 +70,7 @@ def export_weights(
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         if format == "raydetr":
-            metadata = {"format": "raydetr", "config": json.dumps(asdict(config))}
+            metadata = {"config": json.dumps(asdict(config))}  # one entry: safetensors writes several in any order
             save_tensors(_on_host(unique_tensors(model)), partial, metadata)
         elif format == "original":
             check_original(config)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -131,9 +131,9 @@ class TrainSection(Section):
     """Images of an optimizer step, over all workers."""
     micro_batch: int = Field(2, ge=1)
     """Images that go through the network at once."""
-    lr: float = Field(2e-4, gt=0)
+    lr: float = Field(2e-4, gt=0, allow_inf_nan=False)
     """Learning rate of the transformer and the heads."""
-    lr_backbone: float = Field(2e-5, ge=0)
+    lr_backbone: float = Field(2e-5, ge=0, allow_inf_nan=False)
     """Learning rate of the backbone."""
     lr_sampling_factor: float = Field(0.1, ge=0)
     """Factor on lr for the `reference_points` and `sampling_offsets` projections, which DETR does not have."""
@@ -142,7 +142,7 @@ class TrainSection(Section):
     (arXiv 2205.10287). Large batches want warmup_steps with it."""
     lr_batch: int = Field(32, ge=1)
     """Images of a step that the learning rates are stated for; scale_lr alone uses it."""
-    lr_drop_epochs: tuple[float, ...] = (40.0,)
+    lr_drop_epochs: tuple[Annotated[float, Field(ge=0)], ...] = (40.0,)
     """Epochs (fractions allowed) after which the learning rates are multiplied by 0.1."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rates rise linearly from 0."""
@@ -225,11 +225,15 @@ class EvaluateSection(Section):
     """Least score of a detection that is drawn."""
 
 
+Metric = Literal["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+"""COCO's twelve numbers, the keys at the top of metrics.json."""
+
+
 class RegisterSection(Section):
     model_name: str = "raydetr"
     """Registered model that the run becomes a version of."""
-    metric: str = "AP"
-    """Metric by which @champion moves: a key of metrics.json."""
+    metric: Metric = "AP"
+    """Metric by which @champion moves."""
 
 
 class TrackingSection(Section):

@@ -217,8 +217,8 @@ def evaluate_files(annotations: Path, detections: Path, out: Path) -> dict[str, 
     Raises:
         UserError: naming the file and the entry that cannot be used, or `out` if it cannot be made.
     """
-    make_folder(out)
     metrics = score(annotations, detections)
+    make_folder(out)
     write_json(out / METRICS_FILE, metrics)
     return metrics
 

@@ -12,12 +12,14 @@ def make_folder(path: Path) -> None:
     """Make a folder that the user named for results, with those above it, unless it is there.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be made, or nothing can be written in it.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be made a folder ({error.strerror}); choose another name") from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{path}: nothing can be written in this folder; choose another one")
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:

@@ -145,8 +145,6 @@ def register(
         UserError: the metric is none of COCO's, or the registry refuses the name.
         TrackingError: the server is away.
     """
-    if section.metric not in METRICS:
-        raise UserError(f"register.metric {section.metric}: no such metric; it is one of {', '.join(METRICS)}")
     if any(letter in section.model_name for letter in "/:'") or not section.model_name.strip():
         raise UserError(f"register.model_name {section.model_name!r}: must not be empty or hold / : or '")
     state = read_state(checkpoint)
@@ -316,6 +314,8 @@ def _champion(tracker: Tracker, name: str) -> Any | None:
 
 def _decide(champion: Any | None, metrics: Mapping[str, Any], val_digest: str, metric: str) -> tuple[bool, str]:
     """Whether `@champion` moves, and why."""
+    if float(metrics[metric]) < 0:
+        return False, f"no champion: there is no object on the validation split that {metric} could be of"
     if champion is None:
         return True, "the first champion"
     number = f"version {champion.version}"

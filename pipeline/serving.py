@@ -98,9 +98,16 @@ class Detector:
         Raises:
             UserError: they cannot be read, or are not those of the architecture.
         """
-        model = build_model(config)
         try:
-            load_weights(model, read_weights(source))
+            weights = read_weights(source)
+            classes = weights.with_classes_of(config).num_classes
+            if classes != config.num_classes:
+                raise UserError(
+                    f"{source}: of {classes} classes, and the data has {config.num_classes} (dataset.labels: "
+                    f"{labels.kind}); weights are scored on the categories that they were trained on"
+                )
+            model = build_model(config)
+            load_weights(model, weights)
         except ValueError as error:
             raise UserError(str(error)) from error
         return cls(model, config, labels, evaluate, device)

@@ -90,10 +90,11 @@ def _is_drawn(root: Path, wanted: dict[str, Any]) -> bool:
     """Whether the dataset with these settings is there; refuses anything else in the folder."""
     try:
         found = json.loads((root / SETTINGS_NAME).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise UserError(
-                f"{root}: not a synthetic dataset and not empty, so nothing is drawn there; set another dataset.root"
+                f"{root}: not a synthetic dataset and not empty, so nothing is drawn there; choose another folder "
+                "(dataset.root)"
             ) from None
         return False
     except ValueError:

@@ -17,7 +17,7 @@ from pipeline.loader import eval_batches
 from pipeline.manifest import Manifest, ground_truth
 from pipeline.serving import Detector
 from pipeline.tracking import Tracker
-from tests.builders import make_varied_manifest, write_checkpoint
+from tests.builders import make_manifest, make_varied_manifest, write_checkpoint
 
 SIZES = {"batch_size": 2, "short_side": 48, "max_side": 64, "max_detections": 10, "pictures": 2}
 
@@ -104,6 +104,9 @@ class TestEvaluate:
         other = config.model_copy(update={"model": replace(architecture, num_queries=9)})
         with pytest.raises(UserError, match=r"query_embed\.weight is \[8, 64\]"):
             evaluate_weights(other, last, split, tmp_path / "other")
+        coco = make_manifest(tmp_path / "coco", labels="coco91")
+        with pytest.raises(UserError, match=r"of 3 classes, and the data has 91 \(dataset\.labels: coco91\)"):
+            evaluate_weights(config, last, coco, tmp_path / "other")
         assert not (tmp_path / "other").exists()
 
     def test_other_settings_are_refused(self, split: Manifest, run: Path) -> None:

@@ -60,7 +60,7 @@ class TestOwnFormat:
     def test_each_tensor_is_written_once(self, tmp_path: Path) -> None:
         export_weights(make_detector(with_box_refine=True), tmp_path / "w.safetensors")
         with safe_open(tmp_path / "w.safetensors", "pt") as file:
-            assert file.metadata()["format"] == "raydetr"
+            assert list(file.metadata()) == ["config"]  # several entries would come in any order: other bytes each time
             assert not [name for name in file.keys() if name.startswith("transformer.decoder.bbox")]  # noqa: SIM118
 
     def test_a_state_dict_with_all_names_is_taken(self) -> None:

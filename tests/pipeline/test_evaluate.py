@@ -6,7 +6,7 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file, save_file
 
 from pipeline.coco import Category, LabelMap
-from pipeline.config import EvaluateSection
+from pipeline.config import EvaluateSection, Metric
 from pipeline.errors import UserError
 from pipeline.evaluate import METRICS, detect, evaluate_checkpoint, evaluate_files, score, sort_detections
 from pipeline.loader import eval_batches
@@ -23,6 +23,10 @@ from pipeline.manifest import Manifest
 from tests.builders import make_varied_manifest, write_checkpoint
 
 EMPTY: dict[str, Any] = {"images": [{"id": 1, "width": 64, "height": 64}], "categories": [{"id": 3, "name": "cat"}]}
+
+
+def test_the_metrics_have_the_names_of_the_configuration() -> None:
+    assert get_args(Metric) == tuple(METRICS)
 
 
 def make_scene(seed: int, images: int = 12) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -158,13 +158,11 @@ class TestChampion:
         assert (better.is_champion, champion()) == (True, 4)
         assert "AP50 0.6000 is better than 0.5000 of version 1" in better.note
 
-    @pytest.mark.parametrize(
-        ("name", "metric", "message"),
-        [
-            pytest.param("n", "mAP", r"register\.metric mAP", id="metric"),
-            pytest.param("a/b", "AP", r"register\.model_name 'a/b'", id="name"),
-        ],
-    )
-    def test_bad_section(self, name: str, metric: str, message: str, tracker: Tracker, checkpoint: Path) -> None:
-        with pytest.raises(UserError, match=message):
-            make_version(tracker, checkpoint, name, metric=metric)
+    def test_a_split_without_objects_makes_no_champion(self, tracker: Tracker, checkpoint: Path) -> None:
+        made = make_version(tracker, checkpoint, "blind", -1.0)
+        assert (made.version, made.is_champion) == (1, False)
+        assert "no object on the validation split" in made.note
+
+    def test_bad_name(self, tracker: Tracker, checkpoint: Path) -> None:
+        with pytest.raises(UserError, match=r"register\.model_name 'a/b'"):
+            make_version(tracker, checkpoint, "a/b")
