@@ -148,6 +148,7 @@ class TrainingProgress:
 
 def run_pipeline(config: Config) -> None:
     """Do all the steps and end with a short table."""
+    train.check_init(config)
     with Pipeline(config) as pipeline:
         pipeline.shard()
         pipeline.train()

@@ -21,11 +21,12 @@ from ray.train.torch.config import _TorchBackend
 
 from jobs.cluster import device_of
 from model.ops import compiled
+from pipeline.checkpoint import latest
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.log import get_logger
 from pipeline.manifest import Manifest
-from pipeline.train import TrainJob, resume_point
+from pipeline.train import TrainJob, is_path, resume_point
 
 logger = get_logger(__name__)
 
@@ -61,6 +62,7 @@ def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lamb
             required and missing.
         ray.train.TrainingFailedError: workers were lost once more than `train.max_restarts` times.
     """
+    check_init(config)
     device = device_of(config.cluster)
     if config.cluster.require_compiled:
         refuse_plain_operator(device)
@@ -103,6 +105,18 @@ def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lamb
     if "user_error" in outcome:
         raise UserError(outcome["user_error"])
     return Path(outcome["checkpoint"])
+
+
+def check_init(config: Config) -> None:
+    """Raise a UserError where `train.init` names a path that is not there, unless training has begun already.
+
+    The workers would meet it, after the data is sharded and they have been started.
+    """
+    if latest(config.folder / "checkpoints") is not None:
+        return
+    for key, source in (("backbone", config.train.init.backbone), ("weights", config.train.init.weights)):
+        if source is not None and is_path(source) and not Path(source).exists():
+            raise UserError(f"train.init.{key}: {source}: there is no such file or folder")
 
 
 def refuse_plain_operator(device: str) -> None:

@@ -336,11 +336,15 @@ def _make_model(job: TrainJob, found: tuple[Path, State] | None, world: World) -
     return model.train()
 
 
+def is_path(source: str) -> bool:
+    """Whether a value of `train.init` names a file or folder, not a download."""
+    return source != "imagenet" and "://" not in source
+
+
 def _load_initial_weights(model: nn.Module, init: InitSection, root: Path) -> None:
     try:
         if init.backbone is not None:
-            named = init.backbone == "imagenet" or "://" in init.backbone
-            report = load_backbone(model, init.backbone if named else root / init.backbone)
+            report = load_backbone(model, root / init.backbone if is_path(init.backbone) else init.backbone)
             logger.info("train.init.backbone: %s", report)
         if init.weights is not None:
             report = load_weights(model, root / init.weights, reset_heads=init.reset_heads)

@@ -15,7 +15,8 @@ import ray
 
 import jobs.train
 from jobs.cluster import connected
-from jobs.train import interface_of, train
+from jobs.run import run_pipeline
+from jobs.train import check_init, interface_of, train
 from pipeline import checkpoint
 from pipeline.config import ClusterSection, Config
 from pipeline.distributed import World
@@ -131,9 +132,24 @@ def test_a_killed_worker_changes_nothing(trained: tuple[Config, Path, int], mani
 
 
 def test_wrong_input_of_a_worker_is_told_to_the_driver(manifest: Manifest, tmp_path: Path) -> None:
-    config = make_config(tmp_path, init={"weights": str(tmp_path / "none.safetensors")})
-    with pytest.raises(UserError, match=r"train\.init: .*none\.safetensors"):
+    (tmp_path / "text.safetensors").write_text("text")
+    config = make_config(tmp_path, init={"weights": str(tmp_path / "text.safetensors")})
+    with pytest.raises(UserError, match=r"train\.init: .*text\.safetensors: damaged"):
         train(config, manifest)
+
+
+@pytest.mark.parametrize("key", ["backbone", "weights"])
+def test_initial_weights_that_are_not_there_are_told_at_once(key: str, tmp_path: Path) -> None:
+    config = make_config(tmp_path, init={key: "none.pth"})
+    with pytest.raises(UserError, match=rf"train\.init\.{key}: none\.pth: there is no such file or folder"):
+        run_pipeline(config)
+    assert not list(tmp_path.iterdir())
+    check_init(make_config(tmp_path, init={"backbone": "imagenet"}))
+    check_init(make_config(tmp_path, init={"backbone": "https://example.org/resnet.pth"}))
+    state = config.folder / "checkpoints" / "checkpoint-5" / "state.json"
+    state.parent.mkdir(parents=True)
+    state.touch()
+    check_init(config)  # training has begun: they are not needed any more
 
 
 def test_the_compiled_operator_may_be_required(
