@@ -36,7 +36,7 @@ fix: setup
 sanitize: setup  ## the CPU operator under AddressSanitizer and UBSan: minutes, after a change in csrc/
 	$(BIN)/python tests/sanitize.py
 
-bench: setup  ## the figures of the README: an hour and more; fails if one misses its least, after all have run
+bench: setup  ## the figures of the README: two hours and more; fails if one misses its least, after all have run
 	status=0; for script in $(filter-out %/__init__.py %/common.py,$(wildcard tests/benchmarks/*.py)); do $(BIN)/python $$script || status=1; done; exit $$status
 
 lock:  ## write the versions that .venv holds
