@@ -16,7 +16,7 @@ from pipeline.errors import TrackingError, UserError
 from pipeline.log import set_up_logging
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
+    from pipeline.config.sections import Config
 
 app = typer.Typer(
     help="Train Deformable DETR on COCO-format data: shard, train, evaluate, register.",
@@ -75,12 +75,12 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder of the results of a file.")] = None,
 ) -> None:
     """Score a run's last checkpoint on the validation split, a file of weights on it, or a file of detections."""
-    from pipeline.report import metrics_table
+    from pipeline.evaluate.report import metrics_table
 
     if annotations or detections:
         if not (annotations and detections and out) or weights:
             raise UserError("scoring a file of detections takes --annotations, --detections and --out together")
-        from pipeline.evaluate import evaluate_files
+        from pipeline.evaluate.score import evaluate_files
 
         typer.echo(metrics_table(evaluate_files(annotations, detections, out)))
         return
@@ -130,7 +130,7 @@ def predict(
     ] = None,
 ) -> None:
     """Draw a registered model's detections on pictures, and with --show-attention what it looked at."""
-    from pipeline.serving import predict as predict_pictures
+    from pipeline.predict.detector import predict as predict_pictures
 
     if (query or top > 1) and not show_attention:
         raise UserError("--query and --top choose what --show-attention draws: give that, too")
@@ -156,8 +156,8 @@ def synth(
     seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
 ) -> None:
     """Draw a COCO-format dataset of shapes."""
-    from pipeline.config import SyntheticSection
-    from pipeline.synthetic import draw_dataset
+    from pipeline.config.sections import SyntheticSection
+    from pipeline.shard.synthetic import draw_dataset
 
     draw_dataset(
         out, SyntheticSection(train_images=train_images, val_images=val_images, image_size=image_size, seed=seed)
@@ -188,7 +188,7 @@ def config(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print the whole configuration with all defaults, as YAML."""
     import yaml
 
-    from pipeline.config import dump_config
+    from pipeline.config.sections import dump_config
 
     typer.echo(yaml.safe_dump(dump_config(_load(config, overrides)), sort_keys=False), nl=False)
 
@@ -233,7 +233,7 @@ def _options(
 
 
 def _load(path: Path, overrides: list[str] | None) -> "Config":
-    from pipeline.config import load_config
+    from pipeline.config.sections import load_config
 
     return load_config(path, overrides or ())
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ray
 
-from pipeline.config import ClusterSection
+from pipeline.config.sections import ClusterSection
 from pipeline.errors import UserError
 
 # Every worker uses the packages that the driver runs, whatever is installed on its host.

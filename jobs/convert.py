@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from model import DetrConfig, build_model
-from model.weights import export_weights, load_weights, read_weights
-from pipeline.checkpoint import STATE, read_state
-from pipeline.coco import LabelMap
+from model.weights.files import export_weights, load_weights, read_weights
+from pipeline.checkpoint.save import STATE, read_state
 from pipeline.errors import UserError
+from pipeline.shard.coco import LabelMap
 
 
 def convert(source: Path, out: Path, to: str, settings: DetrConfig | None = None) -> str:

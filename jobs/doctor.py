@@ -14,7 +14,7 @@ from torch import Tensor
 from jobs.cluster import connected
 from model import ops
 from model.ops import reference
-from pipeline.config import ClusterSection
+from pipeline.config.sections import ClusterSection
 from pipeline.errors import UserError
 
 PACKAGES = ("torch", "ray", "deepspeed", "webdataset", "pycocotools", "mlflow", "opencv-python-headless", "pillow")

@@ -13,15 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jobs.cluster import device_of
-from pipeline.checkpoint import checkpoints
-from pipeline.config import Config, digest, plain
+from pipeline.checkpoint.save import checkpoints
+from pipeline.config.sections import Config, digest, plain
+from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.errors import UserError
-from pipeline.evaluate import DETECTIONS_FILE, METRICS, METRICS_FILE, Detection, detect, evaluate_checkpoint
+from pipeline.evaluate.report import plot_categories, write_category_table, write_pictures
+from pipeline.evaluate.score import DETECTIONS_FILE, METRICS, METRICS_FILE, Detection, detect, evaluate_checkpoint
 from pipeline.files import make_folder, write_json
-from pipeline.manifest import Manifest, read_manifest
-from pipeline.report import plot_categories, write_category_table, write_pictures
-from pipeline.serving import Detector
-from pipeline.tracking import Spool, SpoolReader, Tracker
+from pipeline.predict.detector import Detector
+from pipeline.tracking.tracker import Spool, SpoolReader, Tracker
 
 SHARES = 4
 """Inference tasks of a worker: more give smoother progress, and each loads the weights."""
@@ -183,7 +183,7 @@ def _detect_share(settings: dict[str, Any], batches: list[list[int]]) -> list[De
     """What one task does: it loads the weights from the shared disk once, for all its batches."""
     import torch
 
-    from pipeline.config import EvaluateSection
+    from pipeline.config.sections import EvaluateSection
 
     torch.set_num_threads(settings["threads"])
     return detect(

@@ -1,10 +1,10 @@
 """What `raydetr inspect` prints of a configured network."""
 
 from model.complexity import MEAN_SIZE, measure
-from pipeline.coco import COCO91_LOGITS
-from pipeline.config import Config
+from pipeline.config.sections import Config
+from pipeline.data.manifest import read_manifest
 from pipeline.errors import UserError
-from pipeline.manifest import read_manifest
+from pipeline.shard.coco import COCO91_LOGITS
 
 
 def inspect_model(config: Config, classes: int | None = None) -> dict[str, str]:

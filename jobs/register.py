@@ -6,12 +6,12 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.config import Config, dump_config
+from pipeline.config.sections import Config, dump_config
 from pipeline.errors import UserError
-from pipeline.evaluate import METRICS_FILE, weights_digest
-from pipeline.registry import Registration
-from pipeline.registry import register as register_version
-from pipeline.tracking import Tracker
+from pipeline.evaluate.score import METRICS_FILE, weights_digest
+from pipeline.registry.register import Registration
+from pipeline.registry.register import register as register_version
+from pipeline.tracking.tracker import Tracker
 
 
 def register(config: Config, checkpoint: Path, tracker: Tracker) -> Registration:

@@ -12,11 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jobs import evaluate, register, shard, train
 from jobs.cluster import connected
 from pipeline import checkpoint as checkpoints
-from pipeline.config import Config, dump_config
+from pipeline.config.sections import Config, dump_config
+from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.errors import TrackingError, UserError
-from pipeline.manifest import Manifest, read_manifest
-from pipeline.registry import Registration
-from pipeline.tracking import SpoolReader, Tracker
+from pipeline.registry.register import Registration
+from pipeline.tracking.tracker import SpoolReader, Tracker
 
 PLAIN_SECONDS = 10
 """Seconds between two lines of progress where there is no terminal."""

@@ -9,12 +9,13 @@ from ray.exceptions import RayTaskError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.coco import Source, open_source
-from pipeline.config import Config, SplitSection
+from pipeline.config.sections import Config, SplitSection
+from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.log import get_logger
-from pipeline.manifest import Manifest
-from pipeline.shards import (
+from pipeline.shard.coco import Source, open_source
+from pipeline.shard.synthetic import draw_dataset
+from pipeline.shard.write import (
     ShardPlan,
     WriteAll,
     WriteTask,
@@ -23,7 +24,6 @@ from pipeline.shards import (
     shard_split,
     verify_shard,
 )
-from pipeline.synthetic import draw_dataset
 
 CANCEL_SECONDS = 30
 """Longest wait for cancelled tasks to end."""

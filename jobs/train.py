@@ -21,12 +21,12 @@ from ray.train.torch.config import _TorchBackend
 
 from jobs.cluster import device_of
 from model.ops import compiled
-from pipeline.checkpoint import latest
-from pipeline.config import Config
+from pipeline.checkpoint.save import latest
+from pipeline.config.sections import Config
+from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.log import get_logger
-from pipeline.manifest import Manifest
-from pipeline.train import TrainJob, is_path, resume_point
+from pipeline.train.loop import TrainJob, is_path, resume_point
 
 logger = get_logger(__name__)
 
@@ -147,7 +147,7 @@ def _worker(settings: dict[str, Any]) -> dict[str, str]:
 
     from pipeline.distributed import init_world, together
     from pipeline.log import set_up_logging
-    from pipeline.train import train as train_here
+    from pipeline.train.loop import train as train_here
 
     torch.set_num_threads(settings["threads"])
     try:

@@ -7,10 +7,10 @@ import torch
 
 from model.batch import ImageBatch, PixelBatch
 from model.config import CriterionConfig, DetrConfig
-from model.criterion import Criterion
 from model.deformable_detr import DeformableDetr
 from model.detr import Detr
 from model.init import init_weights
+from model.losses.criterion import Criterion
 from model.postprocess import postprocess
 from model.recompute import recompute_activations
 

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import DetrConfig, ImageBatch, build_model
-from model.backbone import Frozen
+from model.backbones.resnet import Frozen
 
 MEAN_SIZE = (800, 1101)
 """Height and width with the mean area of COCO's validation images once their short side is 800 and the long one at most

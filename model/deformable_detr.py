@@ -8,11 +8,11 @@ import copy
 
 from torch import Tensor, nn
 
-from model.backbone import Backbone
+from model.backbones.resnet import Backbone
 from model.batch import ImageBatch
 from model.config import DetrConfig
+from model.deformable_transformer import Transformer
 from model.heads import BoxHead, Outputs, collect_outputs, in_full_precision
-from model.transformer import Transformer
 
 
 class DeformableDetr(nn.Module):

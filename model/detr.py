@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.backbone import Backbone
+from model.backbones.resnet import Backbone
 from model.batch import ImageBatch
 from model.boxes import at_least_float32
 from model.config import DetrConfig

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from model.attention import MSDeformAttn
+from model.deformable_attention import MSDeformAttn
 from model.deformable_detr import DeformableDetr
 from model.detr import Detr
 from model.heads import BoxHead

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.attention import MSDeformAttn
-from model.transformer import valid_ratio
+from model.deformable_attention import MSDeformAttn
+from model.deformable_transformer import valid_ratio
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from model import DetrConfig, build_model
 from model.batch import ImageBatch, PixelBatch
-from pipeline.checkpoint import MODEL, STATE, State
-from pipeline.coco import LabelMap, OnError, open_source
-from pipeline.config import AugmentSection, DatasetSection, ShardsSection, SplitSection, TrainSection, plain
-from pipeline.manifest import Manifest
-from pipeline.shards import shard_split
+from pipeline.checkpoint.save import MODEL, STATE, State
+from pipeline.config.sections import AugmentSection, DatasetSection, ShardsSection, SplitSection, TrainSection, plain
+from pipeline.data.manifest import Manifest
+from pipeline.shard.coco import LabelMap, OnError, open_source
+from pipeline.shard.write import shard_split
 
 CATEGORIES: tuple[dict[str, Any], ...] = (
     {"id": 1, "name": "cat"},

@@ -25,17 +25,17 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pipeline.checkpoint import checkpoints
-from pipeline.coco import open_source
-from pipeline.config import Config, load_config
+from pipeline.checkpoint.save import checkpoints
+from pipeline.config.sections import Config, load_config
+from pipeline.data.manifest import Manifest
 from pipeline.distributed import World, close, init_world
-from pipeline.evaluate import detect, evaluate_checkpoint
+from pipeline.evaluate.score import detect, evaluate_checkpoint
 from pipeline.log import set_up_logging
-from pipeline.manifest import Manifest
-from pipeline.shards import shard_split
-from pipeline.synthetic import draw_dataset
-from pipeline.tracking import SpoolReader
-from pipeline.train import TrainJob, train
+from pipeline.shard.coco import open_source
+from pipeline.shard.synthetic import draw_dataset
+from pipeline.shard.write import shard_split
+from pipeline.tracking.tracker import SpoolReader
+from pipeline.train.loop import TrainJob, train
 
 DEMO = Path(__file__).resolve().parents[2] / "jobs" / "configs" / "demo.yaml"
 POINTS = 8

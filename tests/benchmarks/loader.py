@@ -18,13 +18,13 @@ import torch
 import webdataset
 from PIL import Image
 
-from pipeline.coco import open_source
-from pipeline.config import AugmentSection, DatasetSection, ShardsSection, TrainSection
-from pipeline.loader import TrainLoader
-from pipeline.manifest import Manifest
-from pipeline.order import SampleOrder
-from pipeline.shards import shard_split
-from pipeline.transforms import resized
+from pipeline.config.sections import AugmentSection, DatasetSection, ShardsSection, TrainSection
+from pipeline.data.augment import resized
+from pipeline.data.loader import TrainLoader
+from pipeline.data.manifest import Manifest
+from pipeline.data.order import SampleOrder
+from pipeline.shard.coco import open_source
+from pipeline.shard.write import shard_split
 
 IMAGES = 200
 

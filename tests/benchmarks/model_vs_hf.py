@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import DeformableDetrForObjectDetection
 
 from model import Criterion, CriterionConfig, DetrConfig, ImageBatch, build_model
-from model.attention import MSDeformAttn
-from model.weights import export_weights
+from model.deformable_attention import MSDeformAttn
+from model.weights.files import export_weights
 
 HEIGHT, WIDTH, CLASSES, OBJECTS = 480, 640, 91, 7
 LEAST = 1.8

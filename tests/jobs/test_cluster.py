@@ -4,7 +4,7 @@ import pytest
 import ray
 
 from jobs.cluster import connected, device_of
-from pipeline.config import ClusterSection
+from pipeline.config.sections import ClusterSection
 from pipeline.errors import UserError
 
 

@@ -10,16 +10,16 @@ import torch
 from jobs.convert import convert
 from model import DetrConfig, build_model
 from model.deformable_detr import DeformableDetr
-from model.formats import to_foreign
-from model.weights import export_weights, load_weights, read_tensors, read_weights
-from pipeline.coco import Category, LabelMap
-from pipeline.config import InitSection
+from model.weights.files import export_weights, load_weights, read_tensors, read_weights
+from model.weights.names import to_foreign
+from pipeline.config.sections import InitSection
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.train import TrainJob, train
+from pipeline.shard.coco import Category, LabelMap
+from pipeline.train.loop import TrainJob, train
 from tests.builders import make_varied_manifest, write_checkpoint
 from tests.jobs.test_cli import raydetr
-from tests.pipeline.test_train import SETTINGS, TrainSection, losses
+from tests.pipeline.train.test_loop import SETTINGS, TrainSection, losses
 
 SMALL: dict[str, Any] = {
     "backbone": "resnet18", "hidden_dim": 64, "heads": 4, "ffn_dim": 64, "num_queries": 10, "encoder_layers": 1,

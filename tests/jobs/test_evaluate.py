@@ -9,14 +9,14 @@ import pytest
 
 from jobs.cluster import connected
 from jobs.evaluate import evaluate, evaluate_weights
-from pipeline.checkpoint import read_state
-from pipeline.config import Config, parse_config
+from pipeline.checkpoint.save import read_state
+from pipeline.config.sections import Config, parse_config
+from pipeline.data.loader import eval_batches
+from pipeline.data.manifest import Manifest, ground_truth
 from pipeline.errors import UserError
-from pipeline.evaluate import METRICS, detect, score
-from pipeline.loader import eval_batches
-from pipeline.manifest import Manifest, ground_truth
-from pipeline.serving import Detector
-from pipeline.tracking import Tracker
+from pipeline.evaluate.score import METRICS, detect, score
+from pipeline.predict.detector import Detector
+from pipeline.tracking.tracker import Tracker
 from tests.builders import make_manifest, make_varied_manifest, write_checkpoint
 
 SIZES = {"batch_size": 2, "short_side": 48, "max_side": 64, "max_detections": 10, "pictures": 2}

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from jobs.register import register
-from pipeline.coco import Category, LabelMap
-from pipeline.config import Config, parse_config
+from pipeline.config.sections import Config, parse_config
 from pipeline.errors import UserError
-from pipeline.evaluate import METRICS, weights_digest
-from pipeline.tracking import Tracker
+from pipeline.evaluate.score import METRICS, weights_digest
+from pipeline.shard.coco import Category, LabelMap
+from pipeline.tracking.tracker import Tracker
 from tests.builders import write_checkpoint
 
 LABELS = LabelMap("contiguous", (Category(1, "cat"),))

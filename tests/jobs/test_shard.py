@@ -6,10 +6,10 @@ import pytest
 
 from jobs.cluster import connected
 from jobs.shard import shard
-from pipeline.config import ClusterSection, Config
+from pipeline.config.sections import ClusterSection, Config
+from pipeline.data.loader import eval_batches
+from pipeline.data.manifest import read_manifest
 from pipeline.errors import UserError
-from pipeline.loader import eval_batches
-from pipeline.manifest import read_manifest
 from tests.builders import make_annotation, make_dataset_section, write_coco
 
 

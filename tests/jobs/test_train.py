@@ -18,14 +18,14 @@ from jobs.cluster import connected
 from jobs.run import run_pipeline
 from jobs.train import check_init, interface_of, train
 from pipeline import checkpoint
-from pipeline.config import ClusterSection, Config
+from pipeline.config.sections import ClusterSection, Config
+from pipeline.data.manifest import Manifest
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.manifest import Manifest
-from pipeline.train import TrainJob
-from pipeline.train import train as train_here
+from pipeline.train.loop import TrainJob
+from pipeline.train.loop import train as train_here
 from tests.builders import make_varied_manifest
-from tests.pipeline.test_train import MODEL, SETTINGS, assert_same_weights
+from tests.pipeline.train.test_loop import MODEL, SETTINGS, assert_same_weights
 
 STEPS = 30
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from model import Criterion, CriterionConfig, DetrConfig, ImageBatch, build_model
 from model.detr import DetrDecoder, DetrDecoderLayer, DetrEncoderLayer
 from model.position import encode_cells
-from model.weights import load_weights
+from model.weights.files import load_weights
 from tests.builders import make_batch, make_detector, make_target
 
 LOSSES = ("softmax", "focal")

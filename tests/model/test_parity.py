@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from transformers import DeformableDetrForObjectDetection, DetrForObjectDetection
 
 from model import Criterion, CriterionConfig, DetrConfig, ImageBatch, build_model
-from model.formats import to_own
-from model.weights import export_weights, load_weights
-from pipeline.config import InitSection, TrainSection
+from model.weights.files import export_weights, load_weights
+from model.weights.names import to_own
+from pipeline.config.sections import InitSection, TrainSection
+from pipeline.data.loader import TrainLoader
+from pipeline.data.manifest import Manifest
+from pipeline.data.order import SampleOrder
 from pipeline.distributed import World
-from pipeline.loader import TrainLoader
-from pipeline.manifest import Manifest
-from pipeline.order import SampleOrder
-from pipeline.train import TrainJob, train
+from pipeline.train.loop import TrainJob, train
 from tests.builders import make_batch, make_target, make_varied_manifest
 
 VARIANTS: dict[str, dict[str, Any]] = {

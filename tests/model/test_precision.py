@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from model import Criterion, CriterionConfig, attention, detr, matcher, transformer
+from model import Criterion, CriterionConfig, detr
+from model import deformable_attention as attention
+from model import deformable_transformer as transformer
+from model.losses import matcher
 from tests.builders import make_batch, make_detector, make_target
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import model.attention
-from model.attention import MSDeformAttn
+import model.deformable_attention
+from model.deformable_attention import MSDeformAttn
 from model.sampling import Sampling, record_sampling
 from tests.builders import make_batch, make_detector
 
@@ -52,13 +52,13 @@ def test_padding_of_the_batch_moves_nothing(refine: bool) -> None:
 
 def test_recorded_is_what_the_operator_got(monkeypatch: pytest.MonkeyPatch) -> None:
     got: list[tuple[Tensor, Tensor]] = []
-    operator = model.attention.ms_deform_attn
+    operator = model.deformable_attention.ms_deform_attn
 
     def spy(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
         got.append((locations, weights))
         return operator(value, shapes, locations, weights)
 
-    monkeypatch.setattr(model.attention, "ms_deform_attn", spy)
+    monkeypatch.setattr(model.deformable_attention, "ms_deform_attn", spy)
     sampling = record(make_detector(with_box_refine=True, two_stage=True), ((64, 96),))  # no padding
     locations, weights = got[-1]
     assert torch.equal(sampling.points, locations)

@@ -1,0 +1,395 @@
+"""Micro-batches for training and batches for evaluation, decoded in parallel worker processes.
+
+A training step is a function of its global batch: the batch is sorted by augmented aspect ratio and cut into
+micro-batches, and micro-batch j goes to rank j mod world. So the same step holds the same micro-batches at any number
+of ranks. One item of the data loader is one micro-batch, known by (step, j) alone.
+"""
+
+import multiprocessing
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from multiprocessing.context import BaseContext
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from model.batch import PixelBatch
+from pipeline.config.sections import AugmentSection, EvaluateSection, TrainSection
+from pipeline.data.augment import BadImageError, Pixels, Plan, decode_image, plan_eval, plan_train
+from pipeline.data.manifest import Manifest, Sample, UnreadableSampleError, describe, read_annotations, read_image_bytes
+from pipeline.data.order import SampleOrder, seed_sequence
+from pipeline.errors import UserError
+from pipeline.log import get_logger
+from pipeline.shard.coco import LabelMap, OnError
+
+PLACEHOLDER_SIDE = 64
+"""Side in pixels of the black image that stands for a micro-batch of which no sample could be read."""
+
+PREFETCH = 2
+"""Items that each worker process works ahead."""
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The images that go through the network at once.
+
+    `targets` holds one {"labels": int64 [n], "boxes": float32 [n, 4] cxcywh in 0..1} an image, on the host. `index` is
+    j, the number of the micro-batch in its step. `image_ids` are those of `batch`, empty when it is the placeholder.
+    """
+
+    batch: PixelBatch
+    targets: list[dict[str, Tensor]]
+    index: int
+    image_ids: list[int]
+    skipped: int = 0
+
+    def pin_memory(self) -> "MicroBatch":
+        """The same in page-locked memory (`DataLoader` calls this where there is a GPU)."""
+        targets = [{name: value.pin_memory() for name, value in target.items()} for target in self.targets]
+        return replace(self, batch=self.batch.pin_memory(), targets=targets)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rank's share of a step."""
+
+    step: int
+    epoch: int
+    micro_batches: list[MicroBatch]
+
+
+class EvalBatch(NamedTuple):
+    """Images of the evaluation, their ids and their original sizes: int64 [batch, 2] (height, width)."""
+
+    batch: PixelBatch
+    image_ids: list[int]
+    sizes: Tensor
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error of the user's input on its way out of a worker process, which would wrap an exception in tracebacks."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class PlannedSample:
+    """One sample of a step with its augmentation."""
+
+    epoch: int
+    index: int
+    plan: Plan
+
+
+def sample_plan(digest: str, seed: int, epoch: int, sample: Sample, augment: AugmentSection) -> Plan:
+    """The augmentation of a sample in an epoch: a function of (seed, epoch, dataset, image id)."""
+    generator = np.random.Generator(np.random.Philox(seed_sequence(digest, seed, epoch, 2, sample.image_id)))
+    return plan_train(sample.width, sample.height, generator, augment)
+
+
+def plan_step(
+    manifest: Manifest, order: SampleOrder, step: int, global_batch: int, seed: int, augment: AugmentSection
+) -> list[PlannedSample]:
+    """The samples of a step sorted by augmented aspect ratio; equal ones stay in the order of the stream."""
+    planned = [
+        PlannedSample(epoch, index, sample_plan(manifest.digest, seed, epoch, manifest.samples[index], augment))
+        for epoch, index in order.step_samples(step, global_batch)
+    ]
+    return sorted(planned, key=lambda sample: sample.plan.aspect)
+
+
+class TrainLoader:
+    """One rank's micro-batches of the steps start_step..stop_step-1; every rank has the same number of them.
+
+    Args:
+        manifest: the training split.
+        order: the stream of its samples.
+        train: for the batch sizes, the seed, the augmentation and the worker processes.
+        rank: of this process.
+        world: number of ranks; divides the micro-batches of a step.
+        start_step: first step, at no cost whatever it is.
+        stop_step: one past the last step.
+        on_error: whether a sample that cannot be read stops the run or is left out and counted.
+
+    Iterating raises `UserError` for an unreadable sample when on_error is "fail".
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        order: SampleOrder,
+        train: TrainSection,
+        rank: int,
+        world: int,
+        start_step: int,
+        stop_step: int,
+        on_error: OnError = "fail",
+    ) -> None:
+        assert 0 <= rank < world
+        assert train.micro_batches % world == 0
+        self._steps = range(start_step, stop_step)
+        self._own = train.micro_batches // world
+        self._epoch_of = order.epoch_of
+        self._global_batch = train.global_batch
+        self._dataset = _TrainDataset(manifest, order, train, rank, world, self._steps, on_error)
+        self._workers = train.loader_workers
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[Step]:
+        items = iter(_data_loader(self._dataset, self._workers))
+        try:
+            for step in self._steps:
+                own = list(islice(items, self._own))
+                yield Step(step, self._epoch_of(step, self._global_batch), [_raised(item) for item in own])
+        finally:
+            del items  # ends the workers now: an error's traceback would keep them until it is collected
+
+
+def eval_batches(manifest: Manifest, batch_size: int) -> list[list[int]]:
+    """The sample indices of each evaluation batch: every sample once, images of like shape together."""
+    samples = manifest.samples
+    indices = sorted(range(len(samples)), key=lambda index: (samples[index].width / samples[index].height, index))
+    return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+
+
+class EvalLoader:
+    """Evaluation batches in the given order.
+
+    Args:
+        manifest: the split.
+        batches: sample indices of each batch, from `eval_batches`.
+        evaluate: for the sizes.
+        workers: decoding processes; 0 decodes here.
+        on_error: whether an image that cannot be read raises `UserError` or is left out with a warning.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        batches: list[list[int]],
+        evaluate: EvaluateSection,
+        workers: int = 0,
+        on_error: OnError = "fail",
+    ) -> None:
+        self._dataset = _EvalDataset(manifest, batches, evaluate.short_side, evaluate.max_side, on_error)
+        self._workers = workers
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        items = iter(_data_loader(self._dataset, self._workers))
+        try:
+            for item in items:
+                batch, unreadable = _raised(item)
+                for message in unreadable:
+                    logger.warning("left out: %s", message)
+                if batch is not None:
+                    yield batch
+        finally:
+            del items
+
+
+class _TrainDataset(Dataset[Any]):
+    """Item i is the i-th of this rank's micro-batches, counted from the first step."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        order: SampleOrder,
+        train: TrainSection,
+        rank: int,
+        world: int,
+        steps: range,
+        on_error: OnError,
+    ) -> None:
+        self._manifest = manifest
+        self._order = order
+        self._train = train
+        self._rank = rank
+        self._world = world
+        self._steps = steps
+        self._on_error = on_error
+        self._own = train.micro_batches // world
+        self._planned: tuple[int, list[PlannedSample]] | None = None
+
+    def __len__(self) -> int:
+        return len(self._steps) * self._own
+
+    def __getitem__(self, item: int) -> MicroBatch | _Failure:
+        step = self._steps[item // self._own]
+        index = self._rank + item % self._own * self._world
+        size = self._train.micro_batch
+        images: list[Pixels] = []
+        targets: list[dict[str, Tensor]] = []
+        image_ids: list[int] = []
+        skipped = 0
+        for planned in self._plan(step)[index * size : (index + 1) * size]:
+            sample = self._manifest.samples[planned.index]
+            try:
+                image, target = load_train_sample(self._manifest, sample, planned.plan)
+            except UnreadableSampleError as error:
+                if self._on_error == "fail":
+                    return _Failure(_unreadable(error))
+                skipped += 1
+                continue
+            images.append(image)
+            targets.append(target)
+            image_ids.append(sample.image_id)
+        if not images:
+            images.append(np.zeros((PLACEHOLDER_SIDE, PLACEHOLDER_SIDE, 3), dtype=np.uint8))
+            targets.append(make_targets(np.zeros((0, 4)), [], (PLACEHOLDER_SIDE, PLACEHOLDER_SIDE)))
+        return MicroBatch(PixelBatch.collate(images), targets, index, image_ids, skipped)
+
+    def _plan(self, step: int) -> list[PlannedSample]:
+        if self._planned is None or self._planned[0] != step:
+            train = self._train
+            planned = plan_step(self._manifest, self._order, step, train.global_batch, train.seed, train.augment)
+            self._planned = (step, planned)
+        return self._planned[1]
+
+
+class _EvalDataset(Dataset[Any]):
+    def __init__(
+        self, manifest: Manifest, batches: list[list[int]], short_side: int, max_side: int, on_error: OnError
+    ) -> None:
+        self._manifest = manifest
+        self._batches = batches
+        self._short_side = short_side
+        self._max_side = max_side
+        self._on_error = on_error
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, item: int) -> tuple[EvalBatch | None, list[str]] | _Failure:
+        images: list[Pixels] = []
+        samples: list[Sample] = []
+        unreadable: list[str] = []
+        for index in self._batches[item]:
+            sample = self._manifest.samples[index]
+            plan = plan_eval(sample.width, sample.height, self._short_side, self._max_side)
+            try:
+                images.append(plan.apply_image(load_image(self._manifest, sample)))
+            except UnreadableSampleError as error:
+                if self._on_error == "fail":
+                    return _Failure(_unreadable(error))
+                unreadable.append(str(error))
+                continue
+            samples.append(sample)
+        if not images:
+            return None, unreadable
+        sizes = torch.tensor([(sample.height, sample.width) for sample in samples], dtype=torch.int64)
+        return EvalBatch(PixelBatch.collate(images), [sample.image_id for sample in samples], sizes), unreadable
+
+
+def load_image(manifest: Manifest, sample: Sample) -> Pixels:
+    """The decoded image of a sample, uint8 [height, width, 3]. Raises `UnreadableSampleError`."""
+    content = read_image_bytes(manifest, sample)
+    try:
+        return decode_image(content, sample.width, sample.height)
+    except BadImageError as error:
+        raise UnreadableSampleError(f"{describe(manifest, sample)}: {error}") from None
+
+
+def load_train_sample(manifest: Manifest, sample: Sample, plan: Plan) -> tuple[Pixels, dict[str, Tensor]]:
+    """The augmented image and its targets: crowd regions and boxes without area are left out.
+
+    Raises:
+        UnreadableSampleError: the shard's bytes are damaged.
+    """
+    annotations = read_annotations(manifest, sample)["annotations"]
+    wanted = [annotation for annotation in annotations if not annotation["iscrowd"]]
+    boxes, keep = plan.apply_boxes(xyxy([annotation["bbox"] for annotation in wanted]))
+    labels = label_list(manifest.labels, [annotation["category_id"] for annotation in wanted])
+    targets = make_targets(boxes[keep], [label for label, kept in zip(labels, keep, strict=True) if kept], plan.size)
+    return plan.apply_image(load_image(manifest, sample)), targets
+
+
+def xyxy(boxes: list[list[float]]) -> NDArray[np.float64]:
+    """COCO's xywh boxes as float [n, 4] xyxy."""
+    array = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    return np.concatenate([array[:, :2], array[:, :2] + array[:, 2:]], axis=1)
+
+
+def label_list(labels: LabelMap, category_ids: list[int]) -> list[int]:
+    """The labels of category ids."""
+    return [labels.label(category_id) for category_id in category_ids]
+
+
+def make_targets(boxes: NDArray[np.float64], labels: list[int], size: tuple[int, int]) -> dict[str, Tensor]:
+    """The targets of one image.
+
+    Args:
+        boxes: float [n, 4] xyxy pixels.
+        labels: of the boxes.
+        size: (width, height) of the image in pixels.
+
+    Returns:
+        {"labels": int64 [n], "boxes": float32 [n, 4] cxcywh in 0..1}.
+    """
+    centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+    normalised = np.concatenate([centers, boxes[:, 2:] - boxes[:, :2]], axis=1) / np.array([*size, *size])
+    return {
+        "labels": torch.tensor(labels, dtype=torch.int64),
+        "boxes": torch.from_numpy(normalised.astype(np.float32)),
+    }
+
+
+def _unreadable(error: UnreadableSampleError) -> str:
+    return f"{error}. Mend the shards (`raydetr shard --verify` checks them), or set dataset.on_error: skip."
+
+
+def _raised(item: Any) -> Any:
+    if isinstance(item, _Failure):
+        raise UserError(item.message)
+    return item
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _start_worker(_: int) -> None:
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+
+
+def _data_loader(dataset: Dataset[Any], workers: int) -> DataLoader[Any]:
+    # Its own generator: the data loader would otherwise draw from the global one, which belongs to the training.
+    generator = torch.Generator()
+    if workers == 0:
+        return DataLoader(dataset, batch_size=None, collate_fn=_as_it_is, generator=generator)
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        generator=generator,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=PREFETCH,
+        worker_init_fn=_start_worker,
+        multiprocessing_context=_forkserver(),
+    )
+
+
+def _forkserver() -> BaseContext:
+    """The way to start workers.
+
+    Forking a process that holds threads (gloo, Ray, CUDA) is unsafe; the fork server holds none, and importing this
+    module in it once spares every worker its own import of torch.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context

@@ -1,0 +1,1 @@
+"""A detector that answers, and pictures of its answers."""

@@ -1,0 +1,365 @@
+"""A detector that answers: pictures in, detections with category names out.
+
+    detector = Detector.from_checkpoint(Path("runs/demo/checkpoints/checkpoint-900"))
+    detector(Path("street.jpg").read_bytes())
+    # [{"category_id": 3, "category": "car", "score": 0.91, "bbox": [x, y, width, height]}, ...]
+
+`Detector.save` writes the folder that a registered model carries (weights as safetensors, the rest as JSON), and
+`answer` is what the registered model's `predict` does. `predict` draws the detections of a model on pictures.
+"""
+
+import io
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from model import DetrConfig, ImageBatch, PixelBatch, build_model, postprocess
+from model.weights.files import load_weights, read_weights, save_tensors
+from pipeline.checkpoint.save import STATE, load_model_weights, read_state
+from pipeline.config.sections import EvaluateSection
+from pipeline.data.augment import decode_image, plan_eval
+from pipeline.errors import UserError
+from pipeline.files import make_folder, write_json
+from pipeline.shard.coco import LabelMap
+
+FORMAT = 1
+SETTINGS = "detector.json"
+WEIGHTS = "model.safetensors"
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+EXIF_ORIENTATION = 0x0112
+
+Detection = dict[str, Any]
+"""category_id, category, score, bbox (xywh pixels of the picture, not clipped)."""
+
+
+class Detector:
+    """A network with what it takes to use it: label map and evaluation sizes.
+
+    Args:
+        model: the network; it is put into evaluation mode on `device`.
+        config: its architecture.
+        labels: between its logits and the category ids.
+        evaluate: sizes that pictures are resized to, and the most detections of a picture.
+        device: where it runs.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: DetrConfig,
+        labels: LabelMap,
+        evaluate: EvaluateSection,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.model = model.to(device).eval()
+        self.config = config
+        self.labels = labels
+        self.evaluate = evaluate
+        self.device = torch.device(device)
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Path, evaluate: EvaluateSection | None = None, device: torch.device | str = "cpu"
+    ) -> "Detector":
+        """Load a checkpoint; the sizes are the greatest of its training where `evaluate` is not given.
+
+        Raises:
+            UserError: the folder is not a whole checkpoint.
+        """
+        state = read_state(checkpoint)
+        if evaluate is None:
+            augment = state.config["train"]["augment"]
+            evaluate = EvaluateSection(short_side=max(augment["short_sides"]), max_side=augment["max_side"])
+        config = state.detr_config()
+        model = _with_weights(config, load_model_weights(checkpoint), checkpoint)
+        return cls(model, config, LabelMap.from_json(state.labels), evaluate, device)
+
+    @classmethod
+    def from_weights(
+        cls,
+        source: Path,
+        config: DetrConfig,
+        labels: LabelMap,
+        evaluate: EvaluateSection,
+        device: torch.device | str = "cpu",
+    ) -> "Detector":
+        """Load weights of any format that `model.weights.read_weights` takes.
+
+        Raises:
+            UserError: they cannot be read, or are not those of the architecture.
+        """
+        try:
+            weights = read_weights(source)
+            classes = weights.with_classes_of(config).num_classes
+            if classes != config.num_classes:
+                raise UserError(
+                    f"{source}: of {classes} classes, and the data has {config.num_classes} (dataset.labels: "
+                    f"{labels.kind}); weights are scored on the categories that they were trained on"
+                )
+            model = build_model(config)
+            load_weights(model, weights)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return cls(model, config, labels, evaluate, device)
+
+    @classmethod
+    def load(
+        cls, folder: Path, evaluate: EvaluateSection | None = None, device: torch.device | str = "cpu"
+    ) -> "Detector":
+        """Load what `save` wrote; with other sizes than it was saved with where `evaluate` is given.
+
+        Raises:
+            UserError: the folder is not one that `save` wrote, or its format is another.
+        """
+        try:
+            settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+            weights = load_file(folder / WEIGHTS)
+            found = settings["format"]
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise UserError(f"{folder}: not a folder of a registered detector ({error})") from error
+        if found != FORMAT:
+            raise UserError(f"{folder / SETTINGS}: format {found!r} is not {FORMAT}, which this reads")
+        try:
+            config = DetrConfig(**settings["model"])
+            labels = LabelMap.from_json(settings["labels"])
+            evaluate = evaluate or EvaluateSection(**settings["evaluate"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = f"lacks {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"{folder / SETTINGS}: not settings of a detector that this reads: {reason}") from error
+        return cls(_with_weights(config, weights, folder), config, labels, evaluate, device)
+
+    def save(self, folder: Path) -> None:
+        """Write weights (safetensors) and settings (JSON), which `load` reads."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+        save_tensors(weights, folder / WEIGHTS)
+        sizes = ("short_side", "max_side", "max_detections")
+        settings = {
+            "format": FORMAT,
+            "model": asdict(self.config),
+            "labels": self.labels.to_json(),
+            "evaluate": {name: getattr(self.evaluate, name) for name in sizes},
+        }
+        write_json(folder / SETTINGS, settings)
+
+    def __call__(self, image: bytes | NDArray[np.uint8], score_threshold: float = 0.0) -> list[Detection]:
+        """Detect the objects of one picture, best first.
+
+        Args:
+            image: an encoded picture, which is turned as its EXIF says, or RGB uint8 [height, width, 3].
+            score_threshold: least score.
+
+        Raises:
+            UserError: the bytes are not a picture.
+        """
+        pixels = read_picture(image) if isinstance(image, bytes) else image
+        found = self.detect(*self.prepare(pixels))[0]
+        return [
+            {
+                "category_id": entry["category_id"],
+                "category": self.labels.names[entry["category_id"]],
+                "score": entry["score"],
+                "bbox": entry["bbox"],
+            }
+            for entry in found
+            if entry["score"] >= score_threshold
+        ]
+
+    def prepare(self, pixels: NDArray[np.uint8]) -> tuple[ImageBatch, torch.Tensor]:
+        """Make a batch of one picture, RGB uint8 [height, width, 3], and its size, as `detect` takes them."""
+        height, width = pixels.shape[:2]
+        plan = plan_eval(width, height, self.evaluate.short_side, self.evaluate.max_side)
+        return PixelBatch.collate([plan.apply_image(pixels)]).to(self.device), torch.tensor([[height, width]])
+
+    def detect(self, batch: ImageBatch, sizes: torch.Tensor) -> list[list[dict[str, Any]]]:
+        """Detect the objects of a batch.
+
+        Args:
+            batch: normalised images on the detector's device.
+            sizes: [batch, 2] height and width of the original images, in pixels.
+
+        Returns:
+            For each image category_id, bbox (xywh in original pixels, not clipped) and score, best first; logits that
+            are no category are left out.
+
+        Raises:
+            FloatingPointError: the network gives numbers that are not finite.
+        """
+        return [_entries(result, self.labels) for result in self.results(batch, sizes, self.evaluate.max_detections)]
+
+    @torch.inference_mode()
+    def results(self, batch: ImageBatch, sizes: torch.Tensor, top: int) -> list[dict[str, torch.Tensor]]:
+        """Return the `top` best of each image as `model.postprocess` does; arguments and errors are of `detect`."""
+        outputs = self.model(batch)
+        logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
+        if not bool(torch.isfinite(logits).all() & torch.isfinite(boxes).all()):
+            raise FloatingPointError("the network gives numbers that are not finite: its weights are spoilt")
+        return postprocess(logits, boxes, sizes.to(self.device), self.config.class_loss, top)
+
+
+def _entries(result: dict[str, torch.Tensor], labels: LabelMap) -> list[dict[str, Any]]:
+    """One image's detections with original category ids and xywh boxes."""
+    columns = (result["scores"].tolist(), result["labels"].tolist(), result["boxes"].double().tolist())
+    entries = []
+    for score, label, (left, top, right, bottom) in zip(*columns, strict=True):
+        category_id = labels.category(label)
+        if category_id is not None:
+            box = [left, top, right - left, bottom - top]
+            entries.append({"category_id": category_id, "bbox": box, "score": score})
+    return entries
+
+
+def _with_weights(config: DetrConfig, weights: dict[str, torch.Tensor], source: Path) -> torch.nn.Module:
+    model = build_model(config)
+    try:
+        load_weights(model, weights)
+    except ValueError as error:
+        raise UserError(f"{source}: the weights are not those of its architecture: {error}") from error
+    return model
+
+
+def read_picture(content: bytes) -> NDArray[np.uint8]:
+    """Decode a picture to RGB [height, width, 3], turned as its EXIF says: as a viewer shows it.
+
+    Raises:
+        UserError: it is not a picture, or cut off.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if image.format in ("JPEG", "PNG") and image.getexif().get(EXIF_ORIENTATION, 1) == 1:
+                return decode_image(content, *image.size)
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise UserError("these bytes are not a picture") from error
+    except Exception as error:  # Pillow's plugins raise many kinds for damaged files
+        raise UserError(f"the picture cannot be decoded: {error}") from error
+
+
+def answer(detector: Detector, images: Sequence[bytes], score_threshold: float) -> list[str]:
+    """Return one JSON list of detections an image: the answer of the registered model."""
+    return [json.dumps(detector(bytes(image), score_threshold)) for image in images]
+
+
+def predict(
+    model: str,
+    images: Sequence[Path],
+    out: Path,
+    *,
+    tracking_uri: str,
+    score_threshold: float = 0.4,
+    show_attention: int = 0,
+    queries: Sequence[int] = (),
+    device: str | None = None,
+) -> int:
+    """Draw a model's detections on pictures, and write them to `<out>/detections.json`.
+
+    Args:
+        model: `models:/name@alias`, `models:/name/version`, or a folder: a checkpoint or a registered detector's.
+        images: pictures, and folders whose pictures are meant.
+        out: folder of the drawn pictures (PNG).
+        tracking_uri: MLflow server of the registry.
+        score_threshold: least score.
+        show_attention: for how many of the best detections, whatever their score, to draw what they looked at as well.
+        queries: the queries to draw that for instead.
+        device: where the network runs; a GPU where there is one when None.
+
+    Returns:
+        How many pictures were drawn.
+
+    Raises:
+        UserError: naming the model or the picture that cannot be used, or `out` if it cannot be made.
+    """
+    from pipeline.evaluate.report import draw_boxes
+    from pipeline.predict.attention import check_samples, look, save_look
+
+    paths = list(_pictures(images))
+    detector = open_detector(model, tracking_uri, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if show_attention or queries:
+        check_samples(detector)
+    make_folder(out)
+    found: list[dict[str, Any]] = []
+    taken = set()
+    for path in paths:
+        try:
+            pixels = read_picture(path.read_bytes())
+        except (OSError, UserError) as error:
+            raise UserError(f"{path}: {error}") from error
+        detections = detector(pixels, score_threshold)
+        name = path.stem
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        draw_boxes(pixels, detections, detector.labels.names).save(out / f"{name}.png")
+        found.append({"file_name": str(path), "drawn": f"{name}.png", "detections": detections})
+        if show_attention or queries:
+            looks = look(detector, pixels, queries, show_attention)
+            drawn = [save_look(pixels, seen, out / f"{name}_query{seen.query}.png").name for seen in looks]
+            found[-1]["attention"] = drawn
+    write_json(out / "detections.json", found)
+    return len(paths)
+
+
+def _pictures(images: Sequence[Path]) -> Iterator[Path]:
+    for path in images:
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+            if not inside:
+                raise UserError(f"{path}: no picture in this folder ({', '.join(PICTURES)})")
+            yield from inside
+        elif path.is_file():
+            yield path
+        else:
+            raise UserError(f"{path}: no such picture or folder")
+
+
+def open_detector(model: str, tracking_uri: str, device: str = "cpu") -> Detector:
+    """Load a detector by its registered name, or from a folder.
+
+    Raises:
+        UserError: there is no such model or folder.
+    """
+    if not model.startswith("models:/"):
+        return detector_in(Path(model), device=device)
+    from pipeline.tracking.tracker import connect, first_line, server_errors
+
+    connect(tracking_uri)
+    from mlflow.artifacts import download_artifacts
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            local = download_artifacts(artifact_uri=model, dst_path=folder, tracking_uri=tracking_uri)
+        except server_errors() as error:
+            raise UserError(
+                f"{model}: not found in the registry at {tracking_uri} ({first_line(error)}); `raydetr register` makes "
+                "a version, and --tracking-uri names another registry"
+            ) from error
+        return detector_in(Path(local), device=device)
+
+
+def detector_in(folder: Path, evaluate: EvaluateSection | None = None, device: torch.device | str = "cpu") -> Detector:
+    """Load the detector of a folder: a checkpoint, a registered model's, or one that `Detector.save` wrote.
+
+    Args:
+        folder: where it is.
+        evaluate: sizes and the number of detections; those that it was trained or saved with when None.
+        device: where it runs.
+
+    Raises:
+        UserError: the folder is none of these, or damaged.
+    """
+    for place in (folder, folder / "artifacts" / "detector"):
+        if (place / SETTINGS).is_file():
+            return Detector.load(place, evaluate, device)
+    if (folder / STATE).is_file():
+        return Detector.from_checkpoint(folder, evaluate, device)
+    raise UserError(f"{folder}: neither a checkpoint (with {STATE}) nor a registered detector (with {SETTINGS})")

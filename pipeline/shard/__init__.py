@@ -1,0 +1,1 @@
+"""Makes: COCO data checked, written as WebDataset tars with a manifest, or drawn."""

@@ -1,0 +1,57 @@
+"""The training curves, as a run writes them down and tells them."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from pipeline.config.sections import TrainSection
+from pipeline.log import get_logger
+from pipeline.tracking.tracker import Spool, SpoolReader
+
+logger = get_logger(__name__)
+
+
+class Curves:
+    """The points of the training curves, which rank 0 appends to the spool: each once, whatever is restarted.
+
+    Args:
+        spool: the file; None on the other ranks, which write nothing.
+        train: how often a point is due, and the images of a step.
+        total: steps of the schedule.
+        epochs: gives the epochs that so many steps make.
+        first: step that training begins or goes on with.
+    """
+
+    def __init__(
+        self, spool: Path | None, train: TrainSection, total: int, epochs: Callable[[int], float], first: int
+    ) -> None:
+        self._train, self._total, self._epochs = train, total, epochs
+        self._spool = Spool(spool) if spool is not None else None
+        records = SpoolReader(spool).read() if spool is not None else []
+        self._written = {record.step: record.metrics.get("train/loss", math.nan) for record in records}
+        self._done, self._since = first, time.perf_counter()
+
+    def step_done(self, step: int, values: dict[str, float], optimizer: torch.optim.Optimizer) -> None:
+        """Write a point after `step` if one is due: every `log_steps`, and after the first and the last step."""
+        done = step + 1
+        if self._spool is None or not (done % self._train.log_steps == 0 or done in (1, self._total)):
+            return
+        now = time.perf_counter()
+        rate = (done - self._done) * self._train.global_batch / (now - self._since)
+        self._done, self._since = done, now
+        point = {**values, "epoch": self._epochs(done), "images_per_second": rate}
+        point |= {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
+        if not math.isclose(self._written.get(done, math.nan), values["loss"], rel_tol=1e-3):
+            self._spool.write(done, {f"train/{name}": value for name, value in point.items()})
+        logger.info(
+            "step %d/%d  epoch %.2f  loss %.4f  gradient %.3f  %.1f images/s",
+            *(done, self._total, point["epoch"], values["loss"], values["grad_norm"], rate),
+        )
+
+    def close(self) -> None:
+        """Close the spool."""
+        if self._spool is not None:
+            self._spool.close()

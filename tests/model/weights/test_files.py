@@ -1,0 +1,458 @@
+import argparse
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from model import DetrConfig, build_model
+from model.deformable_detr import DeformableDetr
+from model.weights.files import IMAGENET_FILES, export_weights, load_backbone, load_weights, read_tensors, read_weights
+from model.weights.fit import unique_tensors
+
+
+def make_detector(seed: int = 0, **settings: Any) -> DeformableDetr:
+    small = {"backbone": "resnet_tiny", "hidden_dim": 32, "heads": 4, "ffn_dim": 32, "num_queries": 5, "num_classes": 3}
+    small |= {"encoder_layers": 1, "decoder_layers": 2}
+    return build_model(DetrConfig(**(small | settings)), torch.Generator().manual_seed(seed))
+
+
+def copy_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal(model: torch.nn.Module, expected: dict[str, Tensor]) -> None:
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    assert not [name for name in state if not torch.equal(state[name], expected[name])]
+
+
+def torchvision_state(model: DeformableDetr) -> dict[str, Tensor]:
+    """What torchvision's file of this backbone would hold."""
+    generator = torch.Generator().manual_seed(9)
+    state = {
+        name: torch.rand(tensor.shape, generator=generator) for name, tensor in model.backbone.state_dict().items()
+    }
+    counters = {name.replace("mean", "x"): torch.tensor(0) for name in state if name.endswith("running_mean")}
+    state |= {name.replace("running_x", "num_batches_tracked"): counter for name, counter in counters.items()}
+    return state | {"fc.weight": torch.rand(10, 4), "fc.bias": torch.rand(10)}
+
+
+VARIANTS = {"base": {}, "refine": {"with_box_refine": True}, "two-stage": {"with_box_refine": True, "two_stage": True}}
+
+
+class TestOwnFormat:
+    @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
+    def test_out_and_in(self, tmp_path: Path, settings: dict[str, Any]) -> None:
+        model, other = make_detector(**settings), make_detector(seed=1, **settings)
+        export_weights(model, tmp_path / "model.safetensors")
+        report = load_weights(other, tmp_path)  # the folder
+        assert_equal(other, copy_of(model))
+        assert report.format == "raydetr"
+        assert set(report.loaded) == set(unique_tensors(model))
+        assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+    def test_each_tensor_is_written_once(self, tmp_path: Path) -> None:
+        export_weights(make_detector(with_box_refine=True), tmp_path / "w.safetensors")
+        with safe_open(tmp_path / "w.safetensors", "pt") as file:
+            assert list(file.metadata()) == ["config"]  # several entries would come in any order: other bytes each time
+            assert not [name for name in file.keys() if name.startswith("transformer.decoder.bbox")]  # noqa: SIM118
+
+    def test_a_state_dict_with_all_names_is_taken(self) -> None:
+        model, other = make_detector(), make_detector(seed=1)
+        load_weights(other, copy_of(model))
+        assert_equal(other, copy_of(model))
+
+    def test_a_torch_file_is_taken(self, tmp_path: Path) -> None:
+        model, other = make_detector(), make_detector(seed=1)
+        torch.save(copy_of(model), tmp_path / "w.pth")
+        load_weights(other, tmp_path / "w.pth")
+        assert_equal(other, copy_of(model))
+
+    def test_the_architecture_stands_in_the_file(self, tmp_path: Path) -> None:
+        model = make_detector(with_box_refine=True, two_stage=True, heads=2, points=3, dropout=0.3, dilation=True)
+        export_weights(model, tmp_path / "w.safetensors")
+        assert read_weights(tmp_path / "w.safetensors").config() == model.config
+
+    def test_unknown_format_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="choose raydetr, original, hf"):
+            export_weights(make_detector(), tmp_path / "w", format="onnx")
+
+    def test_a_failed_write_leaves_nothing(self, tmp_path: Path) -> None:
+        (tmp_path / "taken").mkdir()
+        with pytest.raises(OSError, match="taken"):
+            export_weights(make_detector(), tmp_path / "taken")
+        assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def make_publishable(seed: int = 0, **settings: Any) -> DeformableDetr:
+    """A detector that the others' code can hold, too."""
+    return make_detector(seed, **({"backbone": "resnet18", "hidden_dim": 64} | settings))
+
+
+def write_original(path: Path, model: DeformableDetr, **arguments: Any) -> Path:
+    """A checkpoint as the original's training leaves it, with the leftovers of a FLOP counter."""
+    export_weights(model, path, "original")
+    tensors = torch.load(path, weights_only=True)["model"]
+    tensors |= {"transformer.total_ops": torch.zeros(1), "backbone.0.body.total_params": torch.zeros(1)}
+    optimizer = torch.optim.AdamW([torch.zeros(1)])
+    args = argparse.Namespace(
+        nheads=model.config.heads, dec_n_points=model.config.points, lr=2e-4, device="cuda", masks=False
+    )
+    vars(args).update(arguments)
+    content = {"model": tensors, "optimizer": optimizer.state_dict(), "epoch": 49, "args": args}
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 40)
+    torch.save(content | {"lr_scheduler": scheduler.state_dict()}, path)
+    return path
+
+
+class TestOriginalFormat:
+    @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
+    def test_a_checkpoint_of_the_original_is_read(self, tmp_path: Path, settings: dict[str, Any]) -> None:
+        model, other = make_publishable(**settings), make_publishable(seed=1, **settings)
+        report = load_weights(other, write_original(tmp_path / "checkpoint.pth", model))
+        assert_equal(other, copy_of(model))
+        assert (report.format, len(report.ignored)) == ("original", 2)
+
+    def test_every_head_is_written_under_all_its_names(self, tmp_path: Path) -> None:
+        model = make_publishable(with_box_refine=True, two_stage=True)
+        export_weights(model, tmp_path / "w.pth", "original")
+        tensors = torch.load(tmp_path / "w.pth", weights_only=True)["model"]
+        assert len(tensors) == len(model.state_dict())
+        assert {
+            "backbone.0.body.conv1.weight",
+            "backbone.0.body.layer1.0.bn1.running_var",
+            "class_embed.2.weight",
+            "transformer.decoder.class_embed.2.weight",
+            "transformer.decoder.bbox_embed.2.layers.0.bias",
+        } <= tensors.keys()
+
+    def test_other_things_than_namespaces_are_not_unpickled(self, tmp_path: Path) -> None:
+        path = write_original(tmp_path / "w.pth", make_publishable(), folder=Path("x"), code=print)
+        with pytest.raises(ValueError, match=r"w\.pth"):
+            read_tensors(path)
+
+    def test_arguments_are_believed(self, tmp_path: Path) -> None:
+        model = make_publishable(heads=4, points=8)
+        path = write_original(tmp_path / "w.pth", model, dilation=True, dropout=0.25)
+        assert read_weights(path).config() == replace(model.config, dilation=True, dropout=0.25)
+        report = load_weights(make_publishable(heads=4, points=8), path)
+        assert "made with model.dilation: true, unlike this model" in str(report)
+        with pytest.raises(ValueError, match=r"made with other settings; set model\.heads: 4, model\.points: 8"):
+            load_weights(make_publishable(heads=8, points=4), path)
+
+    @pytest.mark.parametrize("format", ["original", "hf"])
+    def test_what_others_lack_is_not_written(self, tmp_path: Path, format: str) -> None:
+        with pytest.raises(ValueError, match="the backbone resnet_tiny"):
+            export_weights(make_detector(hidden_dim=64), tmp_path / "w", format)
+        with pytest.raises(ValueError, match="a width of 32"):
+            export_weights(make_detector(backbone="resnet18"), tmp_path / "w", format)
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("format", ["raydetr", "hf"])
+    def test_a_file_is_as_open_as_the_users_other_files(self, tmp_path: Path, format: str) -> None:
+        (tmp_path / "other").touch()
+        export_weights(make_publishable(), tmp_path / "w", format)
+        file = tmp_path / "w" / "model.safetensors" if format == "hf" else tmp_path / "w"
+        assert file.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+class TestTransformersFormat:
+    """Files only; `test_parity` has transformers itself read and write them."""
+
+    @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
+    def test_out_and_in(self, tmp_path: Path, settings: dict[str, Any]) -> None:
+        model, other = make_publishable(**settings), make_publishable(seed=1, **settings)
+        export_weights(model, tmp_path / "folder", "hf", ["cat", "dog", "bird"])
+        assert json.loads((tmp_path / "folder" / "config.json").read_text())["id2label"]["2"] == "bird"
+        for source in (tmp_path / "folder", tmp_path / "folder" / "model.safetensors"):
+            assert read_weights(source).config() == model.config
+            assert load_weights(other, source).format == "hf"
+        assert_equal(other, copy_of(model))
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+    def test_pickled_and_in_parts(self, tmp_path: Path) -> None:
+        model = make_publishable()
+        export_weights(model, tmp_path / "safe", "hf")
+        tensors = list(read_tensors(tmp_path / "safe").items())
+        parts = {"a.bin": dict(tensors[:50]), "b.bin": dict(tensors[50:])}
+        index = {"weight_map": {name: part for part, content in parts.items() for name in content}}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        torch.save(parts["a.bin"], tmp_path / "a.bin")
+        with pytest.raises(ValueError, match=r"b\.bin: there is no such weights file"):
+            load_weights(model, tmp_path)
+        torch.save(parts["b.bin"], tmp_path / "b.bin")
+        other = make_publishable(seed=1)
+        load_weights(other, tmp_path)
+        assert_equal(other, copy_of(model))
+
+    def test_another_model_and_a_broken_config(self, tmp_path: Path) -> None:
+        export_weights(make_publishable(), tmp_path / "w", "hf")
+        (tmp_path / "w" / "config.json").write_text('{"model_type": "conditional_detr"}')
+        with pytest.raises(ValueError, match=r"config\.json: is of a model of the type conditional_detr"):
+            read_weights(tmp_path / "w")
+        (tmp_path / "w" / "config.json").write_text("{")
+        with pytest.raises(ValueError, match=r"config\.json: damaged, or not JSON"):
+            read_weights(tmp_path / "w")
+
+    def test_a_folder_with_something_in_it_is_left_alone(self, tmp_path: Path) -> None:
+        (tmp_path / "notes.txt").write_text("mine")
+        with pytest.raises(OSError, match="not empty"):
+            export_weights(make_publishable(), tmp_path, "hf")
+        assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
+def test_through_all_formats_bit_by_bit(tmp_path: Path, settings: dict[str, Any]) -> None:
+    first = make_publishable(heads=2, **settings)
+    model = first
+    for format, name in (("original", "w.pth"), ("hf", "folder"), ("raydetr", "w.safetensors")):
+        export_weights(model, tmp_path / name, format)
+        weights = read_weights(tmp_path / name)
+        assert (weights.format, weights.config()) == (format, first.config)
+        model = make_publishable(seed=1, heads=2, **settings)
+        load_weights(model, weights)
+    assert_equal(model, copy_of(first))
+
+
+class TestOtherClassCount:
+    def test_refused_with_the_mend(self) -> None:
+        model = make_detector(num_classes=3)
+        before = copy_of(model)
+        with pytest.raises(ValueError, match=r"has 7 class logits and the model has 3.*train\.init\.reset_heads: true"):
+            load_weights(model, make_detector(num_classes=7).state_dict())
+        assert_equal(model, before)
+
+    @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
+    def test_reset_keeps_the_rest(self, settings: dict[str, Any]) -> None:
+        model, source = make_detector(num_classes=3, **settings), make_detector(seed=1, num_classes=7, **settings)
+        before, given = copy_of(model), copy_of(source)
+        report = load_weights(model, source.state_dict(), reset_heads=True)
+        expected = {name: (before if "class_embed" in name else given)[name] for name in before}
+        assert_equal(model, expected)
+        assert set(report.reset) == {name for name in unique_tensors(model) if "class_embed" in name}
+        assert "class heads start anew: class_embed.0.weight" in str(report)
+
+    @pytest.mark.parametrize("format", ["original", "hf"])
+    def test_reset_from_other_formats(self, tmp_path: Path, format: str) -> None:
+        model, source = make_publishable(num_classes=3), make_publishable(seed=1, num_classes=91)
+        export_weights(source, tmp_path / "w", format)
+        before, given = copy_of(model), copy_of(source)
+        with pytest.raises(ValueError, match=r"has 91 class logits and the model has 3"):
+            load_weights(model, tmp_path / "w")
+        assert_equal(model, before)
+        assert load_weights(model, tmp_path / "w", reset_heads=True).reset
+        assert_equal(model, {name: (before if "class_embed" in name else given)[name] for name in before})
+
+    def test_equal_counts_reset_nothing(self) -> None:
+        model, source = make_detector(), make_detector(seed=1)
+        assert not load_weights(model, source.state_dict(), reset_heads=True).reset
+        assert_equal(model, copy_of(source))
+
+
+class TestFilesThatDoNotFit:
+    @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+    def test_truncated(self, tmp_path: Path, name: str) -> None:
+        path = tmp_path / name
+        if name == "w.pth":
+            torch.save(copy_of(make_detector()), path)
+        else:
+            export_weights(make_detector(), path)
+        path.write_bytes(path.read_bytes()[:-5000])
+        with pytest.raises(ValueError, match=f"{name}: damaged"):
+            load_weights(make_detector(), path)
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            pytest.param("w.safetensors", b"", id="empty safetensors"),
+            pytest.param("w.pth", b"", id="empty torch file"),
+            pytest.param("w.pth", b"<html>not found</html>", id="a web page"),
+        ],
+    )
+    def test_no_weights_file(self, tmp_path: Path, name: str, content: bytes) -> None:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}: damaged, or not a weights file"):
+            read_tensors(tmp_path / name)
+
+    def test_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="there is no such weights file"):
+            load_weights(make_detector(), tmp_path / "w.safetensors")
+        with pytest.raises(ValueError, match=r"model\.safetensors: there is no such"):
+            load_weights(make_detector(), tmp_path)
+
+    def test_code_in_a_file_is_not_run(self, tmp_path: Path) -> None:
+        class Harmful:
+            def __reduce__(self) -> tuple[Any, ...]:
+                return (Path.touch, (tmp_path / "touched",))
+
+        torch.save({"x": Harmful()}, tmp_path / "w.pth")
+        with pytest.raises(ValueError, match=r"w\.pth"):
+            read_tensors(tmp_path / "w.pth")
+        assert not (tmp_path / "touched").exists()
+
+    def test_something_else_than_tensors(self, tmp_path: Path) -> None:
+        torch.save({"epoch": 3}, tmp_path / "w.pth")
+        with pytest.raises(ValueError, match="something else than tensors"):
+            read_tensors(tmp_path / "w.pth")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            pytest.param(
+                lambda s: s.pop("transformer.level_embed"), "1 tensors .* missing: transformer.l", id="missing"
+            ),
+            pytest.param(lambda s: s.update(extra=torch.zeros(1)), "not the model's: extra", id="unexpected"),
+            pytest.param(
+                lambda s: s.update({"query_embed.weight": torch.zeros(9, 64)}),
+                r"query_embed.weight is \[9, 64\], the model's is \[5, 64\]",
+                id="shape",
+            ),
+            pytest.param(
+                lambda s: s.update({"class_embed.1.bias": torch.ones(3)}), "differs from class_embed.1", id="shared"
+            ),
+            pytest.param(
+                lambda s: s.update({"query_embed.weight": torch.zeros(5, 64, dtype=torch.int64)}),
+                "not floating point",
+                id="integers",
+            ),
+        ],
+    )
+    def test_what_does_not_fit_is_named_and_nothing_changes(self, change: Any, message: str) -> None:
+        model, state = make_detector(), copy_of(make_detector(seed=1))
+        before = copy_of(model)
+        change(state)
+        with pytest.raises(ValueError, match=message):
+            load_weights(model, state)
+        assert_equal(model, before)
+
+    @pytest.mark.parametrize("format", ["raydetr", "original", "hf"])
+    @pytest.mark.parametrize(
+        ("made", "into", "mend"),
+        [
+            ("two-stage", "base", "set model.with_box_refine: true, model.two_stage: true$"),
+            ("refine", "base", "set model.with_box_refine: true$"),
+            ("base", "two-stage", "set model.with_box_refine: false, model.two_stage: false$"),
+        ],
+    )
+    def test_another_variant_is_named(self, tmp_path: Path, format: str, made: str, into: str, mend: str) -> None:
+        source = make_publishable(**VARIANTS[made])
+        with torch.no_grad():
+            for index, head in enumerate(source.bbox_embed):
+                head.layers[0].bias += index  # type: ignore[union-attr, index, operator]
+        export_weights(source, tmp_path / "w.safetensors" if format == "raydetr" else tmp_path / "w", format)
+        model = make_publishable(seed=1, **VARIANTS[into])
+        before = copy_of(model)
+        with pytest.raises(ValueError, match=mend):
+            load_weights(model, next(tmp_path.iterdir()))
+        assert_equal(model, before)
+
+    def test_missing_tensors_go_by_the_names_of_the_file(self, tmp_path: Path) -> None:
+        export_weights(make_publishable(), tmp_path / "w", "hf")
+        tensors = read_tensors(tmp_path / "w")
+        del tensors["model.query_position_embeddings.weight"], tensors["model.level_embed"]
+        with pytest.raises(ValueError, match=r"2 tensors .* missing: .*model\.query_position_embeddings\.weight"):
+            load_weights(make_publishable(), tensors)
+
+    @pytest.mark.parametrize("name", ["encoder.weight", "backbone.body.conv1.weight"])
+    def test_another_network(self, name: str) -> None:
+        with pytest.raises(ValueError, match=f"not weights of DETR or Deformable DETR.*{name}"):
+            load_weights(make_detector(), {name: torch.zeros(2), "rpn.head.weight": torch.zeros(2)})
+
+    def test_a_two_stage_file_that_lacks_one_tensor(self) -> None:
+        weights = read_weights(copy_of(make_detector(**VARIANTS["two-stage"])))
+        del weights.tensors["transformer.enc_output.weight"]
+        assert weights.config().two_stage
+
+    @pytest.mark.parametrize("content", [b"hello world\n", b"(e x\n", b"<html>", b"version https://git-lfs"])
+    def test_any_other_bytes_are_one_clear_error(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "w.pth").write_bytes(content)
+        with pytest.raises(ValueError, match=r"w\.pth: damaged, or not a weights file .*; get it again") as caught:
+            load_weights(make_detector(), tmp_path / "w.pth")
+        assert "weights_only" not in str(caught.value)
+
+    def test_odd_contents(self, tmp_path: Path) -> None:
+        model = make_detector()
+        torch.save({"model": copy_of(make_detector(seed=1)), "args": None}, tmp_path / "w.pth")
+        load_weights(model, tmp_path / "w.pth")
+        (tmp_path / "pytorch_model.bin.index.json").write_text('{"weight_map": ["w.pth"]}')
+        with pytest.raises(ValueError, match=r"index\.json: has no weight_map from tensors to files"):
+            load_weights(model, tmp_path)
+
+    def test_left_over_counters_are_ignored(self) -> None:
+        model = make_detector()
+        state = copy_of(model) | {"transformer.total_ops": torch.zeros(1), "total_params": torch.zeros(1)}
+        assert set(load_weights(model, state).ignored) == {"transformer.total_ops", "total_params"}
+
+
+class TestBackbone:
+    def test_torchvision_state_dict(self, tmp_path: Path) -> None:
+        model = make_detector(backbone="resnet18")
+        before, state = copy_of(model), torchvision_state(model)
+        torch.save(state, tmp_path / "resnet18.pth")
+        report = load_backbone(model, tmp_path / "resnet18.pth")
+        expected = {n: state[n.removeprefix("backbone.")] if n.startswith("backbone.") else before[n] for n in before}
+        assert_equal(model, expected)
+        assert report.format == "torchvision"
+        assert {"fc.weight", "bn1.num_batches_tracked"} <= set(report.ignored)
+
+    def test_load_weights_knows_it_too(self) -> None:
+        model = make_detector()
+        state = torchvision_state(model)
+        assert load_weights(model, state).format == "torchvision"
+        assert torch.equal(model.backbone.get_parameter("layer1.0.conv1.weight"), state["layer1.0.conv1.weight"])
+
+    @pytest.mark.parametrize("right", [True, False], ids=["right", "wrong"])
+    def test_digest_in_the_name_is_checked(self, tmp_path: Path, right: bool) -> None:
+        model = make_detector()
+        torch.save(torchvision_state(model), tmp_path / "w.pth")
+        digest = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()[:8] if right else "0123abcd"
+        path = (tmp_path / "w.pth").rename(tmp_path / f"resnet-{digest}.pth")
+        if right:
+            load_backbone(model, path)
+        else:
+            with pytest.raises(ValueError, match=r"its name says 0123abcd.*get it again"):
+                load_backbone(model, path)
+
+    def test_from_a_url_through_the_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr(torch.hub, "_hub_dir", None)
+        model = make_detector()
+        torch.save(torchvision_state(model), tmp_path / "w.pth")
+        digest = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()[:8]
+        source = (tmp_path / "w.pth").rename(tmp_path / f"net-{digest}.pth")
+        load_backbone(model, source.as_uri())
+        source.unlink()
+        load_backbone(model, source.as_uri())  # now from the cache
+        wrong = tmp_path / "net-00000000.pth"
+        wrong.write_bytes(b"else")
+        with pytest.raises(ValueError, match="invalid hash value"):
+            load_backbone(model, wrong.as_uri())
+        with pytest.raises(ValueError, match=r"cannot be downloaded.*give its path"):
+            load_backbone(model, (tmp_path / "none-00000000.pth").as_uri())
+
+    def test_imagenet_of_a_tiny_backbone_does_not_exist(self) -> None:
+        with pytest.raises(ValueError, match="no published ImageNet weights of resnet_tiny"):
+            load_backbone(make_detector(), "imagenet")
+        assert IMAGENET_FILES["resnet50"] == "resnet50-0676ba61.pth"
+
+    def test_batch_norm_statistics_need_frozen_batch_norm(self) -> None:
+        with pytest.raises(ValueError, match=r"set model\.backbone_norm: frozen_batch_norm"):
+            load_weights(make_detector(backbone_norm="group_norm"), torchvision_state(make_detector()))
+
+    def test_another_depth_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"does not fit.*layer1\.0\.conv1\.weight is \[64, 64, 1, 1\]"):
+            load_weights(make_detector(backbone="resnet18"), torchvision_state(make_detector(backbone="resnet50")))
+
+    def test_wrong_sources(self, tmp_path: Path) -> None:
+        model = make_detector()
+        with pytest.raises(ValueError, match="no such file of backbone weights"):
+            load_backbone(model, tmp_path / "none.pth")
+        torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
+        with pytest.raises(ValueError, match="not a torchvision ResNet state dict"):
+            load_backbone(model, tmp_path / "other.pth")

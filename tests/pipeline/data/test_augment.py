@@ -1,0 +1,305 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.config.sections import AugmentSection
+from pipeline.data.augment import BadImageError, Plan, decode_image, inspect_image, plan_eval, plan_train, resized
+from tests.builders import make_image, write_image
+
+SMALL = AugmentSection(
+    short_sides=(96, 112, 128), max_side=200, crop_short_sides=(80, 100, 120), crop_min=64, crop_max=110
+)
+
+
+def generator(seed: int = 0) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(seed))
+
+
+def encoded(pixels: NDArray[np.uint8], mode: str = "RGB", kind: str = "PNG", orientation: int | None = None) -> bytes:
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    content = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(content, kind, exif=exif, **({"quality": 95} if kind == "JPEG" else {}))
+    return content.getvalue()
+
+
+class TestDecoding:
+    @pytest.mark.parametrize(
+        ("mode", "kind"),
+        [
+            pytest.param("L", "PNG", id="grey png"),
+            pytest.param("L", "JPEG", id="grey jpeg"),
+            pytest.param("RGBA", "PNG", id="rgba"),
+            pytest.param("LA", "PNG", id="grey with alpha"),
+            pytest.param("P", "PNG", id="palette"),
+            pytest.param("1", "PNG", id="one bit"),
+            pytest.param("CMYK", "JPEG", id="cmyk"),
+            pytest.param("RGB", "JPEG", id="rgb jpeg"),
+            pytest.param("RGB", "PNG", id="rgb png"),
+        ],
+    )
+    def test_every_mode_gives_the_rgb_of_pillow(self, mode: str, kind: str) -> None:
+        content = encoded(make_image(40, 30), mode, kind)
+        decoded = decode_image(content, 40, 30)
+        expected = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
+        np.testing.assert_array_equal(decoded, expected)
+
+    def test_cmyk_has_the_colours_of_the_original(self) -> None:
+        pixels = make_image(40, 30)
+        decoded = decode_image(encoded(pixels, "CMYK", "JPEG"), 40, 30)
+        assert np.abs(decoded.astype(int) - pixels).mean() < 4
+
+    def test_grey_of_16_bits_keeps_its_range(self) -> None:
+        grey = np.linspace(0, 65535, 40 * 30).reshape(30, 40).astype(np.uint16)
+        content = io.BytesIO()
+        Image.fromarray(grey).save(content, "PNG")
+        decoded = decode_image(content.getvalue(), 40, 30)
+        assert np.abs(decoded[..., 0].astype(int) - grey // 257).max() <= 1
+
+    def test_real_jpegs_decode_as_pillow_decodes(self, shared_data: Path) -> None:
+        for path in sorted((shared_data / "tiny_coco" / "train2017").iterdir())[:8]:
+            with Image.open(path) as image:
+                expected = np.array(image.convert("RGB"))
+            decoded = decode_image(path.read_bytes(), expected.shape[1], expected.shape[0])
+            np.testing.assert_array_equal(decoded, expected)
+
+
+class TestExifRotation:
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+    @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+    def test_applied_when_the_size_is_the_rotated_one(self, orientation: int, kind: str) -> None:
+        pixels = make_image(40, 24)
+        turns = {5: pixels.transpose(1, 0, 2), 6: np.rot90(pixels, -1), 8: np.rot90(pixels)}
+        turns[7] = np.rot90(turns[5], 2)
+        decoded = decode_image(encoded(pixels, kind=kind, orientation=orientation), 24, 40)
+        assert decoded.shape == (40, 24, 3)
+        assert np.abs(decoded.astype(int) - turns[orientation]).mean() <= (0 if kind == "PNG" else 3)
+
+    @pytest.mark.parametrize("orientation", [3, 6])
+    def test_not_applied_when_the_size_is_the_stored_one(self, orientation: int) -> None:
+        pixels = make_image(40, 24)
+        np.testing.assert_array_equal(decode_image(encoded(pixels, orientation=orientation), 40, 24), pixels)
+
+    @pytest.mark.parametrize(
+        ("orientation", "size"),
+        [pytest.param(None, (24, 40), id="swapped without EXIF"), pytest.param(3, (24, 40), id="swapped, half turn"),
+         pytest.param(6, (41, 24), id="neither")],
+    )  # fmt: skip
+    def test_another_size_is_refused(self, orientation: int | None, size: tuple[int, int]) -> None:
+        with pytest.raises(
+            BadImageError, match=rf"40x24 pixels, the annotation file says {size[0]}x{size[1]}"
+        ) as caught:
+            inspect_image(encoded(make_image(40, 24), orientation=orientation), *size)
+        assert caught.value.rule == "image_size_mismatch"
+
+
+class TestDamagedImages:
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+    @pytest.mark.parametrize("kept", [0.5, 0.9, 0.99])
+    def test_cut_off(self, kind: str, kept: float) -> None:
+        content = encoded(make_image(64, 64), kind=kind)
+        with pytest.raises(BadImageError) as caught:
+            inspect_image(content[: int(len(content) * kept)], 64, 64)
+        assert caught.value.rule == "image_truncated"
+
+    def test_an_embedded_thumbnail_does_not_hide_a_cut(self) -> None:
+        content = encoded(make_image(64, 64), kind="JPEG")
+        thumbnail = encoded(make_image(8, 8), kind="JPEG")
+        segment = b"\xff\xe3" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
+        whole = content[:2] + segment + content[2:]
+        inspect_image(whole, 64, 64)
+        with pytest.raises(BadImageError, match="cut off"):
+            inspect_image(whole[:-40], 64, 64)
+
+    def test_bytes_after_the_end_are_legal(self) -> None:
+        for kind in ("JPEG", "PNG"):
+            decode_image(encoded(make_image(), kind=kind) + b"\0\0trailing", 32, 24)
+
+    def test_progressive_jpeg_is_legal(self) -> None:
+        content = io.BytesIO()
+        Image.fromarray(make_image(64, 48)).save(content, "JPEG", progressive=True)
+        assert decode_image(content.getvalue(), 64, 48).shape == (48, 64, 3)
+
+    @pytest.mark.parametrize(
+        ("content", "told"),
+        [
+            pytest.param(b"", "not a JPEG or PNG", id="empty"),
+            pytest.param(b"<html>", "not a JPEG or PNG", id="a web page"),
+            pytest.param(encoded(make_image(), kind="BMP"), "it is a BMP file; convert it", id="bmp"),
+        ],
+    )
+    def test_no_image(self, content: bytes, told: str) -> None:
+        with pytest.raises(BadImageError, match=told) as caught:
+            decode_image(content, 32, 24)
+        assert caught.value.rule == "image_unreadable"
+
+    def test_damaged_pixels_are_found_by_decoding(self) -> None:
+        content = bytearray(encoded(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)))
+        middle = len(content) // 2
+        content[middle : middle + 64] = bytes(64)
+        inspect_image(bytes(content), 64, 64)
+        with pytest.raises(BadImageError) as caught:
+            decode_image(bytes(content), 64, 64)
+        assert caught.value.rule == "image_unreadable"
+
+
+def original_size(size: tuple[int, int], short_side: int, max_size: int) -> tuple[int, int]:
+    """`get_size_with_aspect_ratio` of facebookresearch/detr, datasets/transforms.py, as (width, height)."""
+    w, h = size
+    min_original_size, max_original_size = float(min(size)), float(max(size))
+    if max_original_size / min_original_size * short_side > max_size:
+        short_side = int(round(max_size * min_original_size / max_original_size))  # noqa: RUF046
+    if (w <= h and w == short_side) or (h <= w and h == short_side):
+        return w, h
+    if w < h:
+        return short_side, int(short_side * h / w)
+    return int(short_side * w / h), short_side
+
+
+class TestResizedSize:
+    @given(st.integers(16, 3000), st.integers(16, 3000), st.sampled_from([*range(480, 801, 32)]))
+    @settings(max_examples=300, deadline=None)
+    def test_is_the_original_s(self, width: int, height: int, short_side: int) -> None:
+        assert resized((width, height), short_side, 1333) == original_size((width, height), short_side, 1333)
+
+    @pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (3, 2000)])
+    def test_one_pixel_and_strips(self, size: tuple[int, int]) -> None:
+        width, height = resized(size, 800, 1333)
+        assert min(width, height) >= 1
+        assert max(width, height) <= 1334
+
+
+class TestTrainingPlan:
+    def test_is_a_function_of_the_generator(self) -> None:
+        first = [plan_train(640, 480, generator(seed), AugmentSection()) for seed in range(20)]
+        assert first == [plan_train(640, 480, generator(seed), AugmentSection()) for seed in range(20)]
+        assert len(set(first)) > 15
+
+    def test_draws_as_published(self) -> None:
+        augment = AugmentSection()
+        plans = [plan_train(640, 480, generator(seed), augment) for seed in range(600)]
+        assert 0.44 < np.mean([plan.flip for plan in plans]) < 0.56
+        cropped = [plan for plan in plans if plan.crop is not None]
+        assert 0.44 < len(cropped) / len(plans) < 0.56
+        assert {min(plan.size) for plan in plans if plan.crop is None} == set(range(480, 801, 32))
+        assert {min(plan.before_crop) for plan in cropped if plan.before_crop} == {400, 500, 600}
+        for plan in cropped:
+            assert plan.crop is not None
+            assert plan.before_crop is not None
+            left, top, width, height = plan.crop
+            assert 384 <= width <= 600
+            assert 384 <= height <= 600
+            assert 0 <= left <= plan.before_crop[0] - width
+            assert 0 <= top <= plan.before_crop[1] - height
+        for position, side in ((0, 2), (1, 3)):
+            room = [(plan.crop, plan.before_crop) for plan in cropped if plan.crop and plan.before_crop]
+            places = [crop[position] / max(1, before[position] - crop[side]) for crop, before in room]
+            assert 0.4 < np.mean(places) < 0.6
+        widths = [plan.crop[2] for plan in cropped if plan.crop and plan.before_crop == (800, 600)]
+        assert min(widths) < 400
+        assert max(widths) > 580
+
+    def test_small_image_is_cropped_to_what_is_there(self) -> None:
+        augment = AugmentSection(crop=1.0, crop_short_sides=(40,), crop_min=384, crop_max=600)
+        plan = plan_train(40, 60, generator(), augment)
+        assert plan.crop == (0, 0, 40, 60)
+
+    @given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 10**6))
+    @settings(max_examples=100, deadline=None)
+    def test_any_size_gives_the_planned_pixels(self, width: int, height: int, seed: int) -> None:
+        plan = plan_train(width, height, generator(seed), SMALL)
+        result = plan.apply_image(np.zeros((height, width, 3), dtype=np.uint8))
+        assert result.shape == (plan.size[1], plan.size[0], 3)
+        assert plan.aspect == plan.size[0] / plan.size[1]
+
+
+def with_rectangle(width: int, height: int, box: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+    pixels = np.full((height, width, 3), (0, 0, 255), dtype=np.uint8)
+    left, top, right, bottom = box
+    pixels[top:bottom, left:right] = (255, 0, 0)
+    return pixels
+
+
+def found_rectangle(pixels: NDArray[np.uint8]) -> NDArray[np.float64] | None:
+    red = pixels[..., 0] > 127
+    if not red.any():
+        return None
+    columns, rows = np.flatnonzero(red.any(axis=0)), np.flatnonzero(red.any(axis=1))
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float64)
+
+
+class TestBoxesFollowPixels:
+    @pytest.mark.parametrize("seed", range(60))
+    def test_in_training(self, seed: int) -> None:
+        choose = np.random.default_rng(seed)
+        width, height = (int(side) for side in choose.integers(90, 260, 2))
+        left, top = int(choose.integers(0, width - 30)), int(choose.integers(0, height - 30))
+        right, bottom = int(choose.integers(left + 12, width + 1)), int(choose.integers(top + 12, height + 1))
+        plan = plan_train(width, height, generator(seed), SMALL)
+        found = found_rectangle(plan.apply_image(with_rectangle(width, height, (left, top, right, bottom))))
+        boxes, keep = plan.apply_boxes(np.array([[left, top, right, bottom]]))
+        if found is None:
+            assert not keep[0] or min(boxes[0, 2] - boxes[0, 0], boxes[0, 3] - boxes[0, 1]) < 2
+        else:
+            assert keep[0]
+            np.testing.assert_allclose(boxes[0], found, atol=1.5)
+
+    @pytest.mark.parametrize("size", [(200, 100), (90, 160), (64, 64)])
+    def test_in_evaluation(self, size: tuple[int, int]) -> None:
+        plan = plan_eval(*size, short_side=80, max_side=150)
+        found = found_rectangle(plan.apply_image(with_rectangle(*size, (10, 20, 50, 60))))
+        boxes, keep = plan.apply_boxes(np.array([[10, 20, 50, 60]]))
+        assert found is not None
+        assert keep.tolist() == [True]
+        np.testing.assert_allclose(boxes[0], found, atol=1)
+
+    def test_flip_is_exact(self) -> None:
+        plan = Plan((32, 24), (32, 24), flip=True)
+        pixels = plan.apply_image(with_rectangle(32, 24, (3, 5, 11, 9)))
+        boxes, _ = plan.apply_boxes(np.array([[3, 5, 11, 9]]))
+        np.testing.assert_array_equal(found_rectangle(pixels), boxes[0])
+        np.testing.assert_array_equal(boxes[0], [21, 5, 29, 9])
+
+    def test_boxes_are_clipped_to_the_image(self) -> None:
+        boxes, keep = Plan((32, 24), (64, 48)).apply_boxes(np.array([[-0.5, -1, 33, 24.6]]))
+        np.testing.assert_array_equal(boxes, [[0, 0, 64, 48]])
+        assert keep.all()
+
+    def test_what_a_crop_cuts_away_is_dropped(self) -> None:
+        plan = Plan((100, 100), (50, 50), before_crop=(100, 100), crop=(50, 0, 50, 50))
+        boxes, keep = plan.apply_boxes(np.array([[0, 0, 50, 50], [40, 10, 60, 20], [60, 60, 80, 80], [60, 0, 99, 9]]))
+        assert keep.tolist() == [False, True, False, True]
+        np.testing.assert_array_equal(boxes[keep], [[0, 10, 10, 20], [10, 0, 49, 9]])
+
+    def test_no_boxes(self) -> None:
+        boxes, keep = Plan((100, 100), (50, 50)).apply_boxes(np.zeros((0, 4)))
+        assert boxes.shape == (0, 4)
+        assert keep.shape == (0,)
+
+
+class TestPixels:
+    def test_evaluation_is_pillow_s_bilinear(self) -> None:
+        pixels = np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8)
+        plan = plan_eval(130, 90, short_side=40, max_side=50)
+        expected = np.array(Image.fromarray(pixels).resize(plan.size, Image.Resampling.BILINEAR))
+        np.testing.assert_array_equal(plan.apply_image(pixels), expected)
+
+    def test_training_does_not_alias_when_it_shrinks(self) -> None:
+        noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+        shrunk = Plan((96, 96), (24, 24)).apply_image(noise)
+        means = noise.reshape(24, 4, 24, 4, 3).mean(axis=(1, 3))
+        assert np.abs(shrunk - means).max() <= 1
+
+    def test_source_is_not_changed(self, tmp_path: Path) -> None:
+        path = write_image(tmp_path / "a.png")
+        pixels = np.array(Image.open(path))
+        before = pixels.copy()
+        Plan((32, 24), (16, 12), flip=True).apply_image(pixels)
+        np.testing.assert_array_equal(pixels, before)

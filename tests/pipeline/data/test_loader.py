@@ -1,0 +1,297 @@
+import pickle
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config.sections import AugmentSection, EvaluateSection, TrainSection
+from pipeline.data.augment import Plan, plan_eval
+from pipeline.data.loader import (
+    PLACEHOLDER_SIDE,
+    EvalLoader,
+    MicroBatch,
+    Step,
+    TrainLoader,
+    eval_batches,
+    load_image,
+    load_train_sample,
+    plan_step,
+    sample_plan,
+)
+from pipeline.data.manifest import Manifest
+from pipeline.data.order import SampleOrder
+from pipeline.errors import UserError
+from tests.builders import make_annotation, make_manifest, make_varied_manifest
+
+AUGMENT = AugmentSection(short_sides=(32, 40), max_side=64, crop_short_sides=(30, 36), crop_min=20, crop_max=30)
+
+
+def train_section(**more: Any) -> TrainSection:
+    values = {"global_batch": 12, "micro_batch": 2, "loader_workers": 0, "seed": 5, "augment": AUGMENT, "window": 2}
+    return TrainSection.model_validate({**values, **more})
+
+
+def loader(
+    manifest: Manifest, start: int, stop: int, rank: int = 0, world: int = 1, on_error: Any = "fail", **more: Any
+) -> TrainLoader:
+    train = train_section(**more)
+    order = SampleOrder(manifest.digest, manifest.shard_sizes, train.seed, train.window)
+    return TrainLoader(manifest, order, train, rank, world, start, stop, on_error)
+
+
+def assert_same(one: MicroBatch, other: MicroBatch) -> None:
+    assert (one.index, one.image_ids, one.skipped) == (other.index, other.image_ids, other.skipped)
+    assert torch.equal(one.batch.pixels, other.batch.pixels)
+    assert torch.equal(one.batch.mask, other.batch.mask)
+    for target, other_target in zip(one.targets, other.targets, strict=True):
+        assert torch.equal(target["labels"], other_target["labels"])
+        assert torch.equal(target["boxes"], other_target["boxes"])
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return make_varied_manifest(tmp_path_factory.mktemp("varied"), 31, max_samples=6)
+
+
+@pytest.fixture(scope="module")
+def straight(manifest: Manifest) -> list[Step]:
+    return list(loader(manifest, 0, 8))
+
+
+class TestOrderContract:
+    def test_every_image_exactly_once_an_epoch(self, manifest: Manifest, straight: list[Step]) -> None:
+        # 8 steps of 12 are the 93 samples of three epochs and 3 samples of the fourth.
+        seen = Counter(image_id for step in straight for batch in step.micro_batches for image_id in batch.image_ids)
+        assert set(seen) == {sample.image_id for sample in manifest.samples}
+        assert sum(seen.values()) == 96
+        assert set(seen.values()) == {3, 4}
+
+    def test_a_step_takes_its_positions_of_the_stream(self, manifest: Manifest, straight: list[Step]) -> None:
+        order = SampleOrder(manifest.digest, manifest.shard_sizes, 5, 2)
+        for step in straight:
+            expected = [manifest.samples[index].image_id for _, index in order.step_samples(step.step, 12)]
+            found = [image_id for batch in step.micro_batches for image_id in batch.image_ids]
+            assert sorted(found) == sorted(expected)
+        assert [step.epoch for step in straight] == [0, 0, 0, 1, 1, 1, 2, 2]
+
+    @pytest.mark.parametrize("world", [2, 3, 6])
+    def test_the_stream_does_not_depend_on_the_ranks(
+        self, manifest: Manifest, straight: list[Step], world: int
+    ) -> None:
+        ranks = [list(loader(manifest, 0, 3, rank, world)) for rank in range(world)]
+        for step in range(3):
+            for rank in range(world):
+                share = ranks[rank][step].micro_batches
+                assert [batch.index for batch in share] == list(range(rank, 6, world))
+                for batch in share:
+                    assert_same(batch, straight[step].micro_batches[batch.index])
+
+    def test_resuming_equals_going_straight(self, manifest: Manifest, straight: list[Step]) -> None:
+        resumed = list(loader(manifest, 5, 8))
+        assert [step.step for step in resumed] == [5, 6, 7]
+        for step in resumed:
+            for one, other in zip(step.micro_batches, straight[step.step].micro_batches, strict=True):
+                assert_same(one, other)
+
+    def test_worker_processes_change_nothing(self, manifest: Manifest, straight: list[Step]) -> None:
+        steps = list(loader(manifest, 0, 4, loader_workers=2))
+        assert len(steps) == 4
+        for step in steps:
+            for one, other in zip(step.micro_batches, straight[step.step].micro_batches, strict=True):
+                assert_same(one, other)
+
+    def test_far_steps_cost_no_more(self, manifest: Manifest) -> None:
+        (step,) = loader(manifest, 10**9, 10**9 + 1)
+        assert step.epoch == 10**9 * 12 // 31
+        assert [batch.index for batch in step.micro_batches] == list(range(6))
+
+    def test_the_global_random_state_is_left_alone(self, manifest: Manifest) -> None:
+        before = torch.get_rng_state()
+        list(loader(manifest, 0, 1))
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_nothing_to_do(self, manifest: Manifest) -> None:
+        assert list(loader(manifest, 3, 3)) == []
+        assert len(loader(manifest, 3, 5)) == 2
+
+
+class TestMicroBatches:
+    def test_are_cut_from_the_batch_sorted_by_aspect(self, manifest: Manifest) -> None:
+        order = SampleOrder(manifest.digest, manifest.shard_sizes, 5, 2)
+        planned = plan_step(manifest, order, 1, 12, 5, AUGMENT)
+        aspects = [sample.plan.aspect for sample in planned]
+        assert aspects == sorted(aspects)
+        (step,) = loader(manifest, 1, 2)
+        ids = [manifest.samples[sample.index].image_id for sample in planned]
+        assert [batch.image_ids for batch in step.micro_batches] == [ids[k : k + 2] for k in range(0, 12, 2)]
+
+    def test_have_the_planned_sizes(self, manifest: Manifest) -> None:
+        order = SampleOrder(manifest.digest, manifest.shard_sizes, 5, 2)
+        planned = plan_step(manifest, order, 0, 12, 5, AUGMENT)
+        (step,) = loader(manifest, 0, 1)
+        for batch in step.micro_batches:
+            sizes = [sample.plan.size for sample in planned[batch.index * 2 : batch.index * 2 + 2]]
+            height, width = max(h for _, h in sizes), max(w for w, _ in sizes)
+            assert batch.batch.pixels.shape == (2, 3, height, width)
+            assert batch.batch.pixels.dtype == torch.uint8
+            for mask, (w, h) in zip(batch.batch.mask, sizes, strict=True):
+                assert int((~mask).sum()) == w * h
+
+    def test_augmentation_is_seeded_by_seed_epoch_data_and_image(self, manifest: Manifest) -> None:
+        sample = manifest.samples[0]
+        other = replace(sample, image_id=sample.image_id + 1)
+        augment = AugmentSection()
+
+        def drawn(digest: str = manifest.digest, seed: int = 0, image: Any = sample) -> tuple[Plan, ...]:
+            return tuple(sample_plan(digest, seed, epoch, image, augment) for epoch in range(8))
+
+        assert drawn() == drawn()
+        assert len(set(drawn())) > 1
+        assert len({drawn(), drawn(seed=1), drawn(digest="0" * 64), drawn(image=other)}) == 4
+
+    def test_the_loader_travels_to_worker_processes(self, manifest: Manifest) -> None:
+        one = loader(manifest, 0, 1)
+        next(iter(one))
+        assert_same(
+            next(iter(pickle.loads(pickle.dumps(one)))).micro_batches[0],
+            next(iter(one)).micro_batches[0],
+        )
+
+
+class TestTargets:
+    def test_are_normalised_centres_and_sizes(self, tmp_path: Path) -> None:
+        manifest = make_manifest(tmp_path, [1], [make_annotation(1, 1, (8, 6, 16, 12), 90)])
+        _, target = load_train_sample(manifest, manifest.samples[0], Plan((32, 24), (64, 48)))
+        assert target["labels"].tolist() == [2]
+        assert target["labels"].dtype == torch.int64
+        assert target["boxes"].dtype == torch.float32
+        assert target["boxes"].tolist() == [[0.5, 0.5, 0.5, 0.5]]
+
+    def test_crowds_are_left_out(self, tmp_path: Path) -> None:
+        crowd = make_annotation(1, 1, iscrowd=1)
+        manifest = make_manifest(tmp_path, [1], [crowd, make_annotation(2, 1, (8, 6, 16, 12), 3)])
+        _, target = load_train_sample(manifest, manifest.samples[0], Plan((32, 24), (32, 24)))
+        assert target["labels"].tolist() == [1]
+        assert target["boxes"].shape == (1, 4)
+
+    def test_boxes_outside_a_crop_are_left_out(self, tmp_path: Path) -> None:
+        annotations = [make_annotation(1, 1, (0, 0, 8, 8), 1), make_annotation(2, 1, (14, 4, 8, 8), 3)]
+        manifest = make_manifest(tmp_path, [1], annotations)
+        plan = Plan((32, 24), (16, 24), before_crop=(32, 24), crop=(16, 0, 16, 24))
+        _, target = load_train_sample(manifest, manifest.samples[0], plan)
+        assert target["labels"].tolist() == [1]
+        torch.testing.assert_close(target["boxes"], torch.tensor([[3 / 16, 8 / 24, 6 / 16, 8 / 24]]))
+
+    def test_image_without_objects(self, tmp_path: Path) -> None:
+        manifest = make_manifest(tmp_path, [1])
+        _, target = load_train_sample(manifest, manifest.samples[0], Plan((32, 24), (32, 24)))
+        assert target["labels"].shape == (0,)
+        assert target["boxes"].shape == (0, 4)
+
+    def test_rounding_over_the_border_is_clipped(self, tmp_path: Path) -> None:
+        manifest = make_manifest(tmp_path, [1], [make_annotation(1, 1, (-0.5, -0.5, 33, 25))])
+        _, target = load_train_sample(manifest, manifest.samples[0], Plan((32, 24), (32, 24)))
+        assert target["boxes"].tolist() == [[0.5, 0.5, 1.0, 1.0]]
+
+    def test_four_hundred_objects(self, tmp_path: Path) -> None:
+        boxes = [make_annotation(k + 1, 1, (k % 20, k // 20, 4, 4)) for k in range(400)]
+        manifest = make_manifest(tmp_path, [1], boxes)
+        _, target = load_train_sample(manifest, manifest.samples[0], Plan((32, 24), (64, 48), flip=True))
+        assert target["boxes"].shape == (400, 4)
+
+    def test_coco91_labels(self, tmp_path: Path) -> None:
+        manifest = make_manifest(tmp_path, [1], [make_annotation(1, 1, category_id=90)], labels="coco91")
+        _, target = load_train_sample(manifest, manifest.samples[0], Plan((32, 24), (32, 24)))
+        assert target["labels"].tolist() == [90]
+
+    def test_one_pixel(self, tmp_path: Path) -> None:
+        image = {"id": 1, "width": 1, "height": 1, "file_name": "dot.png"}
+        manifest = make_manifest(tmp_path, [image], [make_annotation(1, 1, (0, 0, 1, 1))])
+        (step,) = loader(manifest, 0, 1, global_batch=1, micro_batch=1)
+        assert step.micro_batches[0].targets[0]["boxes"].tolist() == [[0.5, 0.5, 1.0, 1.0]]
+
+
+def spoil(manifest: Manifest, *image_ids: int) -> None:
+    """Overwrites images in the shards by zeros."""
+    for sample in manifest.samples:
+        if sample.image_id in image_ids:
+            offset, size = sample.members[sample.extension]
+            with (manifest.folder / manifest.shards[sample.shard].name).open("r+b") as file:
+                file.seek(offset)
+                file.write(bytes(size))
+
+
+class TestUnreadableSamples:
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_fail_names_shard_key_and_image(self, tmp_path: Path, workers: int) -> None:
+        manifest = make_manifest(tmp_path, range(1, 5), max_samples=2)
+        spoil(manifest, 3)
+        with pytest.raises(UserError) as caught:
+            list(loader(manifest, 0, 1, global_batch=4, loader_workers=workers))
+        message = str(caught.value)
+        assert "shard-000001.tar: sample 000000000003 (image id 3)" in message
+        assert "dataset.on_error: skip" in message
+        assert "\n" not in message
+
+    def test_skip_leaves_it_out_of_its_micro_batch_and_counts(self, tmp_path: Path) -> None:
+        whole = make_manifest(tmp_path / "whole", range(1, 5))
+        manifest = make_manifest(tmp_path / "spoilt", range(1, 5))
+        assert whole.digest == manifest.digest
+        spoil(manifest, 3)
+        (expected,) = loader(whole, 0, 1, global_batch=4)
+        (step,) = loader(manifest, 0, 1, on_error="skip", global_batch=4)
+        assert sum(batch.skipped for batch in step.micro_batches) == 1
+        for batch, other in zip(step.micro_batches, expected.micro_batches, strict=True):
+            assert batch.image_ids == [image_id for image_id in other.image_ids if image_id != 3]
+            assert len(batch.targets) == len(batch.image_ids) == batch.batch.pixels.shape[0]
+
+    def test_a_micro_batch_of_none_is_a_black_image_without_targets(self, tmp_path: Path) -> None:
+        manifest = make_manifest(tmp_path, range(1, 5), [make_annotation(k, k) for k in range(1, 5)])
+        spoil(manifest, 1, 2, 3, 4)
+        (step,) = loader(manifest, 0, 1, on_error="skip", global_batch=4)
+        for batch in step.micro_batches:
+            assert batch.skipped == 2
+            assert batch.image_ids == []
+            assert batch.batch.pixels.shape == (1, 3, PLACEHOLDER_SIDE, PLACEHOLDER_SIDE)
+            assert not batch.batch.pixels.any()
+            assert not batch.batch.mask.any()
+            assert [target["boxes"].shape for target in batch.targets] == [(0, 4)]
+
+    def test_evaluation(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        manifest = make_manifest(tmp_path, range(1, 5))
+        spoil(manifest, 1, 2, 4)
+        with pytest.raises(UserError, match=r"sample 000000000001 \(image id 1\)"):
+            list(EvalLoader(manifest, eval_batches(manifest, 2), EvaluateSection()))
+        batches = list(EvalLoader(manifest, eval_batches(manifest, 2), EvaluateSection(), on_error="skip"))
+        assert [batch.image_ids for batch in batches] == [[3]]
+        assert "image id 4" in caplog.text
+
+
+class TestEvaluation:
+    def test_every_image_once_sorted_by_aspect(self, manifest: Manifest) -> None:
+        batches = eval_batches(manifest, 4)
+        assert sorted(index for batch in batches for index in batch) == list(range(31))
+        aspects = [manifest.samples[i].width / manifest.samples[i].height for batch in batches for i in batch]
+        assert aspects == sorted(aspects)
+        assert [len(batch) for batch in batches] == [4] * 7 + [3]
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_batches(self, manifest: Manifest, workers: int) -> None:
+        evaluate = EvaluateSection(short_side=40, max_side=60)
+        batches = eval_batches(manifest, 4)[:3]
+        samples = {sample.image_id: sample for sample in manifest.samples}
+        loaded = list(EvalLoader(manifest, batches, evaluate, workers=workers))
+        assert [ids for _, ids, _ in loaded] == [[manifest.samples[i].image_id for i in batch] for batch in batches]
+        for batch, image_ids, sizes in loaded:
+            for row, image_id in enumerate(image_ids):
+                sample = samples[image_id]
+                assert sizes[row].tolist() == [sample.height, sample.width]
+                plan = plan_eval(sample.width, sample.height, 40, 60)
+                expected = plan.apply_image(load_image(manifest, sample))
+                pixels = batch.pixels[row, :, : plan.size[1], : plan.size[0]].permute(1, 2, 0).numpy()
+                np.testing.assert_array_equal(pixels, expected)
+                assert not batch.mask[row, : plan.size[1], : plan.size[0]].any()

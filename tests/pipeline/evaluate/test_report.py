@@ -1,0 +1,88 @@
+"""Pictures, tables and plots."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.data.manifest import Manifest
+from pipeline.evaluate.report import (
+    category_color,
+    choose_samples,
+    draw_boxes,
+    metrics_table,
+    plot_categories,
+    write_category_table,
+    write_pictures,
+)
+from pipeline.evaluate.score import METRICS
+from tests.builders import make_annotation, make_image, make_manifest
+
+
+def make_metrics(**categories: float) -> dict[str, object]:
+    """Metrics in which each category has one value everywhere."""
+    per_category = {name: dict.fromkeys(METRICS, value) for name, value in categories.items()}
+    return {**dict.fromkeys(METRICS, 0.25), "per_category": per_category}
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    crowd = make_annotation(2, 1, (5, 5, 20, 10), 3, iscrowd=1)
+    return make_manifest(tmp_path_factory.mktemp("split"), range(1, 7), [make_annotation(1, 1), crowd])
+
+
+class TestPictures:
+    def test_the_same_every_time(self, split: Manifest, tmp_path: Path) -> None:
+        detections = [{"image_id": 1, "category_id": 3, "bbox": [-4.0, 2, 12, 30], "score": 0.9}]
+        first = write_pictures(split, detections, tmp_path / "a", 3, 0.4)
+        second = write_pictures(split, detections, tmp_path / "b", 3, 0.4)
+        assert [path.name for path in first] == ["000000000001.png", "000000000003.png", "000000000005.png"]
+        assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+        assert Image.open(first[0]).size == (2 * 400 + 8, 300 + 26)
+
+    def test_detections_left_truth_right(self, split: Manifest, tmp_path: Path) -> None:
+        detections = [{"image_id": 1, "category_id": 3, "bbox": [2, 10, 12, 8], "score": 0.9}]
+        other = {"image_id": 2, "category_id": 3, "bbox": [8, 2, 12, 8], "score": 0.99}
+        with_one = np.array(Image.open(write_pictures(split, detections, tmp_path / "a", 1, 0.4)[0]))
+        none = np.array(Image.open(write_pictures(split, [*detections, other], tmp_path / "b", 1, 0.95)[0]))
+        empty = np.array(Image.open(write_pictures(split, [], tmp_path / "c", 1, 0.4)[0]))
+        assert (none == empty).all()
+        assert (with_one[:, :400] != none[:, :400]).any()
+        assert (with_one[:, 400:] == none[:, 400:]).all()
+
+    def test_more_pictures_than_images(self, split: Manifest) -> None:
+        assert len(choose_samples(split, 50)) == 6
+        assert choose_samples(split, 0) == []
+
+    def test_box_is_where_it_belongs(self) -> None:
+        drawn = np.array(draw_boxes(make_image(200, 100), [{"bbox": [20, 40, 60, 30], "category_id": 7}], {7: "cup"}))
+        for x, y in ((20, 60), (80, 60), (50, 40), (50, 70)):
+            assert tuple(drawn[y, x]) == category_color(7)
+        assert (drawn[50:65, 30:75] == make_image(200, 100)[50:65, 30:75]).all()
+
+    def test_colors_differ(self) -> None:
+        assert len({category_color(category_id) for category_id in range(1, 91)}) > 80
+
+
+def test_category_table(tmp_path: Path) -> None:
+    rows = list(csv.reader(write_category_table(make_metrics(cat=0.5, cow=-1), tmp_path / "a.csv").open()))
+    assert rows[0][:3] == ["category", "AP", "AP50"]
+    assert rows[1][:2] == ["cat", "0.5"]
+    assert rows[2][:2] == ["cow", ""]
+
+
+@pytest.mark.parametrize("count", [0, 1, 80])
+def test_plot(count: int, tmp_path: Path) -> None:
+    metrics = make_metrics(**{f"kind {number}": number / 100 for number in range(count)}, none=-1.0)
+    with Image.open(plot_categories(metrics, tmp_path / "plot.png")) as image:
+        assert image.height < 1800
+
+
+def test_metrics_table() -> None:
+    text = metrics_table(make_metrics(cat=0.5, cow=-1))
+    lines = {line.split()[0]: line.split()[1:] for line in text.splitlines()}
+    assert lines["cat"][0] == "0.5000"
+    assert lines["cow"][0] == "-"
+    assert lines["all"][0] == "0.2500"

@@ -1,0 +1,334 @@
+import hashlib
+import json
+import os
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from pipeline.config.sections import ShardsSection
+from pipeline.data.manifest import Manifest, read_manifest
+from pipeline.errors import UserError
+from pipeline.shard.coco import CocoSplit, open_source, read_coco
+from pipeline.shard.write import check_same_categories, plan_shards, shard_split, verify_shard, write_shard
+from tests.builders import (
+    CocoFiles,
+    disk_of,
+    make_annotation,
+    make_dataset_section,
+    make_manifest,
+    write_coco,
+    write_image,
+)
+
+ANNOTATIONS = [
+    make_annotation(1, 1),
+    make_annotation(2, 1, (5, 5, 9, 9), 90, iscrowd=1),
+    make_annotation(3, 3, (0.25, 1.5, 7.125, 8), 3, segmentation=[[1, 1, 5, 1, 5, 5]]),
+]
+
+
+def shard_files(files: CocoFiles, **settings: Any) -> Manifest:
+    root = files.images.parent
+    on_error = settings.pop("on_error", "fail")
+    labels = settings.pop("labels", "contiguous")
+    verify = settings.pop("verify", False)
+    dataset = make_dataset_section(root, on_error, labels=labels)
+    shards = ShardsSection(**settings)
+    return shard_split(open_source(*files), "train", root / "shards", dataset, shards, verify=verify)
+
+
+def left_in(folder: Path) -> set[str]:
+    """Every path below a folder except the lock."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.name.endswith(".lock")}
+
+
+class TestFormat:
+    def test_webdataset_reads_it(self, tmp_path: Path) -> None:
+        files = write_coco(tmp_path, [1, {"id": 2, "file_name": "b.png"}, 3], ANNOTATIONS)
+        manifest = shard_files(files, segmentations=True)
+        path = manifest.folder / "shard-000000.tar"
+        samples = list(webdataset.WebDataset(str(path), shardshuffle=False).decode("pil"))
+        assert [sample["__key__"] for sample in samples] == ["000000000001", "000000000002", "000000000003"]
+        assert ["png" in sample for sample in samples] == [False, True, False]
+        with Image.open(files.images / "b.png") as image:
+            np.testing.assert_array_equal(np.array(samples[1]["png"]), np.array(image))
+        assert samples[0]["json"] == {
+            "image_id": 1,
+            "file_name": "000000000001.jpg",
+            "width": 32,
+            "height": 24,
+            "annotations": ANNOTATIONS[:2],
+        }
+        assert samples[1]["json"]["annotations"] == []
+        assert samples[2]["json"]["annotations"] == ANNOTATIONS[2:]
+
+    def test_members_are_adjacent_image_first_and_untouched(self, tmp_path: Path) -> None:
+        files = write_coco(tmp_path, [1, {"id": 2, "file_name": "b.png"}], ANNOTATIONS[:1])
+        manifest = shard_files(files)
+        with tarfile.open(manifest.folder / "shard-000000.tar") as tar:
+            names = tar.getnames()
+            content = tar.extractfile("000000000002.png")
+            assert content is not None
+            assert content.read() == (files.images / "b.png").read_bytes()
+        assert names == ["000000000001.jpg", "000000000001.json", "000000000002.png", "000000000002.json"]
+
+    def test_the_index_points_at_the_members(self, tmp_path: Path) -> None:
+        manifest = make_manifest(tmp_path, range(1, 8), ANNOTATIONS, max_samples=3)
+        for shard in manifest.shards:
+            content = (manifest.folder / shard.name).read_bytes()
+            assert len(content) == shard.bytes
+            assert hashlib.sha256(content).hexdigest() == shard.sha256
+            with tarfile.open(manifest.folder / shard.name) as tar:
+                places = {member.name: (member.offset_data, member.size) for member in tar}
+            index = {
+                f"{sample.key}.{name}": place for sample in shard.samples for name, place in sample.members.items()
+            }
+            assert index == places
+
+    def test_the_extension_follows_the_content(self, tmp_path: Path) -> None:
+        files = write_coco(tmp_path, [1])
+        png = write_image(tmp_path / "really.png")
+        png.replace(files.images / "000000000001.jpg")
+        assert shard_files(files).samples[0].extension == "png"
+
+    def test_segmentations_are_kept_only_when_wanted(self, tmp_path: Path) -> None:
+        manifest = make_manifest(tmp_path, [1, 2, 3], ANNOTATIONS)
+        assert b"segmentation" not in (manifest.folder / "shard-000000.tar").read_bytes()
+
+    def test_modes_and_rotations_are_kept_as_they_are(self, tmp_path: Path) -> None:
+        files = write_coco(tmp_path, [1, {"id": 2, "file_name": "b.png"}, 3, 4], draw=False)
+        write_image(files.images / "000000000001.jpg", mode="L")
+        write_image(files.images / "b.png", mode="RGBA")
+        write_image(files.images / "000000000003.jpg", mode="CMYK")
+        write_image(files.images / "000000000004.jpg", 24, 32, orientation=6)
+        manifest = shard_files(files, verify=True)
+        assert [(sample.width, sample.height) for sample in manifest.samples] == [(32, 24)] * 4
+
+
+class TestPlan:
+    def split(self, root: Path, count: int) -> CocoSplit:
+        return read_coco(*write_coco(root, range(1, count + 1)), "fail")
+
+    def test_by_samples(self, tmp_path: Path) -> None:
+        plans = plan_shards(self.split(tmp_path, 7), 3, 10**9)
+        assert [[image.id for image in plan.images] for plan in plans] == [[1, 2, 3], [4, 5, 6], [7]]
+        assert [plan.name for plan in plans] == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
+
+    def test_by_bytes(self, tmp_path: Path) -> None:
+        split = self.split(tmp_path, 6)
+        size = 4096
+        plans = plan_shards(split, 100, size)
+        assert len(plans) > 1
+        for plan in plans:
+            shard = write_shard(plan, tmp_path, "fail", verify=False).shard
+            assert shard.bytes <= size + 10240  # a tar is padded to its record size
+        assert [image.id for plan in plans for image in plan.images] == list(range(1, 7))
+
+    def test_a_sample_may_exceed_the_bytes(self, tmp_path: Path) -> None:
+        assert [len(plan.images) for plan in plan_shards(self.split(tmp_path, 3), 100, 1)] == [1, 1, 1]
+
+
+class TestSameInput:
+    def test_same_bytes_in_any_order_of_writing(self, tmp_path: Path) -> None:
+        first = make_manifest(tmp_path / "a", range(1, 9), ANNOTATIONS, max_samples=2)
+        files = write_coco(tmp_path / "b", range(1, 9), ANNOTATIONS)
+        os.utime(files.images / "000000000001.jpg", (0, 0))
+        second = shard_split(
+            open_source(*files),
+            "train",
+            tmp_path / "b" / "shards",
+            make_dataset_section(tmp_path / "b"),
+            ShardsSection(max_samples=2),
+            write_all=lambda plans, task: [task(plan) for plan in reversed(plans)],
+        )
+        assert second.digest == first.digest
+        for path in first.folder.iterdir():
+            assert path.read_bytes() == (second.folder / path.name).read_bytes()
+
+    def test_is_not_sharded_again(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        files = write_coco(tmp_path, annotations=ANNOTATIONS)
+        first = shard_files(files)
+        stamps = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
+        with caplog.at_level("INFO", logger="raydetr"):
+            again = shard_files(files)
+        assert again == first
+        assert {path: path.stat().st_mtime_ns for path in first.folder.iterdir()} == stamps
+        assert "shard: already done, train has 3 samples" in caplog.text
+
+
+class TestOtherInput:
+    @pytest.mark.parametrize(
+        ("settings", "told"),
+        [
+            ({"max_samples": 2}, "shards.max_samples was 1000, now 2"),
+            ({"max_bytes": 4096}, "shards.max_bytes was 268435456, now 4096"),
+            ({"segmentations": True}, "shards.segmentations was False, now True"),
+            ({"labels": "coco91"}, "dataset.labels was 'contiguous', now 'coco91'"),
+        ],
+        ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    )
+    def test_other_settings_are_refused(self, tmp_path: Path, settings: dict[str, Any], told: str) -> None:
+        files = write_coco(tmp_path)
+        shard_files(files)
+        with pytest.raises(UserError) as caught:
+            shard_files(files, **settings)
+        assert told in str(caught.value)
+        assert "Set another shards.out, or delete that folder." in str(caught.value)
+
+    def test_another_source_is_refused(self, tmp_path: Path) -> None:
+        files = write_coco(tmp_path)
+        shard_files(files)
+        write_coco(tmp_path, annotations=ANNOTATIONS)
+        with pytest.raises(UserError, match=r"the source \(.*train\.json, or its images\) was"):
+            shard_files(files)
+
+    def test_on_error_matters_only_where_something_was_cleaned(self, tmp_path: Path) -> None:
+        clean = write_coco(tmp_path / "clean")
+        assert shard_files(clean, on_error="skip") == shard_files(clean, on_error="fail")
+        bad = write_coco(tmp_path / "bad", annotations=[make_annotation(1, 1, (0, 0, 0, 0))])
+        shard_files(bad, on_error="skip")
+        with pytest.raises(UserError, match="on_error was 'skip' and cleaned 1 box_without_area, now 'fail'"):
+            shard_files(bad, on_error="fail")
+
+    def test_a_folder_of_something_else_is_refused(self, tmp_path: Path) -> None:
+        files = write_coco(tmp_path)
+        precious = tmp_path / "shards" / "train" / "thesis.txt"
+        precious.parent.mkdir(parents=True)
+        precious.write_text("x")
+        with pytest.raises(UserError, match=r"no manifest\.json and is not empty"):
+            shard_files(files)
+        assert precious.read_text() == "x"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def replace_by_text(path: Path) -> None:
+    path.write_text("<html>not found</html>")
+
+
+def make_other_size(path: Path) -> None:
+    write_image(path, 20, 20)
+
+
+BAD_IMAGES = [
+    pytest.param(cut, "image_truncated", "cut off", id="truncated"),
+    pytest.param(replace_by_text, "image_unreadable", "not a JPEG or PNG", id="no image"),
+    pytest.param(make_other_size, "image_size_mismatch", "20x20 pixels, the annotation file says 32x24", id="size"),
+]
+
+
+class TestBadImages:
+    @pytest.mark.parametrize(("spoil", "rule", "told"), BAD_IMAGES)
+    def test_fail_names_the_image_and_leaves_nothing(self, tmp_path: Path, spoil: Any, rule: str, told: str) -> None:
+        files = write_coco(tmp_path, annotations=ANNOTATIONS)
+        spoil(files.images / "000000000003.jpg")
+        with pytest.raises(UserError) as caught:
+            shard_files(files, max_samples=1)
+        assert f"{files.images / '000000000003.jpg'}: image 3" in str(caught.value)
+        assert told in str(caught.value)
+        assert "dataset.on_error: skip to leave the image out" in str(caught.value)
+        assert left_in(tmp_path / "shards") == set()
+
+    @pytest.mark.parametrize(("spoil", "rule", "told"), BAD_IMAGES)
+    def test_skip_leaves_it_out_and_counts(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, spoil: Any, rule: str, told: str
+    ) -> None:
+        files = write_coco(tmp_path, annotations=ANNOTATIONS)
+        spoil(files.images / "000000000001.jpg")
+        with caplog.at_level("INFO", logger="raydetr"):
+            manifest = shard_files(files, max_samples=1, on_error="skip")
+        assert [sample.image_id for sample in manifest.samples] == [2, 3]
+        assert [sample.shard for sample in manifest.samples] == [0, 1]
+        assert manifest.problems == {rule: 1}
+        assert f"train: cleaned: 1 {rule}" in caplog.text
+        assert left_in(manifest.folder) == {"manifest.json", "shard-000001.tar", "shard-000002.tar"}
+        assert read_manifest(manifest.folder) == manifest
+
+    def test_nothing_left(self, tmp_path: Path) -> None:
+        files = write_coco(tmp_path)
+        for path in files.images.iterdir():
+            cut(path)
+        with pytest.raises(UserError, match="none of its images can be used: 3 image_truncated"):
+            shard_files(files, on_error="skip")
+        assert left_in(tmp_path / "shards") == set()
+
+    def test_damage_inside_is_found_by_verify(self, tmp_path: Path) -> None:
+        files = write_coco(tmp_path, [1, {"id": 2, "file_name": "b.png", "width": 64, "height": 64}])
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(files.images / "b.png")
+        content = bytearray((files.images / "b.png").read_bytes())
+        content[2000:2064] = bytes(64)
+        (files.images / "b.png").write_bytes(content)
+        with pytest.raises(UserError, match=r"b\.png: image 2: it cannot be decoded"):
+            shard_files(files, verify=True)
+        assert shard_files(files, verify=True, on_error="skip").problems == {"image_unreadable": 1}
+
+
+class TestFullDisk:
+    @pytest.mark.parametrize("size", [0, 3000, 12000], ids=["at once", "in a sample", "between shards"])
+    def test_one_clear_error_and_nothing_left(self, tmp_path: Path, size: int) -> None:
+        files = write_coco(tmp_path, range(1, 40))
+        with disk_of(size), pytest.raises(UserError, match=r"no space left .*; free some, or write elsewhere"):
+            shard_files(files, max_samples=20)
+        assert left_in(tmp_path / "shards") == set()
+        assert len(shard_files(files, max_samples=20).samples) == 39
+
+    def test_no_manifest_without_space(self, tmp_path: Path) -> None:
+        files = write_coco(tmp_path, range(1, 200))
+        # Every shard is one tar record of 10240 bytes; the manifest is larger.
+        with disk_of(10240), pytest.raises(UserError, match="no space left"):
+            shard_files(files, max_samples=2)
+        assert left_in(tmp_path / "shards") == set()
+
+    def test_leftovers_of_a_killed_process_are_removed(self, tmp_path: Path) -> None:
+        files = write_coco(tmp_path)
+        partial = tmp_path / "shards" / ".train.partial"
+        partial.mkdir(parents=True)
+        (partial / "shard-000000.tar").write_bytes(b"half")
+        manifest = shard_files(files)
+        assert not partial.exists()
+        verify_shard(manifest, 0)
+
+
+class TestVerify:
+    def test_passes_what_was_written(self, tmp_path: Path) -> None:
+        manifest = make_manifest(tmp_path, [1, 2, 3], ANNOTATIONS, max_samples=2)
+        for number in range(len(manifest.shards)):
+            verify_shard(manifest, number)
+
+    def test_finds_a_changed_byte(self, tmp_path: Path) -> None:
+        manifest = make_manifest(tmp_path)
+        path = manifest.folder / "shard-000000.tar"
+        content = bytearray(path.read_bytes())
+        content[700] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"shard-000000\.tar: its sha256 is not the manifest's"):
+            verify_shard(manifest, 0)
+
+    def test_finds_a_missing_shard(self, tmp_path: Path) -> None:
+        manifest = make_manifest(tmp_path)
+        (manifest.folder / "shard-000000.tar").unlink()
+        with pytest.raises(UserError, match="cannot be read"):
+            verify_shard(manifest, 0)
+
+
+def test_splits_with_other_categories_are_refused(tmp_path: Path) -> None:
+    train = open_source(*write_coco(tmp_path))
+    check_same_categories(train, open_source(*write_coco(tmp_path, split="val")))
+    val = open_source(*write_coco(tmp_path, split="val", categories=[{"id": 1, "name": "cat"}]))
+    with pytest.raises(UserError, match=r"differ in their categories .*\(3, 'dog'\)"):
+        check_same_categories(train, val)
+
+
+def test_manifest_does_not_name_its_folder(tmp_path: Path) -> None:
+    manifest = make_manifest(tmp_path)
+    assert str(tmp_path) not in json.dumps(manifest.to_json())
+    assert replace(manifest, folder=Path("/elsewhere")).digest == manifest.digest

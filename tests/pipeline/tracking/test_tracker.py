@@ -1,0 +1,205 @@
+"""The spool and the tracker, with a real MLflow on SQLite."""
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import TrackingError, UserError
+from pipeline.tracking.tracker import Spool, SpoolReader, Tracker, metric_name
+
+
+@pytest.fixture
+def uri(mlflow_uri: str) -> str:
+    return mlflow_uri
+
+
+@pytest.fixture
+def tracker(uri: str, tmp_path: Path) -> Tracker:
+    return Tracker(uri, "experiment", tmp_path.name, tmp_path / "mlflow.json")
+
+
+@pytest.fixture
+def clock() -> Callable[[], float]:
+    ticks = iter(range(1_700_000_000, 1_800_000_000))
+    return lambda: float(next(ticks))
+
+
+def history(tracker: Tracker, name: str) -> list[tuple[int, float, int]]:
+    """All points of a curve: (step, value, milliseconds)."""
+    points = tracker.client.get_metric_history(tracker.run_id, name)
+    return sorted((point.step, point.value, point.timestamp) for point in points)
+
+
+class TestSpool:
+    def test_reader_sees_new_whole_lines_only(self, tmp_path: Path, clock: Callable[[], float]) -> None:
+        spool, reader = Spool(tmp_path / "a" / "spool.jsonl", clock), SpoolReader(tmp_path / "a" / "spool.jsonl")
+        spool.write(1, {"loss": 2.5})
+        assert [(r.step, r.metrics, r.time, r.kind) for r in reader.read()] == [(1, {"loss": 2.5}, 1.7e9, "metrics")]
+        spool.path.open("a").write('{"time": 1')
+        assert reader.read() == []
+
+    def test_missing_file_is_empty(self, tmp_path: Path) -> None:
+        assert SpoolReader(tmp_path / "none").read() == []
+
+    def test_a_torn_last_line_is_cut_when_writing_goes_on(self, tmp_path: Path) -> None:
+        path = tmp_path / "spool"
+        Spool(path).write(1, {"loss": 1.0})
+        with path.open("a") as file:
+            file.write('{"time": 17, "step": 2, "met')
+        Spool(path).write(2, {"loss": 0.5})
+        assert [record.step for record in SpoolReader(path).read()] == [1, 2]
+
+    def test_a_line_that_is_no_record_is_left_out(self, tmp_path: Path) -> None:
+        path = tmp_path / "spool"
+        path.write_text('nonsense\n{"step": 3}\n')
+        Spool(path).write(4, {"loss": 1.0})
+        assert [record.step for record in SpoolReader(path).read()] == [4]
+
+    def test_limit_and_offset(self, tmp_path: Path) -> None:
+        spool = Spool(tmp_path / "spool")
+        for step in range(5):
+            spool.write(step, {"a": 1.0, "b": 2.0})
+        reader = SpoolReader(spool.path)
+        assert [record.step for record in reader.read(limit=3)] == [0, 1]
+        assert [record.step for record in SpoolReader(spool.path, reader.offset).read()] == [2, 3, 4]
+
+    def test_lines_of_a_killed_process_are_there(self, tmp_path: Path) -> None:
+        code = (
+            "import os, signal, sys; from pathlib import Path; from pipeline.tracking import Spool\n"
+            "Spool(Path(sys.argv[1])).write(7, {'loss': 1.0}); os.kill(os.getpid(), signal.SIGKILL)"
+        )
+        assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "spool")]).returncode == -9
+        assert [record.step for record in SpoolReader(tmp_path / "spool").read()] == [7]
+
+
+class TestTracker:
+    def test_points_keep_step_and_time(self, tracker: Tracker, tmp_path: Path, clock: Callable[[], float]) -> None:
+        spool = Spool(tmp_path / "spool", clock)
+        spool.write(10, {"loss": 2.0, "AP @ cat: 7%": float("nan")})
+        spool.write(20, {"loss": 1.0})
+        assert tracker.drain(tracker.reader(spool.path)) == 3
+        assert history(tracker, "loss") == [(10, 2.0, 1_700_000_000_000), (20, 1.0, 1_700_000_001_000)]
+        assert [step for step, _, _ in history(tracker, "AP _ cat_ 7_")] == [10]
+
+    def test_more_than_one_batch(self, tracker: Tracker, tmp_path: Path) -> None:
+        spool = Spool(tmp_path / "spool")
+        spool.write(1, {f"m{index}": 1.0 for index in range(1200)})
+        spool.write(2, {f"m{index}": 1.0 for index in range(1200)})
+        assert tracker.drain(tracker.reader(spool.path)) == 2400
+        assert len(history(tracker, "m1199")) == 2
+
+    def test_a_restart_continues_the_run_and_doubles_nothing(self, uri: str, tmp_path: Path) -> None:
+        first = Tracker(uri, "experiment", "run", tmp_path / "mlflow.json")
+        with Spool(tmp_path / "spool") as spool:
+            spool.write(1, {"loss": 3.0})
+            spool.write(2, {"loss": 2.0})
+        first.drain(first.reader(tmp_path / "spool"))
+        second = Tracker(uri, "experiment", "run", tmp_path / "mlflow.json")
+        assert second.run_id == first.run_id
+        with Spool(tmp_path / "spool") as spool:
+            spool.write(2, {"loss": 2.0})
+            spool.write(3, {"loss": 1.0})
+        assert second.drain(second.reader(tmp_path / "spool")) == 1
+        assert [step for step, _, _ in history(second, "loss")] == [1, 2, 3]
+
+    def test_a_lost_offset_doubles_nothing(self, tracker: Tracker, tmp_path: Path) -> None:
+        with Spool(tmp_path / "spool") as spool:
+            spool.write(1, {"loss": 3.0})
+        tracker.drain(tracker.reader(tmp_path / "spool"))
+        (tmp_path / "spool.uploaded").unlink()
+        tracker.drain(tracker.reader(tmp_path / "spool"))
+        assert len(history(tracker, "loss")) == 1
+
+    def test_params_tags_artifacts_and_end(self, tracker: Tracker, tmp_path: Path) -> None:
+        tracker.log_params({"train": {"epochs": 3, "lr": 0.1}, "long": "x" * 10_000})
+        tracker.log_params({"train": {"epochs": 5, "lr": 0.1}})
+        tracker.set_tags({"data": "digest"})
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "note.txt").write_text("hello")
+        tracker.log_artifacts(tmp_path / "folder", "pictures")
+        tracker.log_metrics({"AP": 0.5}, step=30)
+        tracker.finish()
+        run = tracker.client.get_run(tracker.run_id)
+        assert run.info.status == "FINISHED"
+        assert run.data.params["train.epochs"] == "3"
+        assert run.data.tags["continued.train.epochs"] == "5"
+        assert "continued.train.lr" not in run.data.tags
+        assert run.data.tags["data"] == "digest"
+        assert [file.path for file in tracker.client.list_artifacts(tracker.run_id, "pictures")] == [
+            "pictures/note.txt"
+        ]
+        assert not Path("mlruns").exists()
+
+    def test_a_run_that_is_gone_is_made_anew(self, uri: str, tmp_path: Path) -> None:
+        (tmp_path / "mlflow.json").write_text(json.dumps({"uri": uri, "experiment": "e", "run_id": "0" * 32}))
+        assert Tracker(uri, "experiment", "run", tmp_path / "mlflow.json").run_id != "0" * 32
+
+    def test_a_broken_run_file_is_named(self, uri: str, tmp_path: Path) -> None:
+        (tmp_path / "mlflow.json").write_text("{")
+        with pytest.raises(UserError, match=r"mlflow\.json"):
+            Tracker(uri, "experiment", "run", tmp_path / "mlflow.json")
+
+
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a server that is away: a port that was free a moment ago."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+class TestOutage:
+    def test_a_new_run_needs_the_server(self, away: str, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=rf"{away}.*Start the server"):
+            Tracker(away, "experiment", "run", tmp_path / "mlflow.json")
+        assert not (tmp_path / "mlflow.json").exists()
+
+    def test_nothing_is_lost(self, uri: str, away: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        (tmp_path / "mlflow.json").write_text(json.dumps({"uri": away, "experiment": "e", "run_id": "0" * 32}))
+        lost = Tracker(away, "experiment", "run", tmp_path / "mlflow.json")
+        reader = lost.reader(tmp_path / "spool")
+        logging.getLogger("raydetr").addHandler(caplog.handler)
+        with Spool(tmp_path / "spool") as spool:
+            spool.write(1, {"loss": 3.0})
+            assert lost.drain(reader) == 0
+            spool.write(2, {"loss": 2.0})
+            assert lost.drain(reader) == 0
+            assert reader.offset == 0
+        logging.getLogger("raydetr").removeHandler(caplog.handler)
+        said = {
+            record.getMessage() for record in caplog.records if "are uploaded when it is back" in record.getMessage()
+        }
+        assert len(said) == 1
+        with pytest.raises(TrackingError, match=r"Nothing is lost.*spool"):
+            lost.drain(reader, final=True)
+        with pytest.raises(TrackingError, match=away):
+            lost.log_params({"a": 1})
+        back = Tracker(uri, "experiment", "run", tmp_path / "mlflow.json")
+        assert back.drain(back.reader(tmp_path / "spool"), final=True) == 2
+        assert [step for step, _, _ in history(back, "loss")] == [1, 2]
+
+
+def test_telemetry_is_off(tracker: Tracker) -> None:
+    code = (
+        "import os; from pathlib import Path; import sys\n"
+        "from pipeline.tracking import connect\n"
+        "assert 'mlflow' not in sys.modules, 'importing the module imports mlflow'\n"
+        "connect(sys.argv[1])\n"
+        "from mlflow.telemetry.utils import is_telemetry_disabled\n"
+        "from mlflow.telemetry.client import get_telemetry_client\n"
+        "assert is_telemetry_disabled() and get_telemetry_client() is None"
+    )
+    clean = {key: value for key, value in os.environ.items() if key not in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK")}
+    clean.pop("PYTEST_CURRENT_TEST", None)
+    subprocess.run([sys.executable, "-c", code, tracker.uri], check=True, env=clean | {"CI": ""})
+
+
+def test_metric_name() -> None:
+    assert metric_name("AP/traffic light (3)") == "AP/traffic light _3_"
