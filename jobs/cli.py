@@ -80,7 +80,7 @@ def evaluate(
     if annotations or detections:
         if not (annotations and detections and out) or weights:
             raise UserError("scoring a file of detections takes --annotations, --detections and --out together")
-        from pipeline.evaluate.score import evaluate_files
+        from pipeline.evaluate.results import evaluate_files
 
         typer.echo(metrics_table(evaluate_files(annotations, detections, out)))
         return
@@ -130,7 +130,7 @@ def predict(
     ] = None,
 ) -> None:
     """Draw a registered model's detections on pictures, and with --show-attention what it looked at."""
-    from pipeline.predict.detector import predict as predict_pictures
+    from jobs.predict import predict as predict_pictures
 
     if (query or top > 1) and not show_attention:
         raise UserError("--query and --top choose what --show-attention draws: give that, too")
@@ -188,7 +188,7 @@ def config(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print the whole configuration with all defaults, as YAML."""
     import yaml
 
-    from pipeline.config.sections import dump_config
+    from pipeline.config.load import dump_config
 
     typer.echo(yaml.safe_dump(dump_config(_load(config, overrides)), sort_keys=False), nl=False)
 
@@ -233,7 +233,7 @@ def _options(
 
 
 def _load(path: Path, overrides: list[str] | None) -> "Config":
-    from pipeline.config.sections import load_config
+    from pipeline.config.load import load_config
 
     return load_config(path, overrides or ())
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from model import DetrConfig, build_model
 from model.weights.files import export_weights, load_weights, read_weights
-from pipeline.checkpoint.save import STATE, read_state
+from pipeline.checkpoint.state import STATE, read_state
+from pipeline.data.labels import LabelMap
 from pipeline.errors import UserError
-from pipeline.shard.coco import LabelMap
 
 
 def convert(source: Path, out: Path, to: str, settings: DetrConfig | None = None) -> str:

@@ -2,31 +2,29 @@
 
 import json
 import shutil
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.exceptions import RayTaskError
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from jobs.cluster import device_of
-from pipeline.checkpoint.save import checkpoints
-from pipeline.config.sections import Config, digest, plain
+from jobs.console import ProgressDisplay, make_console
+from jobs.tasks import run_tasks
+from pipeline.checkpoint.state import checkpoints
+from pipeline.config.sections import METRICS, Config
+from pipeline.config.values import digest, plain
 from pipeline.data.manifest import Manifest, read_manifest
-from pipeline.errors import UserError
+from pipeline.evaluate.detect import Detection, detect
 from pipeline.evaluate.report import plot_categories, write_category_table, write_pictures
-from pipeline.evaluate.score import DETECTIONS_FILE, METRICS, METRICS_FILE, Detection, detect, evaluate_checkpoint
+from pipeline.evaluate.results import DETECTIONS_FILE, METRICS_FILE, evaluate_checkpoint
 from pipeline.files import make_folder, write_json
+from pipeline.log import outcome
 from pipeline.predict.detector import Detector
-from pipeline.tracking.tracker import Spool, SpoolReader, Tracker
+from pipeline.tracking.spool import Spool
+from pipeline.tracking.tracker import Tracker
 
 SHARES = 4
 """Inference tasks of a worker: more give smoother progress, and each loads the weights."""
-PLAIN_SECONDS = 10
-"""Seconds between two lines of progress where there is no terminal."""
 UPLOADED = "uploaded.json"
 """Remembers which report the MLflow run has got."""
 
@@ -51,20 +49,18 @@ def evaluate(config: Config, checkpoint: Path, manifest: Manifest, tracker: Trac
         UserError: the folder holds scores made with other settings, or an input is wrong.
         TrackingError: the tracking server is away; the points and files are kept, and the next call uploads them.
     """
-    out = config.folder / "evaluate"
-    console = Console(highlight=False, soft_wrap=True)
-    spool = config.folder / "spool" / "evaluate.jsonl"
+    out, spool = config.folder.evaluation, config.folder.evaluate_spool
+    console = make_console()
     chosen = checkpoints(checkpoint.parent) if config.evaluate.curve else [checkpoint]
     metrics: dict[str, Any] = {}
     for path in chosen:
-        with _Shown(console, path.name, len(manifest.samples)) as shown:
+        with _progress(path.name, manifest) as shown:
             tasks = _Tasks(config, manifest, shown)
-            metrics, new = evaluate_checkpoint(path, manifest, config.evaluate, out / path.name, tasks)
-        if metrics["step"] not in {record.step for record in SpoolReader(spool).read()}:
-            with Spool(spool) as points:
-                points.write(metrics["step"], _points(metrics))
-        done = "" if new else "already done, "
-        console.print(f"evaluate: {done}{path.name}  AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}")
+            metrics, is_new = evaluate_checkpoint(path, manifest, config.evaluate, out / path.name, tasks)
+        with Spool(spool) as points:
+            points.write_once(metrics["step"], _points(metrics), "val/AP")
+        scores = f"{path.name}  AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}"
+        console.print(outcome("evaluate", scores, is_new=is_new))
     _report(config, manifest, metrics, out / checkpoint.name, out)
     if tracker is not None:
         tracker.drain(tracker.reader(spool), final=True)
@@ -95,7 +91,7 @@ def evaluate_weights(config: Config, weights: Path, manifest: Manifest, out: Pat
     folder = out / "detector"
     make_folder(folder)
     detector.save(folder)
-    with _Shown(Console(highlight=False, soft_wrap=True), weights.name, len(manifest.samples)) as shown:
+    with _progress(weights.name, manifest) as shown:
         tasks = _Tasks(config, manifest, shown)
         metrics, _ = evaluate_checkpoint(folder, manifest, config.evaluate, folder, tasks)
     _report(config, manifest, metrics, folder, out)
@@ -143,7 +139,7 @@ def _upload(tracker: Tracker, out: Path) -> None:
 class _Tasks:
     """Runs a checkpoint's network over batches as Ray tasks, `evaluate.workers` at once."""
 
-    def __init__(self, config: Config, manifest: Manifest, shown: "_Shown") -> None:
+    def __init__(self, config: Config, manifest: Manifest, shown: ProgressDisplay) -> None:
         self._config = config
         self._manifest = manifest
         self._shown = shown
@@ -160,23 +156,17 @@ class _Tasks:
             "threads": max(1, int(config.cluster.cpus_per_worker)),
             "on_error": config.dataset.on_error,
         }
-        resources = {"num_cpus": config.cluster.cpus_per_worker, "num_gpus": 1 if device == "cuda" else 0}
-        remote = ray.remote(**resources)(_detect_share)
         count = min(len(batches), workers * SHARES)
-        waiting = [batches[index::count] for index in range(count)][::-1]
-        running: dict[Any, int] = {}
-        try:
-            while waiting or running:
-                while waiting and len(running) < workers:
-                    share = waiting.pop()
-                    running[remote.remote(settings, share)] = sum(len(batch) for batch in share)
-                (done,), _ = ray.wait(list(running), num_returns=1)
-                images = running.pop(done)
-                yield _result(done)
-                self._shown.advance(images)
-        finally:
-            for reference in running:
-                ray.cancel(reference)
+        shares = [batches[index::count] for index in range(count)]
+        for share, detections in run_tasks(
+            partial(_detect_share, settings),
+            shares,
+            at_once=workers,
+            cpus=config.cluster.cpus_per_worker,
+            gpus=1 if device == "cuda" else 0,
+        ):
+            yield detections
+            self._shown.advance(sum(len(batch) for batch in share))
 
 
 def _detect_share(settings: dict[str, Any], batches: list[list[int]]) -> list[Detection]:
@@ -196,40 +186,5 @@ def _detect_share(settings: dict[str, Any], batches: list[list[int]]) -> list[De
     )
 
 
-def _result(reference: Any) -> list[Detection]:
-    try:
-        detections: list[Detection] = ray.get(reference)
-        return detections
-    except RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise UserError(str(error.cause)) from None
-        raise
-
-
-class _Shown:
-    """Progress of the inference: a bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, console: Console, name: str, images: int) -> None:
-        self._console = console
-        self._name = name
-        self._images = images
-        self._done = 0
-        self._printed = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-        self._task = self._progress.add_task(f"evaluate {name}", total=images)
-
-    def __enter__(self) -> "_Shown":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def advance(self, images: int) -> None:
-        """Count images that are done."""
-        self._done += images
-        self._progress.advance(self._task, images)
-        if not self._console.is_terminal and time.monotonic() - self._printed >= PLAIN_SECONDS:
-            self._console.print(f"evaluate: {self._name}  {self._done}/{self._images} images")
-            self._printed = time.monotonic()
+def _progress(name: str, manifest: Manifest) -> ProgressDisplay:
+    return ProgressDisplay(make_console(), f"evaluate: {name} ", len(manifest.samples), "images")

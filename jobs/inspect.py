@@ -2,9 +2,9 @@
 
 from model.complexity import MEAN_SIZE, measure
 from pipeline.config.sections import Config
+from pipeline.data.labels import COCO91_LOGITS
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import UserError
-from pipeline.shard.coco import COCO91_LOGITS
 
 
 def inspect_model(config: Config, classes: int | None = None) -> dict[str, str]:

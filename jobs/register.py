@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from pipeline.config.sections import Config, dump_config
+from jobs.console import make_console
+from pipeline.config.load import dump_config
+from pipeline.config.sections import Config
 from pipeline.errors import UserError
-from pipeline.evaluate.score import METRICS_FILE, weights_digest
+from pipeline.evaluate.results import METRICS_FILE, weights_digest
+from pipeline.log import outcome
 from pipeline.registry.register import Registration
 from pipeline.registry.register import register as register_version
 from pipeline.tracking.tracker import Tracker
@@ -29,7 +30,7 @@ def register(config: Config, checkpoint: Path, tracker: Tracker) -> Registration
         UserError: the checkpoint was not scored.
         TrackingError: the tracking server is away.
     """
-    metrics = _metrics(config.folder / "evaluate" / METRICS_FILE, checkpoint)
+    metrics = _metrics(config.folder.evaluation / METRICS_FILE, checkpoint)
     registration = register_version(
         tracker,
         checkpoint,
@@ -39,10 +40,8 @@ def register(config: Config, checkpoint: Path, tracker: Tracker) -> Registration
         config.evaluate,
         dump_config(config),
     )
-    done = "" if registration.is_new else "already done, "
-    Console(highlight=False, soft_wrap=True).print(
-        f"register: {done}{registration.name} version {registration.version}  ({registration.note})"
-    )
+    version = f"{registration.name} version {registration.version}  ({registration.note})"
+    make_console().print(outcome("register", version, is_new=registration.is_new))
     return registration
 
 

@@ -7,19 +7,20 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jobs import evaluate, register, shard, train
 from jobs.cluster import connected
-from pipeline import checkpoint as checkpoints
-from pipeline.config.sections import Config, dump_config
+from jobs.console import ProgressDisplay, make_console
+from pipeline.checkpoint.state import latest
+from pipeline.config.load import dump_config
+from pipeline.config.sections import Config
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.errors import TrackingError, UserError
 from pipeline.registry.register import Registration
-from pipeline.tracking.tracker import SpoolReader, Tracker
+from pipeline.tracking.spool import SpoolReader
+from pipeline.tracking.tracker import Tracker
+from pipeline.train.initial import check_init
 
-PLAIN_SECONDS = 10
-"""Seconds between two lines of progress where there is no terminal."""
 UPLOAD_SECONDS = 5
 """Seconds between two uploads of the training curves."""
 
@@ -32,7 +33,7 @@ class Pipeline:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = make_console()
         self._stack = ExitStack()
         self._tracker: Tracker | None = None
 
@@ -56,7 +57,7 @@ class Pipeline:
         if self._tracker is None:
             config = self.config
             self._tracker = Tracker(
-                config.tracking_uri, config.tracking.experiment, config.name, config.folder / "mlflow_run.json"
+                config.tracking_uri, config.tracking.experiment, config.name, config.folder.mlflow_run
             )
             self._tracker.log_params(dump_config(config))
         return self._tracker
@@ -67,13 +68,11 @@ class Pipeline:
 
     def train(self) -> Path:
         """Train to the end of the schedule; returns the last checkpoint."""
-        spool = self.config.folder / "spool" / "train.jsonl"
+        spool = self.config.folder.train_spool
         manifest = self._manifest("train")
         total = self.config.train.total_steps(len(manifest.samples))
         uploads, uploaded = self.tracker.reader(spool), time.monotonic()
-        with TrainingProgress(
-            self.console, SpoolReader(spool, spool.stat().st_size if spool.exists() else 0), total
-        ) as shown:
+        with TrainingProgress(self.console, spool, total) as shown:
 
             def poll() -> None:
                 nonlocal uploaded
@@ -102,35 +101,30 @@ class Pipeline:
         return read_manifest(self.config.shards_folder / split)
 
     def _last_checkpoint(self) -> Path:
-        folder = self.config.folder / "checkpoints"
-        last = checkpoints.latest(folder)
+        folder = self.config.folder.checkpoints
+        last = latest(folder)
         if last is None:
             raise UserError(f"{folder}: there is no checkpoint to use; train first with `raydetr train`")
         return last
 
 
 class TrainingProgress:
-    """Shows the training metrics that arrive in the spool: a bar on a terminal, a line now and then elsewhere."""
+    """Shows the training metrics that arrive in the spool from now on; a context manager."""
 
-    def __init__(self, console: Console, reader: SpoolReader, total_steps: int) -> None:
-        self._console = console
-        self._reader = reader
-        columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        text = TextColumn("{task.fields[text]}")
-        self._progress = Progress(*columns, text, console=console, disable=not console.is_terminal)
-        self._task = self._progress.add_task("train", total=total_steps, text="")
-        self._total = total_steps
-        self._printed = 0.0
+    def __init__(self, console: Console, spool: Path, total_steps: int) -> None:
+        self._reader = SpoolReader(spool, spool.stat().st_size if spool.exists() else 0)
+        self._display = ProgressDisplay(console, "train: step", total_steps)
+        self._is_first = True
 
     def __enter__(self) -> "TrainingProgress":
-        self._progress.start()
+        self._display.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.update(last=True)
-        self._progress.stop()
+    def __exit__(self, *exception: object) -> None:
+        self.update(is_last=True)
+        self._display.__exit__(*exception)
 
-    def update(self, *, last: bool = False) -> None:
+    def update(self, *, is_last: bool = False) -> None:
         """Show the newest point."""
         records = self._reader.read()
         if not records:
@@ -140,15 +134,13 @@ class TrainingProgress:
             f"epoch {metrics['train/epoch']:.2f}  loss {metrics['train/loss']:.3f}"
             f"  {metrics['train/images_per_second']:.1f} images/s"
         )
-        self._progress.update(self._task, completed=step, text=text)
-        if not self._console.is_terminal and (last or time.monotonic() - self._printed >= PLAIN_SECONDS):
-            self._console.print(f"train: step {step}/{self._total}  {text}")
-            self._printed = time.monotonic()
+        self._display.update(step, text, print_now=self._is_first or is_last)
+        self._is_first = False
 
 
 def run_pipeline(config: Config) -> None:
     """Do all the steps and end with a short table."""
-    train.check_init(config)
+    check_init(config.train.init, config.folder.checkpoints)
     with Pipeline(config) as pipeline:
         pipeline.shard()
         pipeline.train()

@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import RayTaskError
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jobs.console import ProgressDisplay, make_console
+from jobs.tasks import run_tasks
 from pipeline.config.sections import Config, SplitSection
 from pipeline.data.manifest import Manifest
-from pipeline.errors import UserError
 from pipeline.log import get_logger
 from pipeline.shard.coco import Source, open_source
 from pipeline.shard.synthetic import draw_dataset
@@ -24,9 +22,6 @@ from pipeline.shard.write import (
     shard_split,
     verify_shard,
 )
-
-CANCEL_SECONDS = 30
-"""Longest wait for cancelled tasks to end."""
 
 logger = get_logger(__name__)
 
@@ -79,7 +74,7 @@ def _open(root: Path, split: SplitSection) -> Source:
 
 def _write_with_ray(split: str, workers: int | None) -> WriteAll:
     def write_all(plans: list[ShardPlan], task: WriteTask) -> Iterator[WrittenShard]:
-        return _run(f"shard {split}", task, plans, workers)
+        return _run(f"shard: {split}", task, plans, workers)
 
     return write_all
 
@@ -88,45 +83,15 @@ def _verify(manifest: Manifest, workers: int | None) -> None:
     def check(number: int) -> None:
         verify_shard(manifest, number)
 
-    for _ in _run(f"verify {manifest.split}", check, list(range(len(manifest.shards))), workers):
+    for _ in _run(f"verify: {manifest.split}", check, list(range(len(manifest.shards))), workers):
         pass
     logger.info("%s: all %d samples decode", manifest.split, len(manifest.samples))
 
 
 def _run(what: str, task: Callable[[Any], Any], arguments: list[Any], workers: int | None) -> Iterator[Any]:
-    """The results of a task for each argument, as they come, with a progress bar; one failure ends the others."""
-
-    def one(argument: Any) -> Any:
-        return task(argument)
-
-    remote = ray.remote(num_cpus=1)(one)
-    most = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    waiting = list(reversed(arguments))
-    running: list[Any] = []
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(what, total=len(arguments))
-        try:
-            while waiting or running:
-                while waiting and len(running) < most:
-                    running.append(remote.remote(waiting.pop()))
-                done, running = ray.wait(running)
-                for reference in done:
-                    yield _result(reference)
-                    progress.advance(bar)
-        finally:
-            for reference in running:
-                ray.cancel(reference)
-            # What was cancelled may still write: the caller removes its folder only after this.
-            if running:
-                ray.wait(running, num_returns=len(running), timeout=CANCEL_SECONDS)
-
-
-def _result(reference: Any) -> Any:
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise UserError(str(error.cause)) from None
-        raise
+    """The results of a task for each argument, as they come, on one CPU each."""
+    at_once = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    with ProgressDisplay(make_console(), what, len(arguments), "shards") as shown:
+        for _, result in run_tasks(task, arguments, at_once=at_once):
+            shown.advance(1)
+            yield result

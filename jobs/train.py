@@ -21,12 +21,12 @@ from ray.train.torch.config import _TorchBackend
 
 from jobs.cluster import device_of
 from model.ops import compiled
-from pipeline.checkpoint.save import latest
 from pipeline.config.sections import Config
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
-from pipeline.log import get_logger
-from pipeline.train.loop import TrainJob, is_path, resume_point
+from pipeline.log import get_logger, outcome
+from pipeline.train.initial import check_init
+from pipeline.train.run import TrainJob, resume_point
 
 logger = get_logger(__name__)
 
@@ -62,7 +62,7 @@ def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lamb
             required and missing.
         ray.train.TrainingFailedError: workers were lost once more than `train.max_restarts` times.
     """
-    check_init(config)
+    check_init(config.train.init, config.folder.checkpoints)
     device = device_of(config.cluster)
     if config.cluster.require_compiled:
         refuse_plain_operator(device)
@@ -78,7 +78,7 @@ def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lamb
     )
     found = resume_point(job, manifest)
     if found is not None and found[1].step == config.train.total_steps(len(manifest.samples)):
-        logger.info("train: already done, %s", found[0])
+        logger.info(outcome("train", found[0], is_new=False))
         return found[0]
     trainer = TorchTrainer(
         _worker,
@@ -101,22 +101,10 @@ def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lamb
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    outcome = _fit(trainer, on_poll)
-    if "user_error" in outcome:
-        raise UserError(outcome["user_error"])
-    return Path(outcome["checkpoint"])
-
-
-def check_init(config: Config) -> None:
-    """Raise a UserError where `train.init` names a path that is not there, unless training has begun already.
-
-    The workers would meet it, after the data is sharded and they have been started.
-    """
-    if latest(config.folder / "checkpoints") is not None:
-        return
-    for key, source in (("backbone", config.train.init.backbone), ("weights", config.train.init.weights)):
-        if source is not None and is_path(source) and not Path(source).exists():
-            raise UserError(f"train.init.{key}: {source}: there is no such file or folder")
+    result = _fit(trainer, on_poll)
+    if "user_error" in result:
+        raise UserError(result["user_error"])
+    return Path(result["checkpoint"])
 
 
 def refuse_plain_operator(device: str) -> None:
@@ -137,8 +125,8 @@ def _fit(trainer: TorchTrainer, on_poll: Callable[[], None]) -> dict[str, str]:
         future.add_done_callback(lambda _: done.set())
         while not done.wait(POLL_SECONDS):
             on_poll()
-    outcome: dict[str, str] = future.result().return_value
-    return outcome
+    result: dict[str, str] = future.result().return_value
+    return result
 
 
 def _worker(settings: dict[str, Any]) -> dict[str, str]:

@@ -1,11 +1,20 @@
-"""Writing a file whole or not at all, so that it survives a killed process and a power cut."""
+"""Writing files: whole or not at all, so that they survive a killed process and a power cut; one writer at a time."""
 
+import errno
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.log import get_logger
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+logger = get_logger(__name__)
 
 
 def make_folder(path: Path) -> None:
@@ -20,6 +29,24 @@ def make_folder(path: Path) -> None:
         raise UserError(f"{path}: cannot be made a folder ({error.strerror}); choose another name") from error
     if not os.access(path, os.W_OK):
         raise UserError(f"{path}: nothing can be written in this folder; choose another one")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        what: what it is, for messages.
+
+    Raises:
+        UserError: it cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the {what}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: the {what} is not JSON ({error})") from error
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
@@ -47,3 +74,24 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock among the processes that write here; it ends with its process, however that ends."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another process that writes here (%s)", path)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def disk_error(path: Path, error: OSError, key: str) -> Exception:
+    """The user's error for a full disk or a folder that cannot be written, mended by `key`; others as they are."""
+    if error.errno in NO_SPACE:
+        return UserError(f"{path}: no space left ({error.strerror}); free some, or write elsewhere with {key}")
+    if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or error.errno == errno.EROFS:
+        return UserError(f"{error.filename or path}: cannot be written ({error.strerror}); set {key}")
+    return error

@@ -34,3 +34,8 @@ def set_up_logging(rank: int = 0, level: int = logging.INFO) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level)
     root.propagate = False
+
+
+def outcome(step: str, what: object, *, is_new: bool) -> str:
+    """What came of a step, as one line: with "already done" where nothing had to be done."""
+    return f"{step}: {'' if is_new else 'already done, '}{what}"

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from model import DetrConfig, build_model
 from model.batch import ImageBatch, PixelBatch
-from pipeline.checkpoint.save import MODEL, STATE, State
-from pipeline.config.sections import AugmentSection, DatasetSection, ShardsSection, SplitSection, TrainSection, plain
+from pipeline.checkpoint.state import MODEL, STATE, State
+from pipeline.config.sections import AugmentSection, DatasetSection, OnError, ShardsSection, SplitSection, TrainSection
+from pipeline.config.values import plain
+from pipeline.data.labels import LabelMap
 from pipeline.data.manifest import Manifest
-from pipeline.shard.coco import LabelMap, OnError, open_source
+from pipeline.shard.coco import CocoSplit, clean, open_source
 from pipeline.shard.write import shard_split
 
 CATEGORIES: tuple[dict[str, Any], ...] = (
@@ -99,6 +101,11 @@ def write_coco(
     files.annotations.parent.mkdir(parents=True, exist_ok=True)
     files.annotations.write_text(json.dumps(document))
     return files
+
+
+def read_coco(annotations: Path, images: Path, on_error: OnError) -> CocoSplit:
+    """A split that passed the rules."""
+    return clean(open_source(annotations, images), on_error)
 
 
 def make_dataset_section(root: Path, on_error: OnError = "fail", **more: Any) -> DatasetSection:

@@ -1,34 +1,44 @@
 """Checkpoints that belong to no world size and no ZeRO stage; this package alone writes and finds them."""
 
+from pipeline.checkpoint.optimizer import (
+    MOMENTS,
+    gather_moments,
+    group_settings,
+    on_host,
+    restore_optimizer,
+)
 from pipeline.checkpoint.save import (
+    clean,
+    save,
+)
+from pipeline.checkpoint.state import (
     FORMAT,
     MODEL,
-    MOMENTS,
+    NAME,
     OPTIMIZER,
     STATE,
     State,
     checkpoints,
-    clean,
-    group_settings,
     latest,
     load_model_weights,
     read_state,
-    restore_optimizer,
-    save,
 )
 
 __all__ = [
     "FORMAT",
     "MODEL",
     "MOMENTS",
+    "NAME",
     "OPTIMIZER",
     "STATE",
     "State",
     "checkpoints",
     "clean",
+    "gather_moments",
     "group_settings",
     "latest",
     "load_model_weights",
+    "on_host",
     "read_state",
     "restore_optimizer",
     "save",

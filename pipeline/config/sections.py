@@ -1,32 +1,44 @@
-"""One YAML is one pipeline: typed, frozen sections, strict about unknown keys.
+"""One YAML is one pipeline: typed, frozen sections, strict about unknown keys. Every key stands here.
 
-`load_config(path, ["train.epochs=3"])` reads a file and applies overrides; every problem is a `ConfigError` that names
-the file, the key and the mend. Derived values are methods beside the fields they come from.
+Derived values are methods beside the fields they come from. What else is to be known of a setting is metadata on it, a
+`Role`, so that whoever adds one decides it in the same line.
 """
 
-import difflib
-import hashlib
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import replace
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model.config import CriterionConfig, DetrConfig
-from pipeline.errors import UserError
-
-
-class ConfigError(UserError):
-    """A configuration that cannot be used."""
+from pipeline.run_folder import RunFolder
 
 
 class Section(BaseModel):
     """A frozen part of the configuration that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Role(Enum):
+    """What a setting does, as metadata on it: `epochs: Annotated[int, Role.MAY_DIFFER]`."""
+
+    MAY_DIFFER = "it does not change what a training step does, so a run may go on with another value"
+    SCORES = "the numbers of an evaluation depend on it"
+    SERVES = "a detector that is saved or registered keeps it"
+
+
+def settings_with(section: type[Section], role: Role) -> tuple[str, ...]:
+    """Names of the settings of a section that have a role, in their order."""
+    return tuple(name for name, field in section.model_fields.items() if role in field.metadata)
+
+
+OnError = Literal["fail", "skip"]
+"""What unusable input does: stop with an error, or be left out and counted."""
+
+LabelKind = Literal["contiguous", "coco91"]
+"""Logits numbered 0..n-1 in the order of the category ids, or by the raw category id (91 logits)."""
 
 
 class SplitSection(Section):
@@ -56,9 +68,9 @@ class DatasetSection(Section):
     """Training split."""
     val: SplitSection = SplitSection(annotations="annotations/instances_val2017.json", images="val2017")
     """Validation split."""
-    labels: Literal["contiguous", "coco91"] = "contiguous"
+    labels: LabelKind = "contiguous"
     """Logits numbered 0..n-1 in the order of the category ids, or by the raw category id (91 logits)."""
-    on_error: Literal["fail", "skip"] = "fail"
+    on_error: OnError = "fail"
     """What an unusable image or annotation does: stop with an error, or be left out and counted."""
     synthetic: SyntheticSection | None = None
     """Draw the dataset instead of reading one."""
@@ -123,9 +135,9 @@ class InitSection(Section):
 
 
 class TrainSection(Section):
-    epochs: int = Field(50, ge=1)
+    epochs: Annotated[int, Role.MAY_DIFFER] = Field(50, ge=1)
     """Passes over the training split."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: Annotated[int | None, Role.MAY_DIFFER] = Field(None, ge=1)
     """Stop after this many optimizer steps, if that comes before the last epoch."""
     global_batch: int = Field(32, ge=1)
     """Images of an optimizer step, over all workers."""
@@ -152,11 +164,11 @@ class TrainSection(Section):
     """Most norm of the gradient of a step; 0 does not clip."""
     freeze_backbone: Literal["none", "stem_and_layer1", "all"] = "stem_and_layer1"
     """Backbone parameters that are not trained."""
-    zero_stage: Literal[0, 1] = 0
+    zero_stage: Annotated[Literal[0, 1], Role.MAY_DIFFER] = 0
     """DeepSpeed ZeRO stage: 1 shards the optimizer's state over the workers."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the network: fp32, or bf16 autocast with fp32 parameters."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Annotated[bool, Role.MAY_DIFFER] = False
     """Keep only the inputs of the layers and of the backbone's stages for the backward pass, and compute the rest
     again: less memory, a third more computation, the same numbers."""
     compile: bool = False
@@ -166,15 +178,15 @@ class TrainSection(Section):
     """Seed of the initial weights, the order, the augmentation and the dropout."""
     window: int = Field(8, ge=1)
     """Shards whose samples are shuffled together."""
-    loader_workers: int = Field(2, ge=0)
+    loader_workers: Annotated[int, Role.MAY_DIFFER] = Field(2, ge=0)
     """Decoding processes of a training worker; 0 decodes in the worker itself."""
-    checkpoint_epochs: float = Field(1.0, gt=0)
+    checkpoint_epochs: Annotated[float, Role.MAY_DIFFER] = Field(1.0, gt=0)
     """Epochs (fractions allowed) between checkpoints; the last step always writes one."""
-    keep_checkpoints: int | None = Field(3, ge=1)
+    keep_checkpoints: Annotated[int | None, Role.MAY_DIFFER] = Field(3, ge=1)
     """Newest checkpoints that are kept; null keeps all."""
-    log_steps: int = Field(10, ge=1)
+    log_steps: Annotated[int, Role.MAY_DIFFER] = Field(10, ge=1)
     """Steps between two points of the training curves."""
-    max_restarts: int = Field(3, ge=0)
+    max_restarts: Annotated[int, Role.MAY_DIFFER] = Field(3, ge=0)
     """Times that lost workers are started again before the step fails."""
     augment: AugmentSection = AugmentSection()
     """Training augmentation."""
@@ -207,15 +219,15 @@ class TrainSection(Section):
 
 
 class EvaluateSection(Section):
-    batch_size: int = Field(2, ge=1)
+    batch_size: Annotated[int, Role.SCORES] = Field(2, ge=1)
     """Images that go through the network at once."""
     workers: int | None = Field(None, ge=1)
     """Inference tasks at once; the default is cluster.workers."""
-    short_side: int = Field(800, ge=1)
+    short_side: Annotated[int, Role.SCORES, Role.SERVES] = Field(800, ge=1)
     """Length that the short side is resized to, in pixels."""
-    max_side: int = Field(1333, ge=1)
+    max_side: Annotated[int, Role.SCORES, Role.SERVES] = Field(1333, ge=1)
     """Most pixels of the long side."""
-    max_detections: int = Field(100, ge=1)
+    max_detections: Annotated[int, Role.SCORES, Role.SERVES] = Field(100, ge=1)
     """Detections kept of an image."""
     curve: bool = False
     """Score every kept checkpoint, not the last alone: the AP curve of the run."""
@@ -227,6 +239,7 @@ class EvaluateSection(Section):
 
 Metric = Literal["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 """COCO's twelve numbers, the keys at the top of metrics.json."""
+METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
 class RegisterSection(Section):
@@ -282,9 +295,9 @@ class Config(Section):
         return self
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> RunFolder:
         """Folder of the run."""
-        return Path(self.runs).resolve() / self.name
+        return RunFolder(Path(self.runs).resolve() / self.name)
 
     @property
     def shards_folder(self) -> Path:
@@ -294,136 +307,13 @@ class Config(Section):
     @property
     def tracking_uri(self) -> str:
         """MLflow tracking server, with the embedded default filled in."""
-        return self.tracking.uri or f"sqlite:///{Path(self.runs).resolve() / 'mlflow.db'}"
+        return self.tracking.uri or default_tracking_uri(self.runs)
 
     def model_for(self, num_classes: int) -> DetrConfig:
         """The architecture for a dataset's label map."""
         return replace(self.model, num_classes=num_classes)
 
 
-def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML file and apply `section.key=value` overrides (values are YAML).
-
-    Raises ConfigError naming the file, the key and the mend for anything that is not a valid configuration.
-    """
-    path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file with -c") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: must hold sections such as `train:`, not {type(data).__name__}")
-    for override in overrides:
-        _apply_override(data, override)
-    return parse_config(data, str(path))
-
-
-def parse_config(data: Mapping[str, Any], source: str) -> Config:
-    """Check a plain mapping; `source` names it in errors."""
-    if isinstance(data.get("model"), Mapping) and "num_classes" in data["model"]:
-        raise ConfigError(f"{source}: model.num_classes follows from dataset.labels and the categories; remove it")
-    try:
-        return Config.model_validate(data)
-    except ValidationError as error:
-        lines = [_explain(dict(problem)) for problem in error.errors(include_url=False)]
-        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
-
-
-def dump_config(config: Config) -> dict[str, Any]:
-    """The whole configuration as plain values; `parse_config` takes it back."""
-    data = config.model_dump(mode="json", by_alias=True)
-    del data["model"]["num_classes"]
-    return data
-
-
-def plain(section: Any) -> Any:
-    """A section (or a dataclass) as plain JSON values."""
-    return json.loads(
-        json.dumps(
-            asdict(section) if isinstance(section, DetrConfig | CriterionConfig) else section.model_dump(mode="json")
-        )
-    )
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def digest(values: Any) -> str:
-    """SHA-256 of JSON values, independent of the order of keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`key: old -> new` for every flattened key in which two plain mappings differ."""
-    before, after = flatten(old), flatten(new)
-    missing = "(absent)"
-    return [
-        f"{key}: {before.get(key, missing)} -> {after.get(key, missing)}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key, missing) != after.get(key, missing)
-    ]
-
-
-def _apply_override(data: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f"--set {override}: write section.key=value, for example --set train.epochs=10")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}") from error
-    target = data
-    for part in parts[:-1]:
-        if target.get(part) is None:
-            target[part] = {}
-        target = target[part]
-        if not isinstance(target, dict):
-            raise ConfigError(f"--set {override}: {part} is a value, not a section")
-    target[parts[-1]] = value
-
-
-def _explain(problem: dict[str, Any]) -> str:
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
-    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        close = difflib.get_close_matches(location[-1], _keys_at(location[:-1]), n=1, cutoff=0.5)
-        hint = f"did you mean `{'.'.join([*location[:-1], close[0]])}`?" if close else "see `raydetr config`"
-        return f"unknown key `{key}`; {hint}"
-    if problem["type"] == "missing":
-        return f"`{key}` is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"{key}: {message}" if key and not message.startswith(key) else message
-    return f"`{key}` is {problem['input']!r}: {message}"
-
-
-def _keys_at(location: list[str]) -> list[str]:
-    """The keys that a section takes."""
-    section: Any = Config
-    for part in location:
-        section = _section_type(_fields(section).get(part))
-    return [key for key in _fields(section) if not (section is DetrConfig and key == "num_classes")]
-
-
-def _fields(section: Any) -> dict[str, Any]:
-    if is_dataclass(section):
-        return {field.name: field.type for field in fields(section)}
-    if isinstance(section, type) and issubclass(section, BaseModel):
-        return {field.alias or name: field.annotation for name, field in section.model_fields.items()}
-    return {}
-
-
-def _section_type(annotation: Any) -> Any:
-    """The section class in `Section | None`."""
-    return next((kind for kind in get_args(annotation) if kind is not type(None)), annotation)
+def default_tracking_uri(runs: Path | str = "runs") -> str:
+    """The embedded tracking server: a SQLite database in the folder of all runs."""
+    return f"sqlite:///{Path(runs).resolve() / 'mlflow.db'}"

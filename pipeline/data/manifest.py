@@ -14,9 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.labels import LabelMap
 from pipeline.errors import UserError
 from pipeline.files import write_whole
-from pipeline.shard.coco import LabelMap
 
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"

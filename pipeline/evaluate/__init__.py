@@ -1,46 +1,44 @@
 """Detections of a checkpoint, their score, and the report that people look at."""
 
+from pipeline.evaluate.detect import (
+    DetectAll,
+    Detection,
+    detect,
+    sort_detections,
+)
 from pipeline.evaluate.report import (
     COLUMNS,
     LEAST_SIDE,
     PLOTTED,
-    category_color,
     choose_samples,
-    draw_boxes,
     metrics_table,
     plot_categories,
     write_category_table,
     write_pictures,
 )
-from pipeline.evaluate.score import (
+from pipeline.evaluate.results import (
     DETECTIONS_FILE,
-    METRICS,
     METRICS_FILE,
     SCORE_SETTINGS,
-    DetectAll,
-    Detection,
-    detect,
     evaluate_checkpoint,
     evaluate_files,
-    score,
-    sort_detections,
     weights_digest,
+)
+from pipeline.evaluate.score import (
+    score,
 )
 
 __all__ = [
     "COLUMNS",
     "DETECTIONS_FILE",
     "LEAST_SIDE",
-    "METRICS",
     "METRICS_FILE",
     "PLOTTED",
     "SCORE_SETTINGS",
     "DetectAll",
     "Detection",
-    "category_color",
     "choose_samples",
     "detect",
-    "draw_boxes",
     "evaluate_checkpoint",
     "evaluate_files",
     "metrics_table",

@@ -1,6 +1,5 @@
 """What people look at: detections beside ground truth as pictures, and AP by category as a table, a file and a plot."""
 
-import colorsys
 import csv
 import io
 from collections.abc import Mapping, Sequence
@@ -10,13 +9,13 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.data.loader import load_image
 from pipeline.data.manifest import Manifest, Sample, read_annotations
+from pipeline.data.samples import load_image
+from pipeline.predict.draw import draw_boxes
 
 LEAST_SIDE = 400
 """Smaller pictures are enlarged to this long side, in pixels, so that names can be read."""
@@ -24,47 +23,6 @@ COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 """Metrics of the tables by category."""
 PLOTTED = 40
 """Most categories of a plot."""
-
-
-def draw_boxes(
-    pixels: NDArray[np.uint8], entries: Sequence[Mapping[str, Any]], names: Mapping[int, str], least_side: int = 0
-) -> Image.Image:
-    """Draw boxes with names on a picture.
-
-    Args:
-        pixels: RGB uint8 [height, width, 3].
-        entries: detections (bbox xywh, category_id, score) or annotations (iscrowd instead of score).
-        names: category names by id.
-        least_side: enlarge the picture to this long side, in pixels, if it is smaller.
-    """
-    picture = Image.fromarray(pixels)
-    scale = max(1.0, least_side / max(picture.size))
-    if scale > 1:
-        picture = picture.resize((round(picture.width * scale), round(picture.height * scale)))
-    draw = ImageDraw.Draw(picture)
-    line = max(2, round(max(picture.size) / 400))
-    font = ImageFont.load_default(size=max(11.0, max(picture.size) / 50))
-    for entry in sorted(entries, key=lambda entry: entry.get("score", 1.0)):
-        x, y, width, height = (value * scale for value in entry["bbox"])
-        color = category_color(entry["category_id"])
-        text = names.get(entry["category_id"], str(entry["category_id"]))
-        if "score" in entry:
-            text += f" {entry['score']:.2f}"
-        if entry.get("iscrowd"):
-            text += " (crowd)"
-        draw.rectangle((x, y, x + max(width, 1), y + max(height, 1)), outline=color, width=line)
-        left, top, right, bottom = draw.textbbox((x, y), text, font=font)
-        lift = min(bottom - y, max(y, 0))
-        draw.rectangle((left, top - lift, right, bottom - lift), fill=color)
-        draw.text((x, y - lift), text, fill="white", font=font)
-    return picture
-
-
-def category_color(category_id: int) -> tuple[int, int, int]:
-    """Return a dark, strong color of a category: the same in every picture."""
-    hue = category_id * 0.618034 % 1.0
-    red, green, blue = colorsys.hsv_to_rgb(hue, 0.9, 0.75)
-    return round(red * 255), round(green * 255), round(blue * 255)
 
 
 def choose_samples(manifest: Manifest, count: int) -> list[Sample]:

@@ -10,8 +10,7 @@
 
 import io
 import json
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,17 @@ from safetensors.torch import load_file
 
 from model import DetrConfig, ImageBatch, PixelBatch, build_model, postprocess
 from model.weights.files import load_weights, read_weights, save_tensors
-from pipeline.checkpoint.save import STATE, load_model_weights, read_state
+from pipeline.checkpoint.state import STATE, load_model_weights, read_state
 from pipeline.config.sections import EvaluateSection
-from pipeline.data.augment import decode_image, plan_eval
+from pipeline.data.augment import plan_eval
+from pipeline.data.images import decode_image
+from pipeline.data.labels import LabelMap
 from pipeline.errors import UserError
-from pipeline.files import make_folder, write_json
-from pipeline.shard.coco import LabelMap
+from pipeline.files import write_json
 
 FORMAT = 1
 SETTINGS = "detector.json"
 WEIGHTS = "model.safetensors"
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 EXIF_ORIENTATION = 0x0112
 
 Detection = dict[str, Any]
@@ -248,102 +247,6 @@ def read_picture(content: bytes) -> NDArray[np.uint8]:
 def answer(detector: Detector, images: Sequence[bytes], score_threshold: float) -> list[str]:
     """Return one JSON list of detections an image: the answer of the registered model."""
     return [json.dumps(detector(bytes(image), score_threshold)) for image in images]
-
-
-def predict(
-    model: str,
-    images: Sequence[Path],
-    out: Path,
-    *,
-    tracking_uri: str,
-    score_threshold: float = 0.4,
-    show_attention: int = 0,
-    queries: Sequence[int] = (),
-    device: str | None = None,
-) -> int:
-    """Draw a model's detections on pictures, and write them to `<out>/detections.json`.
-
-    Args:
-        model: `models:/name@alias`, `models:/name/version`, or a folder: a checkpoint or a registered detector's.
-        images: pictures, and folders whose pictures are meant.
-        out: folder of the drawn pictures (PNG).
-        tracking_uri: MLflow server of the registry.
-        score_threshold: least score.
-        show_attention: for how many of the best detections, whatever their score, to draw what they looked at as well.
-        queries: the queries to draw that for instead.
-        device: where the network runs; a GPU where there is one when None.
-
-    Returns:
-        How many pictures were drawn.
-
-    Raises:
-        UserError: naming the model or the picture that cannot be used, or `out` if it cannot be made.
-    """
-    from pipeline.evaluate.report import draw_boxes
-    from pipeline.predict.attention import check_samples, look, save_look
-
-    paths = list(_pictures(images))
-    detector = open_detector(model, tracking_uri, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if show_attention or queries:
-        check_samples(detector)
-    make_folder(out)
-    found: list[dict[str, Any]] = []
-    taken = set()
-    for path in paths:
-        try:
-            pixels = read_picture(path.read_bytes())
-        except (OSError, UserError) as error:
-            raise UserError(f"{path}: {error}") from error
-        detections = detector(pixels, score_threshold)
-        name = path.stem
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        draw_boxes(pixels, detections, detector.labels.names).save(out / f"{name}.png")
-        found.append({"file_name": str(path), "drawn": f"{name}.png", "detections": detections})
-        if show_attention or queries:
-            looks = look(detector, pixels, queries, show_attention)
-            drawn = [save_look(pixels, seen, out / f"{name}_query{seen.query}.png").name for seen in looks]
-            found[-1]["attention"] = drawn
-    write_json(out / "detections.json", found)
-    return len(paths)
-
-
-def _pictures(images: Sequence[Path]) -> Iterator[Path]:
-    for path in images:
-        if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
-            if not inside:
-                raise UserError(f"{path}: no picture in this folder ({', '.join(PICTURES)})")
-            yield from inside
-        elif path.is_file():
-            yield path
-        else:
-            raise UserError(f"{path}: no such picture or folder")
-
-
-def open_detector(model: str, tracking_uri: str, device: str = "cpu") -> Detector:
-    """Load a detector by its registered name, or from a folder.
-
-    Raises:
-        UserError: there is no such model or folder.
-    """
-    if not model.startswith("models:/"):
-        return detector_in(Path(model), device=device)
-    from pipeline.tracking.tracker import connect, first_line, server_errors
-
-    connect(tracking_uri)
-    from mlflow.artifacts import download_artifacts
-
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            local = download_artifacts(artifact_uri=model, dst_path=folder, tracking_uri=tracking_uri)
-        except server_errors() as error:
-            raise UserError(
-                f"{model}: not found in the registry at {tracking_uri} ({first_line(error)}); `raydetr register` makes "
-                "a version, and --tracking-uri names another registry"
-            ) from error
-        return detector_in(Path(local), device=device)
 
 
 def detector_in(folder: Path, evaluate: EvaluateSection | None = None, device: torch.device | str = "cpu") -> Detector:

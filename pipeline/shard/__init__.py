@@ -1,1 +1,55 @@
 """Makes: COCO data checked, written as WebDataset tars with a manifest, or drawn."""
+
+from pipeline.shard.coco import (
+    CocoImage,
+    CocoSplit,
+    Findings,
+    OnError,
+    Source,
+    clean,
+    open_source,
+    source_digest,
+)
+from pipeline.shard.synthetic import (
+    Mask,
+    draw_dataset,
+)
+from pipeline.shard.write import (
+    ShardPlan,
+    WriteAll,
+    WriteTask,
+    WrittenShard,
+    check_same_categories,
+    finish,
+    plan_shards,
+    report_problems,
+    shard_split,
+    verify_shard,
+    write_in_a_row,
+    write_shard,
+)
+
+__all__ = [
+    "CocoImage",
+    "CocoSplit",
+    "Findings",
+    "Mask",
+    "OnError",
+    "ShardPlan",
+    "Source",
+    "WriteAll",
+    "WriteTask",
+    "WrittenShard",
+    "check_same_categories",
+    "clean",
+    "draw_dataset",
+    "finish",
+    "open_source",
+    "plan_shards",
+    "report_problems",
+    "shard_split",
+    "source_digest",
+    "verify_shard",
+    "write_in_a_row",
+    "write_shard",
+]

@@ -1,8 +1,8 @@
-"""Reads COCO JSON, refuses or cleans what is wrong with it, and maps category ids to labels.
+"""Reads COCO JSON, and refuses or cleans what is wrong with it.
 
-`read_coco(annotations, images, on_error)` gives a `CocoSplit`: images sorted by id, each with its annotations. What a
-rule of `RULES` finds stops the reading with one `UserError` (on_error="fail"), or is cleaned and counted ("skip").
-What is not COCO at all is always an error.
+`clean(open_source(annotations, images), on_error)` gives a `CocoSplit`: images sorted by id, each with its annotations.
+What a rule of `RULES` finds stops the reading with one `UserError` (on_error="fail"), or is cleaned and counted
+("skip"). What is not COCO at all is always an error.
 """
 
 import hashlib
@@ -12,10 +12,10 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.data.labels import Category
 from pipeline.errors import UserError
 
 OnError = Literal["fail", "skip"]
@@ -23,7 +23,6 @@ OnError = Literal["fail", "skip"]
 BORDER_SLACK = 1.0
 """Pixels that a box may stick out of its image, as rounding makes it: training clips it, nothing is reported."""
 
-COCO91_LOGITS = 91
 
 RULES: dict[str, str] = {
     "image_missing": "leave the image out",
@@ -56,73 +55,6 @@ class Findings:
         if self.on_error == "fail":
             raise UserError(f"{message}. Mend the data, or set dataset.on_error: skip to {RULES[rule]}.")
         self.counts[rule] += 1
-
-
-@dataclass(frozen=True)
-class Category:
-    """One category of a dataset."""
-
-    id: int
-    name: str
-
-
-@dataclass(frozen=True)
-class LabelMap:
-    """Between category ids and the logits (labels) of a model.
-
-    `contiguous` numbers the categories 0..n-1 in the order of their ids; `coco91` uses the category id itself as the
-    label of 91 logits, as the published detectors do.
-    """
-
-    kind: Literal["contiguous", "coco91"]
-    categories: tuple[Category, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "categories", tuple(sorted(self.categories, key=lambda category: category.id)))
-        if self.kind == "coco91":
-            for category in self.categories:
-                if not 1 <= category.id < COCO91_LOGITS:
-                    raise UserError(
-                        f"category {category.id} ({category.name}) is not in 1..{COCO91_LOGITS - 1}, "
-                        "as dataset.labels: coco91 needs; set dataset.labels: contiguous"
-                    )
-
-    @property
-    def num_classes(self) -> int:
-        """Logits of a model for these labels, without "no object"."""
-        return COCO91_LOGITS if self.kind == "coco91" else len(self.categories)
-
-    @cached_property
-    def names(self) -> dict[int, str]:
-        """Category names by category id."""
-        return {category.id: category.name for category in self.categories}
-
-    @cached_property
-    def _labels(self) -> dict[int, int]:
-        if self.kind == "coco91":
-            return {category.id: category.id for category in self.categories}
-        return {category.id: label for label, category in enumerate(self.categories)}
-
-    @cached_property
-    def _category_ids(self) -> dict[int, int]:
-        return {label: category_id for category_id, label in self._labels.items()}
-
-    def label(self, category_id: int) -> int:
-        """The label of a category id; KeyError for an id that is no category."""
-        return self._labels[category_id]
-
-    def category(self, label: int) -> int | None:
-        """The category id of a label; None for a logit that is no category."""
-        return self._category_ids.get(label)
-
-    def to_json(self) -> dict[str, Any]:
-        """A value that `json` can write."""
-        return {"kind": self.kind, "categories": [{"id": c.id, "name": c.name} for c in self.categories]}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "LabelMap":
-        """The inverse of `to_json`."""
-        return cls(value["kind"], tuple(Category(int(c["id"]), str(c["name"])) for c in value["categories"]))
 
 
 @dataclass(frozen=True)
@@ -162,15 +94,6 @@ class Source:
     sizes: dict[str, int | None]
     images: Path
     digest: str
-
-
-def read_coco(annotations: Path, images: Path, on_error: OnError) -> CocoSplit:
-    """Reads and validates a split: a COCO JSON file and the folder of its images.
-
-    Raises:
-        UserError: the file is not COCO, or a rule found something and on_error is "fail".
-    """
-    return clean(open_source(annotations, images), on_error)
 
 
 def open_source(annotations: Path, images: Path) -> Source:

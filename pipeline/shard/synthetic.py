@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from pipeline.config.sections import SyntheticSection
 from pipeline.errors import UserError
-from pipeline.log import get_logger
-from pipeline.shard.write import disk_error, locked
+from pipeline.files import disk_error, locked
+from pipeline.log import get_logger, outcome
 
 SETTINGS_NAME = "synthetic.json"
 FORMAT = 1
@@ -62,7 +62,7 @@ def draw_dataset(root: Path, settings: SyntheticSection) -> Path:
     """
     wanted = {"format": FORMAT, **settings.model_dump()}
     if _is_drawn(root, wanted):
-        logger.info("synthetic dataset: already drawn in %s", root)
+        logger.info(outcome("synthetic dataset", f"in {root}", is_new=False))
         return root
     unfinished = root.with_name(f".{root.name}.partial")
     try:

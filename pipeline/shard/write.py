@@ -5,15 +5,12 @@ in which shard is planned from the annotation file and the files' sizes, so the 
 each shard is one task. All is written into a hidden folder beside the final one, the manifest last, then renamed.
 """
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,8 +18,9 @@ from typing import Any, BinaryIO
 
 import webdataset
 
-from pipeline.config.sections import DatasetSection, ShardsSection
-from pipeline.data.augment import BadImageError, decode_image, inspect_image
+from pipeline.config.sections import DatasetSection, OnError, ShardsSection
+from pipeline.data.images import BadImageError, decode_image, inspect_image
+from pipeline.data.labels import LabelMap
 from pipeline.data.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -36,12 +34,11 @@ from pipeline.data.manifest import (
     write_manifest,
 )
 from pipeline.errors import UserError
-from pipeline.files import sync
-from pipeline.log import get_logger
-from pipeline.shard.coco import CocoImage, CocoSplit, Findings, LabelMap, OnError, Source, clean
+from pipeline.files import disk_error, locked, sync
+from pipeline.log import get_logger, outcome
+from pipeline.shard.coco import CocoImage, CocoSplit, Findings, Source, clean
 
 TAR_BLOCK = 512
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 logger = get_logger(__name__)
 
@@ -113,14 +110,14 @@ def shard_split(
             if (folder / MANIFEST_NAME).exists():
                 manifest = read_manifest(folder)
                 _refuse_other(manifest, source, settings, dataset.on_error)
-                logger.info("shard: already done, %s has %d samples in %s", split, len(manifest.samples), folder)
+                logger.info(outcome("shard", _summary(manifest), is_new=False))
                 return manifest
             _refuse_foreign(folder)
             cleaned = clean(source, dataset.on_error)
             return _write_split(cleaned, folder, LabelMap(dataset.labels, cleaned.categories), settings,
                                 dataset.on_error, verify, write_all)  # fmt: skip
     except OSError as error:
-        raise disk_error(out, error) from error
+        raise disk_error(out, error, "shards.out") from error
 
 
 def plan_shards(split: CocoSplit, max_samples: int, max_bytes: int, *, segmentations: bool = False) -> list[ShardPlan]:
@@ -162,7 +159,7 @@ def write_shard(plan: ShardPlan, folder: Path, on_error: OnError, verify: bool) 
             temporary.unlink()
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise disk_error(path, error) from error
+        raise disk_error(path, error, "shards.out") from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -236,27 +233,6 @@ def report_problems(split: str, manifest: Manifest) -> None:
         logger.warning("%s: cleaned: %s", split, _told(manifest.problems))
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds a lock among the processes that write here; it ends with its process, however that ends."""
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("waiting for another process that writes here (%s)", path)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def disk_error(path: Path, error: OSError, key: str = "shards.out") -> Exception:
-    """The user's error for a full disk or a folder that cannot be written, mended by `key`; others as they are."""
-    if error.errno in NO_SPACE:
-        return UserError(f"{path}: no space left ({error.strerror}); free some, or write elsewhere with {key}")
-    if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or error.errno == errno.EROFS:
-        return UserError(f"{error.filename or path}: cannot be written ({error.strerror}); set {key}")
-    return error
-
-
 def _write_split(
     split: CocoSplit, folder: Path, labels: LabelMap, settings: dict[str, Any], on_error: OnError, verify: bool,
     write_all: WriteAll,
@@ -276,9 +252,7 @@ def _write_split(
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     manifest = replace(manifest, folder=folder)
-    logger.info(
-        "shard: %s has %d samples in %d shards in %s", folder.name, len(manifest.samples), len(manifest.shards), folder
-    )
+    logger.info(outcome("shard", _summary(manifest), is_new=True))
     report_problems(folder.name, manifest)
     return manifest
 
@@ -383,6 +357,11 @@ def _settings(dataset: DatasetSection, shards: ShardsSection) -> dict[str, Any]:
         "max_bytes": shards.max_bytes,
         "segmentations": shards.segmentations,
     }
+
+
+def _summary(manifest: Manifest) -> str:
+    samples, shards = len(manifest.samples), len(manifest.shards)
+    return f"{manifest.split} has {samples} samples in {shards} shards in {manifest.folder}"
 
 
 def _refuse_other(manifest: Manifest, source: Source, settings: dict[str, Any], on_error: OnError) -> None:

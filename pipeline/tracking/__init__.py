@@ -1,14 +1,6 @@
 """Metrics on their way to MLflow: a spool on disk that training writes, and the tracker that uploads it."""
 
-from pipeline.tracking.tracker import (
-    BATCH,
-    PARAM_LENGTH,
-    PARAMS,
-    RETRY_SECONDS,
-    Spool,
-    SpoolReader,
-    SpoolRecord,
-    Tracker,
+from pipeline.tracking.server import (
     artifact_location,
     connect,
     first_line,
@@ -17,12 +9,26 @@ from pipeline.tracking.tracker import (
     server_errors,
     use_server,
 )
+from pipeline.tracking.spool import (
+    SAME,
+    Spool,
+    SpoolReader,
+    SpoolRecord,
+)
+from pipeline.tracking.tracker import (
+    BATCH,
+    PARAM_LENGTH,
+    PARAMS,
+    RETRY_SECONDS,
+    Tracker,
+)
 
 __all__ = [
     "BATCH",
     "PARAMS",
     "PARAM_LENGTH",
     "RETRY_SECONDS",
+    "SAME",
     "Spool",
     "SpoolReader",
     "SpoolRecord",

@@ -9,19 +9,18 @@ MLflow is imported by the first `Tracker`, not by this module: that import takes
 
 import contextlib
 import json
-import logging
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.sections import flatten
+from pipeline.config.values import flatten
 from pipeline.errors import TrackingError, UserError
 from pipeline.files import write_json
 from pipeline.log import get_logger
+from pipeline.tracking.server import artifact_location, connect, first_line, metric_name, server_errors
+from pipeline.tracking.spool import SpoolReader, SpoolRecord
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -36,111 +35,6 @@ RETRY_SECONDS = 15.0
 """Least time between two tries to reach a server that is away: a try can take as long as its time-out."""
 PARAM_LENGTH = 6000
 """Most characters of a param's value that MLflow takes."""
-
-
-@dataclass(frozen=True)
-class SpoolRecord:
-    """One line of a spool."""
-
-    time: float
-    """Seconds since the epoch at which the point was measured."""
-    step: int
-    """Optimizer step of the point."""
-    metrics: dict[str, float]
-    """Values by metric name."""
-    kind: str
-    """What wrote the line; `metrics` for points of a curve."""
-    end: int
-    """Offset in bytes of the next line."""
-
-
-class Spool:
-    """Appends points to a file of JSON lines, each flushed: a killed process loses at most the line it was writing.
-
-    Args:
-        path: the file; made with its folder when missing. A torn last line of a killed writer is cut off.
-        clock: gives the time stamps, in seconds since the epoch.
-    """
-
-    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_torn_line(path)
-        self.path = path
-        self._clock = clock
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, step: int, metrics: Mapping[str, float], kind: str = "metrics") -> None:
-        """Append the values that were measured at `step`."""
-        values = {name: float(value) for name, value in metrics.items()}
-        record = {"time": self._clock(), "step": int(step), "metrics": values, "kind": kind}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file; further writes are errors."""
-        self._file.close()
-
-    def __enter__(self) -> "Spool":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-def _cut_torn_line(path: Path) -> None:
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        logger.warning("%s: cutting off a last line that was torn by a crash", path)
-        os.truncate(path, whole)
-
-
-class SpoolReader:
-    """Reads the whole lines that were added to a spool since the last read; the file may not exist yet.
-
-    `offset` is the position in bytes of the next line: the whole state of the reader.
-    """
-
-    def __init__(self, path: Path, offset: int = 0) -> None:
-        self.path = path
-        self.offset = offset
-
-    def read(self, limit: int | None = None) -> list[SpoolRecord]:
-        """Return the new records, oldest first, and move on past them.
-
-        Args:
-            limit: stop after the record with which this many metric values are reached; None reads everything.
-        """
-        if not self.path.exists():
-            return []
-        records: list[SpoolRecord] = []
-        values = 0
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self.offset += len(line)
-                record = self._parse(line)
-                if record is None:
-                    continue
-                records.append(record)
-                values += len(record.metrics)
-                if limit is not None and values >= limit:
-                    break
-        return records
-
-    def _parse(self, line: bytes) -> SpoolRecord | None:
-        try:
-            entry = json.loads(line)
-            return SpoolRecord(
-                entry["time"], entry["step"], entry["metrics"], entry.get("kind", "metrics"), self.offset
-            )
-        except (ValueError, KeyError, TypeError, AttributeError):
-            logger.warning("%s: leaving out a line before byte %d that is not a record", self.path, self.offset)
-            return None
 
 
 class Tracker:
@@ -227,11 +121,6 @@ class Tracker:
             if changed:
                 self.client.log_batch(self.run_id, tags=changed[:PARAMS])
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log values of one step now. What must survive an outage goes through a spool and `drain` instead."""
-        with self.talking():
-            self._upload([SpoolRecord(time.time(), step, dict(metrics), "metrics", 0)], {})
-
     def log_artifacts(self, path: Path, folder: str | None = None) -> None:
         """Upload a file, or all files of a folder, into `folder` of the run's artifacts."""
         with self.talking():
@@ -239,12 +128,6 @@ class Tracker:
                 self.client.log_artifacts(self.run_id, str(path), folder)
             else:
                 self.client.log_artifact(self.run_id, str(path), folder)
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags of the run."""
-        with self.talking():
-            for key, value in tags.items():
-                self.client.set_tag(self.run_id, key, value)
 
     def finish(self, status: str = "FINISHED") -> None:
         """End the run: FINISHED, FAILED or KILLED."""
@@ -348,66 +231,5 @@ class Tracker:
             raise TrackingError(f"tracking server {self.uri}: {first_line(error)}") from error
 
 
-def connect(uri: str) -> "MlflowClient":
-    """Import MLflow with its telemetry off and return a client of the tracking server and registry at `uri`.
-
-    A request to a server that is away fails after seconds, not the minutes of MLflow's defaults.
-    """
-    prepare_mlflow()
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        use_server(uri)
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
-    except (MlflowException, OSError) as error:
-        raise UserError(f"tracking.uri {uri}: {first_line(error)}") from error
-
-
-def use_server(uri: str) -> None:
-    """Make `uri` this process's default: the registry's SQL store asks it for models, whatever client it serves."""
-    import mlflow
-
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-
-
-def prepare_mlflow() -> None:
-    """Set what MLflow reads from the environment when it is imported: no telemetry, short time-outs, no bars."""
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    os.environ["DO_NOT_TRACK"] = "true"
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    for name in ("alembic", "mlflow.store.db.utils", "mlflow.pyfunc"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-
-def server_errors() -> tuple[type[Exception], ...]:
-    """Return what MLflow raises when a server is away or refuses."""
-    from mlflow.exceptions import MlflowException
-
-    return (MlflowException, OSError)
-
-
-def artifact_location(uri: str, experiment: str) -> str | None:
-    """Return where the artifacts of a new experiment go: beside a SQLite database, else where the server wants them."""
-    if not uri.startswith("sqlite:///"):
-        return None
-    folder = Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts" / metric_name(experiment)
-    return folder.as_uri()
-
-
-def metric_name(name: str) -> str:
-    """Return a metric's name with what MLflow refuses in it replaced by an underscore."""
-    return "".join(letter if letter.isalnum() or letter in "_-./ " else "_" for letter in name)
-
-
 def _state_file(spool: Path) -> Path:
     return spool.with_name(f"{spool.name}.uploaded")
-
-
-def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

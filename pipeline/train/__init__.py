@@ -3,13 +3,13 @@
 from pipeline.train.curves import (
     Curves,
 )
-from pipeline.train.loop import (
-    MAY_DIFFER,
-    TrainJob,
-    dropout_seed,
+from pipeline.train.engine import (
     engine_config,
-    is_path,
-    resume_point,
+    gradient_norm,
+    make_engine,
+)
+from pipeline.train.loop import (
+    dropout_seed,
 )
 from pipeline.train.optim import (
     SAMPLING_MODULES,
@@ -19,17 +19,27 @@ from pipeline.train.optim import (
     parameter_groups,
     set_learning_rates,
 )
+from pipeline.train.run import (
+    MAY_DIFFER,
+    Run,
+    TrainJob,
+    find_checkpoint,
+    resume_point,
+)
 
 __all__ = [
     "MAY_DIFFER",
     "SAMPLING_MODULES",
     "Curves",
+    "Run",
     "TrainJob",
     "dropout_seed",
     "engine_config",
+    "find_checkpoint",
+    "gradient_norm",
     "group_of",
-    "is_path",
     "lr_factor",
+    "make_engine",
     "make_optimizer",
     "parameter_groups",
     "resume_point",

@@ -1,8 +1,49 @@
-"""`python -m pipeline.train`: training in this process, or in those that `torchrun` started."""
+"""Training without Ray, in this process or in those that `torchrun` starts; the shards must be there.
 
+    python -m pipeline.train -c config.yaml
+    torchrun --nproc-per-node 2 -m pipeline.train -c config.yaml --set train.zero_stage=1
+
+`jobs/train.py` runs the same function in Ray Train's workers.
+"""
+
+import argparse
 import sys
 
-from pipeline.train.loop import main
+from pipeline.config.load import load_config
+from pipeline.data.manifest import read_manifest
+from pipeline.distributed import close, init_world, together
+from pipeline.errors import UserError
+from pipeline.log import set_up_logging
+from pipeline.train.loop import train
+from pipeline.train.run import TrainJob
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train in this process, or in those that `torchrun` started. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.train", description=main.__doc__)
+    parser.add_argument("-c", "--config", required=True, help="YAML file of the pipeline")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting")
+    options = parser.parse_args(arguments)
+    try:
+        config = load_config(options.config, options.set)
+        world = init_world(config.cluster.device)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    set_up_logging(world.rank)
+    try:
+        shards = config.shards_folder / "train"
+        labels = together(world, lambda: read_manifest(shards)).labels
+        model = config.model_for(labels.num_classes)
+        train(TrainJob(model, config.train, shards, config.folder, config.dataset.on_error), world)
+    except UserError as error:
+        if world.rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        close(world)
+    return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

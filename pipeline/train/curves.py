@@ -1,6 +1,5 @@
 """The training curves, as a run writes them down and tells them."""
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ import torch
 
 from pipeline.config.sections import TrainSection
 from pipeline.log import get_logger
-from pipeline.tracking.tracker import Spool, SpoolReader
+from pipeline.tracking.spool import Spool
 
 logger = get_logger(__name__)
 
@@ -30,8 +29,6 @@ class Curves:
     ) -> None:
         self._train, self._total, self._epochs = train, total, epochs
         self._spool = Spool(spool) if spool is not None else None
-        records = SpoolReader(spool).read() if spool is not None else []
-        self._written = {record.step: record.metrics.get("train/loss", math.nan) for record in records}
         self._done, self._since = first, time.perf_counter()
 
     def step_done(self, step: int, values: dict[str, float], optimizer: torch.optim.Optimizer) -> None:
@@ -44,8 +41,7 @@ class Curves:
         self._done, self._since = done, now
         point = {**values, "epoch": self._epochs(done), "images_per_second": rate}
         point |= {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
-        if not math.isclose(self._written.get(done, math.nan), values["loss"], rel_tol=1e-3):
-            self._spool.write(done, {f"train/{name}": value for name, value in point.items()})
+        self._spool.write_once(done, {f"train/{name}": value for name, value in point.items()}, "train/loss")
         logger.info(
             "step %d/%d  epoch %.2f  loss %.4f  gradient %.3f  %.1f images/s",
             *(done, self._total, point["epoch"], values["loss"], values["grad_norm"], rate),

@@ -25,17 +25,20 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pipeline.checkpoint.save import checkpoints
-from pipeline.config.sections import Config, load_config
+from pipeline.checkpoint.state import checkpoints
+from pipeline.config.load import load_config
+from pipeline.config.sections import Config
 from pipeline.data.manifest import Manifest
 from pipeline.distributed import World, close, init_world
-from pipeline.evaluate.score import detect, evaluate_checkpoint
+from pipeline.evaluate.detect import detect
+from pipeline.evaluate.results import evaluate_checkpoint
 from pipeline.log import set_up_logging
 from pipeline.shard.coco import open_source
 from pipeline.shard.synthetic import draw_dataset
 from pipeline.shard.write import shard_split
-from pipeline.tracking.tracker import SpoolReader
-from pipeline.train.loop import TrainJob, train
+from pipeline.tracking.spool import SpoolReader
+from pipeline.train.loop import train
+from pipeline.train.run import TrainJob
 
 DEMO = Path(__file__).resolve().parents[2] / "jobs" / "configs" / "demo.yaml"
 POINTS = 8
@@ -120,12 +123,12 @@ def learn(config: Config, world: World) -> Curve:
     job = TrainJob(model, config.train, manifests["train"].folder, config.folder)
     train(job, world)
     curve = []
-    for path in checkpoints(job.checkpoints):
+    for path in checkpoints(job.out.checkpoints):
         metrics, _ = evaluate_checkpoint(
             path,
             manifests["val"],
             config.evaluate,
-            config.folder / "evaluate" / path.name,
+            config.folder.evaluation / path.name,
             lambda path, batches: [detect(path, manifests["val"], batches, config.evaluate, world.device)],
         )
         curve.append({key: metrics[key] for key in ("step", *COLUMNS)})
@@ -134,7 +137,7 @@ def learn(config: Config, world: World) -> Curve:
 
 def images_per_second(config: Config) -> float:
     """Median over the points of the training curve, so that pauses do not count."""
-    records = SpoolReader(config.folder / "spool" / "train.jsonl").read()
+    records = SpoolReader(config.folder.train_spool).read()
     return median(record.metrics["train/images_per_second"] for record in records)
 
 

@@ -13,10 +13,12 @@ from model.deformable_detr import DeformableDetr
 from model.weights.files import export_weights, load_weights, read_tensors, read_weights
 from model.weights.names import to_foreign
 from pipeline.config.sections import InitSection
+from pipeline.data.labels import Category, LabelMap
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.shard.coco import Category, LabelMap
-from pipeline.train.loop import TrainJob, train
+from pipeline.run_folder import RunFolder
+from pipeline.train.loop import train
+from pipeline.train.run import TrainJob
 from tests.builders import make_varied_manifest, write_checkpoint
 from tests.jobs.test_cli import raydetr
 from tests.pipeline.train.test_loop import SETTINGS, TrainSection, losses
@@ -120,7 +122,7 @@ def test_fine_tuning_from_published_weights(tmp_path: Path, world: World) -> Non
             **settings,
         }
         train_section = TrainSection.model_validate(recipe)
-        return TrainJob(config, train_section, manifest.folder, tmp_path / name, root=tmp_path)
+        return TrainJob(config, train_section, manifest.folder, RunFolder(tmp_path / name), root=tmp_path)
 
     init = InitSection(weights="published.pth")  # beside the command, wherever the worker runs
     with pytest.raises(UserError, match=r"train\.init: .*published\.pth: has 91 class logits .*reset_heads"):

@@ -9,12 +9,14 @@ import pytest
 
 from jobs.cluster import connected
 from jobs.evaluate import evaluate, evaluate_weights
-from pipeline.checkpoint.save import read_state
-from pipeline.config.sections import Config, parse_config
+from pipeline.checkpoint.state import read_state
+from pipeline.config.load import parse_config
+from pipeline.config.sections import METRICS, Config
 from pipeline.data.loader import eval_batches
 from pipeline.data.manifest import Manifest, ground_truth
 from pipeline.errors import UserError
-from pipeline.evaluate.score import METRICS, detect, score
+from pipeline.evaluate.detect import detect
+from pipeline.evaluate.score import score
 from pipeline.predict.detector import Detector
 from pipeline.tracking.tracker import Tracker
 from tests.builders import make_manifest, make_varied_manifest, write_checkpoint

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jobs.inspect import inspect_model
-from pipeline.config.sections import load_config
+from pipeline.config.load import load_config
 from pipeline.errors import UserError
 from tests.builders import make_manifest
 

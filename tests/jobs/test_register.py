@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from jobs.register import register
-from pipeline.config.sections import Config, parse_config
+from pipeline.config.load import parse_config
+from pipeline.config.sections import METRICS, Config
+from pipeline.data.labels import Category, LabelMap
 from pipeline.errors import UserError
-from pipeline.evaluate.score import METRICS, weights_digest
-from pipeline.shard.coco import Category, LabelMap
+from pipeline.evaluate.results import weights_digest
 from pipeline.tracking.tracker import Tracker
 from tests.builders import write_checkpoint
 
@@ -26,14 +27,14 @@ def config(tmp_path: Path) -> Config:
 def write_metrics(config: Config, checkpoint: Path, value: float = 0.5) -> None:
     metrics = {name: value for name in METRICS} | {"per_category": {}, "step": 5}
     metrics["inputs"] = {"weights": weights_digest(checkpoint), "val_digest": "val"}
-    (config.folder / "evaluate").mkdir(parents=True, exist_ok=True)
-    (config.folder / "evaluate" / "metrics.json").write_text(json.dumps(metrics))
+    (config.folder.evaluation).mkdir(parents=True, exist_ok=True)
+    (config.folder.evaluation / "metrics.json").write_text(json.dumps(metrics))
 
 
 def test_once(config: Config, mlflow_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = write_checkpoint(config.folder / "checkpoints", LABELS)
+    checkpoint = write_checkpoint(config.folder.checkpoints, LABELS)
     write_metrics(config, checkpoint)
-    tracker = Tracker(mlflow_uri, "register", "run", config.folder / "mlflow_run.json")
+    tracker = Tracker(mlflow_uri, "register", "run", config.folder.mlflow_run)
     first = register(config, checkpoint, tracker)
     assert (first.name, first.version, first.is_champion) == (config.register_.model_name, 1, True)
     assert "version 1" in capsys.readouterr().out
@@ -43,10 +44,10 @@ def test_once(config: Config, mlflow_uri: str, capsys: pytest.CaptureFixture[str
 
 
 def test_needs_metrics_of_this_checkpoint(config: Config, mlflow_uri: str) -> None:
-    checkpoint = write_checkpoint(config.folder / "checkpoints", LABELS)
-    tracker = Tracker(mlflow_uri, "register", "run", config.folder / "mlflow_run.json")
+    checkpoint = write_checkpoint(config.folder.checkpoints, LABELS)
+    tracker = Tracker(mlflow_uri, "register", "run", config.folder.mlflow_run)
     with pytest.raises(UserError, match=r"metrics\.json: .*has no metrics; score it first"):
         register(config, checkpoint, tracker)
-    write_metrics(config, write_checkpoint(config.folder / "checkpoints", LABELS, step=6, seed=1))
+    write_metrics(config, write_checkpoint(config.folder.checkpoints, LABELS, step=6, seed=1))
     with pytest.raises(UserError, match=r"not the metrics of .*checkpoint-5"):
         register(config, checkpoint, tracker)

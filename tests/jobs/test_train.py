@@ -22,8 +22,9 @@ from pipeline.config.sections import ClusterSection, Config
 from pipeline.data.manifest import Manifest
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.train.loop import TrainJob
+from pipeline.run_folder import RunFolder
 from pipeline.train.loop import train as train_here
+from pipeline.train.run import TrainJob
 from tests.builders import make_varied_manifest
 from tests.pipeline.train.test_loop import MODEL, SETTINGS, assert_same_weights
 
@@ -92,12 +93,12 @@ def test_ray_workers_train_like_one_process(
     trained: tuple[Config, Path, int], manifest: Manifest, world: World, tmp_path: Path
 ) -> None:
     config, last, calls = trained
-    assert last == config.folder / "checkpoints" / f"checkpoint-{STEPS}"
+    assert last == config.folder.checkpoints / f"checkpoint-{STEPS}"
     assert checkpoint.read_state(last).world_size == 2
     assert calls >= 1
-    job = TrainJob(config.model_for(manifest.labels.num_classes), config.train, manifest.folder, tmp_path)
+    job = TrainJob(config.model_for(manifest.labels.num_classes), config.train, manifest.folder, RunFolder(tmp_path))
     train_here(job, world)
-    assert losses(config.folder / "spool" / "train.jsonl") == pytest.approx(losses(job.spool), rel=1e-5)
+    assert losses(config.folder.train_spool) == pytest.approx(losses(job.out.train_spool), rel=1e-5)
 
 
 def test_a_finished_run_is_not_trained_again(trained: tuple[Config, Path, int], manifest: Manifest) -> None:
@@ -106,7 +107,7 @@ def test_a_finished_run_is_not_trained_again(trained: tuple[Config, Path, int], 
 
 def test_a_killed_worker_changes_nothing(trained: tuple[Config, Path, int], manifest: Manifest, tmp_path: Path) -> None:
     config = make_config(tmp_path, max_restarts=1)
-    spool = config.folder / "spool" / "train.jsonl"
+    spool = config.folder.train_spool
     done = threading.Event()
     killed: list[int] = []
 
@@ -146,7 +147,7 @@ def test_initial_weights_that_are_not_there_are_told_at_once(key: str, tmp_path:
     assert not list(tmp_path.iterdir())
     check_init(make_config(tmp_path, init={"backbone": "imagenet"}))
     check_init(make_config(tmp_path, init={"backbone": "https://example.org/resnet.pth"}))
-    state = config.folder / "checkpoints" / "checkpoint-5" / "state.json"
+    state = config.folder.checkpoints / "checkpoint-5" / "state.json"
     state.parent.mkdir(parents=True)
     state.touch()
     check_init(config)  # training has begun: they are not needed any more

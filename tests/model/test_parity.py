@@ -31,7 +31,9 @@ from pipeline.data.loader import TrainLoader
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import SampleOrder
 from pipeline.distributed import World
-from pipeline.train.loop import TrainJob, train
+from pipeline.run_folder import RunFolder
+from pipeline.train.loop import train
+from pipeline.train.run import TrainJob
 from tests.builders import make_batch, make_target, make_varied_manifest
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -328,7 +330,7 @@ def test_ten_steps_of_training(tmp_path: Path, world: World) -> None:
     export_weights(start, tmp_path / "start.safetensors")
     export_weights(start, tmp_path / "theirs", "hf")
     recipe = RECIPE.model_copy(update={"init": InitSection(weights=str(tmp_path / "start.safetensors"))})
-    train(TrainJob(config, recipe, manifest.folder, tmp_path / "run"), world)
+    train(TrainJob(config, recipe, manifest.folder, RunFolder(tmp_path / "run")), world)
     records = [json.loads(line) for line in (tmp_path / "run" / "spool" / "train.jsonl").read_text().splitlines()]
     ours = [record["metrics"]["train/loss"] for record in records]
     theirs = plain_training(into_transformers(tmp_path / "theirs", "deformable_detr"), recipe, manifest)

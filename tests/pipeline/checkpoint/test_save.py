@@ -15,11 +15,11 @@ from torch import nn
 
 from model import DetrConfig
 from pipeline import checkpoint
-from pipeline.checkpoint.save import State
+from pipeline.checkpoint.state import State
 from pipeline.config.sections import TrainSection
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.train.loop import _import_deepspeed, engine_config
+from pipeline.train.engine import engine_config, import_deepspeed
 from pipeline.train.optim import make_optimizer, parameter_groups, set_learning_rates
 from tests.ranks import Ranks
 
@@ -44,7 +44,7 @@ class Net(nn.Module):
 
 def make_engine(world: World, stage: int, path: Path | None = None) -> Any:
     train = TrainSection(global_batch=2, micro_batch=1, zero_stage=stage, lr=1e-2, lr_backbone=1e-3, clip_grad_norm=0.5)
-    deepspeed = _import_deepspeed(world)
+    deepspeed = import_deepspeed(world)
     torch.manual_seed(0)
     model = Net()
     if path is not None:

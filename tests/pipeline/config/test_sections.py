@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from model import DetrConfig, build_model
-from pipeline.config.sections import ConfigError, differences, digest, dump_config, flatten, load_config, parse_config
+from pipeline.config.load import ConfigError, dump_config, load_config, parse_config
+from pipeline.config.values import differences, digest, flatten
 
 CONFIGS = sorted((Path(__file__).resolve().parents[3] / "jobs" / "configs").glob("*.yaml"))
 

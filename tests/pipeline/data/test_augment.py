@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config.sections import AugmentSection
-from pipeline.data.augment import BadImageError, Plan, decode_image, inspect_image, plan_eval, plan_train, resized
+from pipeline.data.augment import Plan, plan_eval, plan_train, resized
+from pipeline.data.images import BadImageError, decode_image, inspect_image
 from tests.builders import make_image, write_image
 
 SMALL = AugmentSection(

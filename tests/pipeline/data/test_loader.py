@@ -10,20 +10,10 @@ import torch
 
 from pipeline.config.sections import AugmentSection, EvaluateSection, TrainSection
 from pipeline.data.augment import Plan, plan_eval
-from pipeline.data.loader import (
-    PLACEHOLDER_SIDE,
-    EvalLoader,
-    MicroBatch,
-    Step,
-    TrainLoader,
-    eval_batches,
-    load_image,
-    load_train_sample,
-    plan_step,
-    sample_plan,
-)
+from pipeline.data.loader import PLACEHOLDER_SIDE, EvalLoader, MicroBatch, Step, TrainLoader, eval_batches
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import SampleOrder
+from pipeline.data.samples import load_image, load_train_sample, plan_step, sample_plan
 from pipeline.errors import UserError
 from tests.builders import make_annotation, make_manifest, make_varied_manifest
 

@@ -7,17 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.config.sections import METRICS
 from pipeline.data.manifest import Manifest
 from pipeline.evaluate.report import (
-    category_color,
     choose_samples,
-    draw_boxes,
     metrics_table,
     plot_categories,
     write_category_table,
     write_pictures,
 )
-from pipeline.evaluate.score import METRICS
+from pipeline.predict.draw import category_color, draw_boxes
 from tests.builders import make_annotation, make_image, make_manifest
 
 

@@ -14,12 +14,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file, save_file
 
-from pipeline.config.sections import EvaluateSection, Metric
+from pipeline.config.sections import METRICS, EvaluateSection, Metric
+from pipeline.data.labels import Category, LabelMap
 from pipeline.data.loader import eval_batches
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
-from pipeline.evaluate.score import METRICS, detect, evaluate_checkpoint, evaluate_files, score, sort_detections
-from pipeline.shard.coco import Category, LabelMap
+from pipeline.evaluate.detect import detect, sort_detections
+from pipeline.evaluate.results import evaluate_checkpoint, evaluate_files
+from pipeline.evaluate.score import score
 from tests.builders import make_varied_manifest, write_checkpoint
 
 EMPTY: dict[str, Any] = {"images": [{"id": 1, "width": 64, "height": 64}], "categories": [{"id": 3, "name": "cat"}]}

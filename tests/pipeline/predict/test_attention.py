@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from pipeline.config.sections import EvaluateSection
+from pipeline.data.labels import Category, LabelMap
 from pipeline.errors import UserError
 from pipeline.predict.attention import Look, check_samples, draw_look, look, save_look
 from pipeline.predict.detector import Detector
-from pipeline.shard.coco import Category, LabelMap
 from tests.builders import make_detector, make_image
 
 LABELS = LabelMap("contiguous", tuple(Category(number, f"thing {number}") for number in (1, 2, 4, 7, 8)))

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jobs.predict import predict
 from PIL import Image
 
 from model import DetrConfig, ImageBatch
 from pipeline.config.sections import EvaluateSection
+from pipeline.data.labels import Category, LabelMap
 from pipeline.errors import UserError
-from pipeline.evaluate.score import detect
-from pipeline.predict.detector import Detector, answer, detector_in, predict, read_picture
-from pipeline.shard.coco import Category, LabelMap
+from pipeline.evaluate.detect import detect
+from pipeline.predict.detector import Detector, answer, detector_in, read_picture
 from tests.builders import make_image, make_manifest, write_checkpoint, write_image
 
 LABELS = LabelMap("coco91", (Category(1, "cat"), Category(3, "dog"), Category(90, "toothbrush")))

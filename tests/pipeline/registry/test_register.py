@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs.predict import predict
 from PIL import Image
 
-from pipeline.config.sections import EvaluateSection, RegisterSection
+from pipeline.config.sections import METRICS, EvaluateSection, RegisterSection
+from pipeline.data.labels import Category, LabelMap
 from pipeline.errors import UserError
-from pipeline.evaluate.score import METRICS
-from pipeline.predict.detector import Detector, predict
-from pipeline.registry.register import REQUIREMENTS, Registration, register, requirements
-from pipeline.shard.coco import Category, LabelMap
+from pipeline.predict.detector import Detector
+from pipeline.registry.package import REQUIREMENTS, requirements
+from pipeline.registry.register import Registration, register
 from pipeline.tracking.tracker import Tracker
 from tests.builders import write_checkpoint, write_image
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.data.labels import Category, LabelMap
 from pipeline.errors import UserError
-from pipeline.shard.coco import Category, LabelMap, open_source, read_coco
-from tests.builders import CATEGORIES, CocoFiles, make_annotation, write_coco
+from pipeline.shard.coco import open_source
+from tests.builders import CATEGORIES, CocoFiles, make_annotation, read_coco, write_coco
 
 NAN, INF = math.nan, math.inf
 

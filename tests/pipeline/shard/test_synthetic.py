@@ -9,9 +9,9 @@ from pycocotools.coco import COCO
 
 from pipeline.config.sections import DatasetSection, SyntheticSection
 from pipeline.errors import UserError
-from pipeline.shard.coco import CocoSplit, read_coco
+from pipeline.shard.coco import CocoSplit
 from pipeline.shard.synthetic import CATEGORIES, GREATEST, SMALLEST, draw_dataset
-from tests.builders import disk_of
+from tests.builders import disk_of, read_coco
 
 SETTINGS = SyntheticSection(train_images=120, val_images=40, seed=3)
 
@@ -132,7 +132,7 @@ class TestDrawing:
         with caplog.at_level("INFO", logger="raydetr"):
             assert draw_dataset(root, SETTINGS) == root
         assert (root / "synthetic.json").stat().st_mtime_ns == stamp
-        assert "already drawn" in caplog.text
+        assert "already done" in caplog.text
 
     def test_other_settings_are_refused(self, root: Path) -> None:
         with pytest.raises(UserError, match=r"other settings \(seed was 3, now 4\); set another dataset.root"):

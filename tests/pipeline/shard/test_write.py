@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.config.sections import ShardsSection
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.errors import UserError
-from pipeline.shard.coco import CocoSplit, open_source, read_coco
+from pipeline.shard.coco import CocoSplit, open_source
 from pipeline.shard.write import check_same_categories, plan_shards, shard_split, verify_shard, write_shard
 from tests.builders import (
     CocoFiles,
@@ -22,6 +22,7 @@ from tests.builders import (
     make_annotation,
     make_dataset_section,
     make_manifest,
+    read_coco,
     write_coco,
     write_image,
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.config.sections import TrainSection
-from pipeline.tracking.tracker import SpoolReader
+from pipeline.tracking.spool import SpoolReader
 from pipeline.train.curves import Curves
 
 TRAIN = TrainSection(global_batch=4, micro_batch=2, log_steps=3)

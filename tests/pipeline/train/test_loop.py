@@ -25,7 +25,11 @@ from pipeline.data.loader import MicroBatch, Step
 from pipeline.data.manifest import Manifest, read_image_bytes
 from pipeline.distributed import World, close, init_world
 from pipeline.errors import UserError
-from pipeline.train.loop import TrainJob, _agree_on_finite, _Run, dropout_seed, engine_config, main, resume_point, train
+from pipeline.run_folder import RunFolder
+from pipeline.train.__main__ import main
+from pipeline.train.engine import engine_config
+from pipeline.train.loop import _agree_on_finite, dropout_seed, train
+from pipeline.train.run import Run, TrainJob, resume_point
 from tests.builders import make_varied_manifest
 from tests.ranks import Ranks, processes
 
@@ -66,7 +70,9 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 def make_job(manifest: Manifest, out: Path, on_error: Any = "fail", **settings: Any) -> TrainJob:
     model = DetrConfig(num_classes=manifest.labels.num_classes, **MODEL)
-    return TrainJob(model, TrainSection.model_validate({**SETTINGS, **settings}), manifest.folder, out, on_error)
+    return TrainJob(
+        model, TrainSection.model_validate({**SETTINGS, **settings}), manifest.folder, RunFolder(out), on_error
+    )
 
 
 def train_on(world: World, job: TrainJob) -> Path:
@@ -75,7 +81,7 @@ def train_on(world: World, job: TrainJob) -> Path:
 
 def points(job: TrainJob) -> dict[int, dict[str, float]]:
     """The points of the curves by step."""
-    records = [json.loads(line) for line in job.spool.read_text().splitlines()]
+    records = [json.loads(line) for line in job.out.train_spool.read_text().splitlines()]
     assert len({record["step"] for record in records}) == len(records), "a point was written twice"
     return {record["step"]: record["metrics"] for record in records}
 
@@ -101,7 +107,7 @@ def straight(manifest: Manifest, world: World, tmp_path_factory: pytest.TempPath
 def test_a_run_leaves_checkpoints_and_curves(straight: tuple[TrainJob, Path], manifest: Manifest) -> None:
     job, last = straight
     # An epoch is 2.5 steps: it ends with the step that reaches its last sample.
-    assert [path.name for path in checkpoint.checkpoints(job.checkpoints)] == [f"checkpoint-{n}" for n in (3, 5, 8)]
+    assert [path.name for path in checkpoint.checkpoints(job.out.checkpoints)] == [f"checkpoint-{n}" for n in (3, 5, 8)]
     assert last.name == "checkpoint-8"
     state = checkpoint.read_state(last)
     assert (state.step, state.epoch, state.samples, state.skipped, state.world_size) == (8, 3, 64, 0, 1)
@@ -187,14 +193,14 @@ def test_a_killed_run_ends_with_the_same_bits(straight: tuple[TrainJob, Path], t
     process.start()
     deadline = time.monotonic() + 60
     # In the middle of the second epoch, one step after the checkpoint of the first.
-    while not (job.spool.exists() and len(job.spool.read_text().splitlines()) >= 4):
+    while not (job.out.train_spool.exists() and len(job.out.train_spool.read_text().splitlines()) >= 4):
         assert time.monotonic() < deadline
         assert process.is_alive()
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert len(losses(job)) < 8, "it was not killed in time"
-    torn = job.checkpoints / "checkpoint-7"
+    torn = job.out.checkpoints / "checkpoint-7"
     torn.mkdir()
     (torn / checkpoint.MODEL).write_bytes(b"half")
     again = processes().Process(target=_train_alone, args=(job,))
@@ -202,7 +208,7 @@ def test_a_killed_run_ends_with_the_same_bits(straight: tuple[TrainJob, Path], t
     again.join(60)
     assert again.exitcode == 0
     assert not torn.exists()
-    assert_same_weights(job.checkpoints / "checkpoint-8", straight[1])
+    assert_same_weights(job.out.checkpoints / "checkpoint-8", straight[1])
     assert losses(job) == losses(straight[0])
 
 
@@ -225,17 +231,17 @@ def test_other_settings_are_refused(
     straight: tuple[TrainJob, Path], world: World, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        train(make_job(_manifest(straight), straight[0].out, **settings), world)
+        train(make_job(_manifest(straight), straight[0].out.path, **settings), world)
 
 
 def test_other_data_is_refused(straight: tuple[TrainJob, Path], world: World, tmp_path: Path) -> None:
     other = make_varied_manifest(tmp_path, SAMPLES - 1)
     with pytest.raises(UserError, match=r"digest of .*use another name"):
-        train(make_job(other, straight[0].out), world)
+        train(make_job(other, straight[0].out.path), world)
 
 
 def test_settings_that_change_no_step_may_change(straight: tuple[TrainJob, Path], world: World) -> None:
-    job = make_job(_manifest(straight), straight[0].out, log_steps=5, keep_checkpoints=1, zero_stage=1, max_restarts=9)
+    job = make_job(_manifest(straight), straight[0].out.path, log_steps=5, keep_checkpoints=1, zero_stage=1, max_restarts=9)
     assert train(job, world) == straight[1]
 
 
@@ -245,8 +251,8 @@ def test_a_checkpoint_from_before_a_setting_was_there(
 ) -> None:
     manifest = _manifest(straight)
     job = make_job(manifest, tmp_path, scale_lr=value)
-    shutil.copytree(straight[0].checkpoints, job.checkpoints)
-    for path in job.checkpoints.glob("*/state.json"):
+    shutil.copytree(straight[0].out.checkpoints, job.out.checkpoints)
+    for path in job.out.checkpoints.glob("*/state.json"):
         state = json.loads(path.read_text())
         del state["config"]["train"]["scale_lr"]
         path.write_text(json.dumps(state))
@@ -268,7 +274,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(manifest: Manifest, ranks: Ra
     assert str(outcomes[0]) == str(outcomes[1])
     assert "step 1: not finite: loss nan" in str(outcomes[0])
     assert "checkpoint-1 is whole" in str(outcomes[0])
-    weights = checkpoint.load_model_weights(checkpoint.latest(job.checkpoints))
+    weights = checkpoint.load_model_weights(checkpoint.latest(job.out.checkpoints))
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
@@ -276,7 +282,7 @@ def disagree_on_finite(world: World, job: TrainJob, manifest: Manifest, bad: flo
     value = bad if world.rank == 1 else 1.0
     micro = MicroBatch(batch=None, targets=[], index=world.rank, image_ids=[10 * world.rank + 1])  # type: ignore[arg-type]
     mine = {"loss": torch.tensor(value, dtype=torch.float64), "loss_ce": torch.tensor(0.25, dtype=torch.float64)}
-    return _agree_on_finite(mine, torch.tensor(norm), Step(3, 0, [micro]), _Run(job, world, manifest))
+    return _agree_on_finite(mine, torch.tensor(norm), Step(3, 0, [micro]), Run(job, world, manifest))
 
 
 @pytest.mark.parametrize(
@@ -439,7 +445,7 @@ def test_a_compiled_transformer_trains_alike(
 def test_checkpoints_follow_epochs(
     manifest: Manifest, world: World, tmp_path: Path, epochs: float, after: list[int]
 ) -> None:
-    run = _Run(make_job(manifest, tmp_path, max_steps=11, checkpoint_epochs=epochs), world, manifest)
+    run = Run(make_job(manifest, tmp_path, max_steps=11, checkpoint_epochs=epochs), world, manifest)
     assert [step + 1 for step in range(11) if run.saves_after(step)] == after
 
 

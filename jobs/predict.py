@@ -1,0 +1,44 @@
+"""Draws a registered model's detections on pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pipeline.predict.draw import draw_pictures, find_pictures
+from pipeline.registry.versions import open_detector
+
+
+def predict(
+    model: str,
+    images: Sequence[Path],
+    out: Path,
+    *,
+    tracking_uri: str,
+    score_threshold: float = 0.4,
+    show_attention: int = 0,
+    queries: Sequence[int] = (),
+    device: str | None = None,
+) -> int:
+    """Draw a model's detections on pictures, and write them to `<out>/detections.json`.
+
+    Args:
+        model: `models:/name@alias`, `models:/name/version`, or a folder: a checkpoint or a registered detector's.
+        images: pictures, and folders whose pictures are meant.
+        out: folder of the drawn pictures (PNG).
+        tracking_uri: MLflow server of the registry.
+        score_threshold: least score.
+        show_attention: for how many of the best detections, whatever their score, to draw what they looked at as well.
+        queries: the queries to draw that for instead.
+        device: where the network runs; a GPU where there is one when None.
+
+    Returns:
+        How many pictures were drawn.
+
+    Raises:
+        UserError: naming the model or the picture that cannot be used, or `out` if it cannot be made.
+    """
+    paths = find_pictures(images)
+    detector = open_detector(model, tracking_uri, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    draw_pictures(detector, paths, out, score_threshold=score_threshold, show_attention=show_attention, queries=queries)
+    return len(paths)

@@ -1,0 +1,69 @@
+"""One pool of Ray tasks: some at a time, their results as they come, and one failure ends the others."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayTaskError
+
+from pipeline.errors import UserError
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+
+CANCEL_SECONDS = 30
+"""Longest wait for cancelled tasks to end."""
+
+
+def run_tasks(
+    task: Callable[[Argument], Result],
+    arguments: Sequence[Argument],
+    *,
+    at_once: int,
+    cpus: float = 1,
+    gpus: float = 0,
+) -> Iterator[tuple[Argument, Result]]:
+    """Run a task for each argument on the connected Ray.
+
+    Args:
+        task: runs in Ray's workers.
+        arguments: one a task, begun in this order.
+        at_once: most tasks at a time.
+        cpus: CPUs that Ray sets aside for a task.
+        gpus: GPUs that Ray sets aside for a task.
+
+    Yields:
+        Each argument with its result, in the order in which they end.
+
+    Raises:
+        UserError: a task met one. The others are cancelled before anything is raised.
+    """
+
+    def one(argument: Argument) -> Result:
+        return task(argument)
+
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(one)
+    waiting = list(reversed(arguments))
+    running: dict[Any, Argument] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                argument = waiting.pop()
+                running[remote.remote(argument)] = argument
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            yield running.pop(done), _result(done)
+    finally:
+        for reference in running:
+            ray.cancel(reference)
+        # What was cancelled may still write: the caller removes its folder only after this.
+        if running:
+            ray.wait(list(running), num_returns=len(running), timeout=CANCEL_SECONDS)
+
+
+def _result(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from None
+        raise

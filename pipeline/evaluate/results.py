@@ -1,0 +1,97 @@
+"""The results of an evaluation on disk: scored once, found again, told apart by what was scored."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint.state import MODEL, STATE, read_state
+from pipeline.config.sections import EvaluateSection, Role, settings_with
+from pipeline.config.values import differences
+from pipeline.data.loader import eval_batches
+from pipeline.data.manifest import Manifest, ground_truth
+from pipeline.errors import UserError
+from pipeline.evaluate.detect import DetectAll, sort_detections
+from pipeline.evaluate.score import score
+from pipeline.files import make_folder, read_json, write_json
+
+METRICS_FILE = "metrics.json"
+
+DETECTIONS_FILE = "detections.json"
+
+SCORE_SETTINGS = settings_with(EvaluateSection, Role.SCORES)
+"""Settings of the evaluate section that the numbers depend on."""
+
+
+def evaluate_checkpoint(
+    checkpoint: Path, manifest: Manifest, evaluate: EvaluateSection, folder: Path, detect_all: DetectAll
+) -> tuple[dict[str, Any], bool]:
+    """Write a checkpoint's detections.json and metrics.json into a folder, unless they are there.
+
+    Args:
+        checkpoint: folder of the checkpoint, or of a detector that was saved, which has no step.
+        manifest: the validation split.
+        evaluate: settings.
+        folder: of the results; metrics.json is written last.
+        detect_all: runs the network over all batches.
+
+    Returns:
+        The metrics (what `score` gives, with "step", "checkpoint" and "inputs", which tell what was scored), and
+        whether they are new.
+
+    Raises:
+        UserError: the folder holds the scores of the same checkpoint under other settings.
+    """
+    inputs = {
+        "weights": weights_digest(checkpoint),
+        "val_digest": manifest.digest,
+        "settings": {name: getattr(evaluate, name) for name in SCORE_SETTINGS},
+    }
+    known = _known_metrics(folder / METRICS_FILE, inputs)
+    if known is not None:
+        return known, False
+    batches = eval_batches(manifest, evaluate.batch_size)
+    detections = sort_detections([entry for share in detect_all(checkpoint, batches) for entry in share])
+    metrics = score(ground_truth(manifest), detections)
+    step = read_state(checkpoint).step if (checkpoint / STATE).is_file() else None
+    metrics = {"step": step, "checkpoint": str(checkpoint), "inputs": inputs, **metrics}
+    write_json(folder / DETECTIONS_FILE, detections, indent=None)
+    write_json(folder / METRICS_FILE, metrics)
+    return metrics, True
+
+
+def weights_digest(checkpoint: Path) -> str:
+    """Return the sha256 of a checkpoint's weights."""
+    with (checkpoint / MODEL).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _known_metrics(path: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the metrics that are there, if they are those of `inputs`; other weights or data are scored anew."""
+    if not path.is_file():
+        return None
+    known = read_json(path, "metrics file")
+    before = known.get("inputs", {}) if isinstance(known, dict) else {}
+    if any(before.get(key) != inputs[key] for key in ("weights", "val_digest")):
+        return None
+    changed = differences(before.get("settings", {}), inputs["settings"])
+    if changed:
+        raise UserError(
+            f"{path.parent} was scored with other settings of evaluate ({'; '.join(changed)}): give the run another "
+            "name, take the settings back, or delete that folder"
+        )
+    return dict(known)
+
+
+def evaluate_files(annotations: Path, detections: Path, out: Path) -> dict[str, Any]:
+    """Score a file of detections against a COCO annotation file and write `<out>/metrics.json`.
+
+    Returns:
+        What `score` does.
+
+    Raises:
+        UserError: naming the file and the entry that cannot be used, or `out` if it cannot be made.
+    """
+    metrics = score(annotations, detections)
+    make_folder(out)
+    write_json(out / METRICS_FILE, metrics)
+    return metrics

@@ -1,0 +1,40 @@
+"""What lies where in a run's folder, `<runs>/<name>`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Everything of one run."""
+
+    path: Path
+    """The folder itself; Ray keeps its own bookkeeping of the run in `ray` below it."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def train_spool(self) -> Path:
+        """File of the training curves."""
+        return self.path / "spool" / "train.jsonl"
+
+    @property
+    def evaluate_spool(self) -> Path:
+        """File of the points of evaluations."""
+        return self.path / "spool" / "evaluate.jsonl"
+
+    @property
+    def evaluation(self) -> Path:
+        """Folder of the scores, detections and pictures."""
+        return self.path / "evaluate"
+
+    @property
+    def mlflow_run(self) -> Path:
+        """File that remembers the MLflow run."""
+        return self.path / "mlflow_run.json"
+
+    def __str__(self) -> str:
+        return str(self.path)

@@ -1,0 +1,72 @@
+"""The DeepSpeed engine of a run, with the optimizer's state where the run goes on."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.checkpoint.optimizer import restore_optimizer
+from pipeline.checkpoint.state import State
+from pipeline.config.sections import TrainSection
+from pipeline.distributed import World, together
+from pipeline.log import get_logger
+from pipeline.train.initial import make_model
+from pipeline.train.optim import make_optimizer, parameter_groups, set_learning_rates
+from pipeline.train.run import Run
+
+logger = get_logger(__name__)
+
+
+def gradient_norm(engine: Any) -> torch.Tensor:
+    """Norm of the whole step's gradient before clipping, the same on every rank."""
+    if engine.zero_optimization_stage() == 0:
+        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+    norm = engine.optimizer.scaled_global_norm().detach()
+    return torch.where(norm < 0, torch.inf, norm)  # -1 stands for "not finite"
+
+
+def engine_config(train: TrainSection, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration. Parameters and gradients are fp32 at every precision; bf16 is torch's autocast."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": train.micro_batches // world_size,
+        "gradient_clipping": train.clip_grad_norm,
+        # Buckets of 200 MB in place of 2 GB: the whole model fits into one.
+        "zero_optimization": {"stage": train.zero_stage, "reduce_bucket_size": 50_000_000, "overlap_comm": False},
+        "steps_per_print": 2**31,
+    }
+    if train.precision == "bf16":
+        # Parameters of "safe" modules would have their gradients reduced in bf16: none are.
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return config
+
+
+def make_engine(run: Run, found: tuple[Path, State] | None) -> Any:
+    job, world = run.job, run.world
+    deepspeed = import_deepspeed(world)
+    model = make_model(job, found, world).to(world.device)
+    optimizer = make_optimizer(parameter_groups(model, job.train))
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=engine_config(job.train, world.size), dist_init_required=False
+    )
+    if found is not None:
+        path, state = found
+        set_learning_rates(engine.basic_optimizer, run.factor(state.step - 1))
+        together(world, lambda: restore_optimizer(engine, world, path, state))
+        logger.info("going on from %s", path)
+    return engine
+
+
+def import_deepspeed(world: World) -> Any:
+    """Import DeepSpeed where it is needed only: it takes seconds, and picks its device from the environment."""
+    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # An all-reduce of its own for CPU inference, which would be compiled now and which training does not use.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

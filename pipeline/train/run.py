@@ -1,0 +1,160 @@
+"""A training run: what it is, and where it goes on.
+
+A run goes on from its newest checkpoint with the settings that it began with; those that do not change what a step does
+may differ.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.config import DetrConfig
+from pipeline.checkpoint.optimizer import group_settings
+from pipeline.checkpoint.save import clean
+from pipeline.checkpoint.state import State, latest, read_state
+from pipeline.config.sections import OnError, Role, TrainSection, settings_with
+from pipeline.config.values import differences, plain
+from pipeline.data.manifest import Manifest
+from pipeline.distributed import World, on_rank_zero
+from pipeline.errors import UserError
+from pipeline.run_folder import RunFolder
+from pipeline.train.optim import lr_factor
+
+MAY_DIFFER = {f"train.{name}" for name in settings_with(TrainSection, Role.MAY_DIFFER)}
+"""Settings that a run may go on with when they changed: none of them changes what a step does."""
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What is trained, on what, and where it is kept."""
+
+    model: DetrConfig
+    """Architecture, with the number of classes of the data."""
+    train: TrainSection
+    """Schedule, batches, optimizer."""
+    shards: Path
+    """Folder of the training split's shards."""
+    out: RunFolder
+    """Where checkpoints and curves are kept."""
+    on_error: OnError = "fail"
+    """Whether a sample that cannot be read stops the run, or is left out and counted."""
+    root: Path = Path()
+    """Folder that relative paths in `train.init` begin in: where the command was given, whichever host reads them."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings that a checkpoint keeps."""
+        return {"model": plain(self.model), "train": plain(self.train)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run on its data: what follows from the job and the manifest."""
+
+    job: TrainJob
+    world: World
+    manifest: Manifest
+
+    @property
+    def samples(self) -> int:
+        """Images of an epoch."""
+        return len(self.manifest.samples)
+
+    @property
+    def total(self) -> int:
+        """Steps of the schedule."""
+        return self.job.train.total_steps(self.samples)
+
+    def epochs(self, steps: int) -> float:
+        """Epochs that so many steps make."""
+        return steps * self.job.train.global_batch / self.samples
+
+    def factor(self, step: int) -> float:
+        """Factor on the learning rates at a step."""
+        train = self.job.train
+        return lr_factor(
+            step,
+            samples=self.samples,
+            global_batch=train.global_batch,
+            drop_epochs=train.lr_drop_epochs,
+            warmup_steps=train.warmup_steps,
+        )
+
+    def saves_after(self, step: int) -> bool:
+        """Whether a checkpoint follows a step: with it another `checkpoint_epochs` are full, or training is done."""
+        period = self.job.train.checkpoint_epochs
+        full = [math.floor(self.epochs(steps) / period) for steps in (step, step + 1)]
+        return step + 1 == self.total or full[1] > full[0]
+
+    def state(self, step: int, skipped: int, optimizer: torch.optim.Optimizer) -> State:
+        """What a checkpoint after `step` steps says."""
+        train = self.job.train
+        return State(
+            step=step,
+            epoch=math.floor(self.epochs(step)),
+            samples=step * train.global_batch,
+            skipped=skipped,
+            seeds={"train": train.seed},
+            world_size=self.world.size,
+            zero_stage=train.zero_stage,
+            config=self.job.config,
+            labels=self.manifest.labels.to_json(),
+            data_digest=self.manifest.digest,
+            groups=group_settings(optimizer),
+        )
+
+
+def resume_point(job: TrainJob, manifest: Manifest) -> tuple[Path, State] | None:
+    """The newest checkpoint of a run and its state, or None where training begins; only reads.
+
+    Raises:
+        UserError: the checkpoint is of another run: its settings or its data differ, or it is beyond the schedule.
+    """
+    path = latest(job.out.checkpoints)
+    if path is None:
+        return None
+    state = read_state(path)
+    _check_same_run(job, manifest, state, path)
+    return path, state
+
+
+def find_checkpoint(run: Run) -> tuple[Path, State] | None:
+    """`resume_point` as rank 0 sees it, for all."""
+    job, world = run.job, run.world
+    if job.train.micro_batches % world.size:
+        raise UserError(
+            f"train.global_batch {job.train.global_batch} is {job.train.micro_batches} micro-batches of "
+            f"{job.train.micro_batch}, which {world.size} workers cannot share equally: change one of the three"
+        )
+    assert job.model.num_classes == run.manifest.labels.num_classes, "num_classes follows from the label map"
+
+    def find() -> tuple[Path, State] | None:
+        job.out.checkpoints.mkdir(parents=True, exist_ok=True)
+        clean(job.out.checkpoints)
+        return resume_point(job, run.manifest)
+
+    return on_rank_zero(world, find)
+
+
+def _check_same_run(job: TrainJob, manifest: Manifest, state: State, path: Path) -> None:
+    # A setting that is newer than the checkpoint had the effect of its default.
+    defaults = {"model": plain(DetrConfig()), "train": plain(TrainSection())}
+    trained = {section: defaults[section] | values for section, values in state.config.items()}
+    lines = differences(trained, job.config)
+    changed = [line for line in lines if line.split(":", 1)[0] not in MAY_DIFFER]
+    if state.data_digest != manifest.digest:
+        changed.append(f"digest of {manifest.folder}: {state.data_digest} -> {manifest.digest}")
+    if changed:
+        raise UserError(
+            f"{path} was trained with other settings ({'; '.join(changed)}): "
+            f"use another name, or delete {job.out} to begin anew"
+        )
+    total = job.train.total_steps(len(manifest.samples))
+    if state.step > total:
+        raise UserError(
+            f"{path} is beyond the end of the schedule, step {total}: raise train.epochs or train.max_steps, "
+            "or use another name"
+        )
