@@ -16,6 +16,7 @@ from pipeline.errors import TrackingError, UserError
 from pipeline.log import set_up_logging
 
 if TYPE_CHECKING:
+    from jobs.run import Pipeline
     from pipeline.config.sections import Config
 
 app = typer.Typer(
@@ -36,9 +37,10 @@ Overrides = Annotated[
 @app.command(epilog="Example: raydetr run -c jobs/configs/demo.yaml --set train.epochs=2")
 def run(config: ConfigFile, overrides: Overrides = None) -> None:
     """Do the whole pipeline: shard, train, evaluate, register. What is done already is not done again."""
+    settings = _load(config, overrides)
     from jobs.run import run_pipeline
 
-    run_pipeline(_load(config, overrides))
+    run_pipeline(settings)
 
 
 @app.command(epilog="Example: raydetr shard -c my.yaml --verify")
@@ -48,18 +50,14 @@ def shard(
     verify: Annotated[bool, typer.Option("--verify", help="Decode every image fully.")] = False,
 ) -> None:
     """Write the dataset as WebDataset tars with a manifest."""
-    from jobs.run import Pipeline
-
-    with Pipeline(_load(config, overrides)) as pipeline:
+    with _pipeline(config, overrides) as pipeline:
         pipeline.shard(verify=verify)
 
 
 @app.command(epilog="Example: raydetr train -c my.yaml --set cluster.workers=8")
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train on the shards, from the newest checkpoint of the run if there is one."""
-    from jobs.run import Pipeline
-
-    with Pipeline(_load(config, overrides)) as pipeline:
+    with _pipeline(config, overrides) as pipeline:
         pipeline.train()
 
 
@@ -75,11 +73,10 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder of the results of a file.")] = None,
 ) -> None:
     """Score a run's last checkpoint on the validation split, a file of weights on it, or a file of detections."""
-    from pipeline.evaluate.report import metrics_table
-
     if annotations or detections:
         if not (annotations and detections and out) or weights:
             raise UserError("scoring a file of detections takes --annotations, --detections and --out together")
+        from pipeline.evaluate.report import metrics_table
         from pipeline.evaluate.results import evaluate_files
 
         typer.echo(metrics_table(evaluate_files(annotations, detections, out)))
@@ -88,10 +85,10 @@ def evaluate(
         raise UserError("give a configuration with -c, or --annotations, --detections and --out")
     if (weights is None) != (out is None):
         raise UserError("scoring a file of weights takes -c, --weights and --out together")
-    from jobs.run import Pipeline
-
-    with Pipeline(_load(config, overrides)) as pipeline:
+    with _pipeline(config, overrides) as pipeline:
         if weights and out:
+            from pipeline.evaluate.report import metrics_table
+
             typer.echo(metrics_table(pipeline.evaluate_weights(weights, out)))
         else:
             pipeline.evaluate()
@@ -100,9 +97,7 @@ def evaluate(
 @app.command(epilog="Example: raydetr register -c my.yaml --set register.model_name=cells")
 def register(config: ConfigFile, overrides: Overrides = None) -> None:
     """Make the scored checkpoint a version of the registered model; @champion moves if it is better."""
-    from jobs.run import Pipeline
-
-    with Pipeline(_load(config, overrides)) as pipeline:
+    with _pipeline(config, overrides) as pipeline:
         pipeline.register()
 
 
@@ -130,11 +125,12 @@ def predict(
     ] = None,
 ) -> None:
     """Draw a registered model's detections on pictures, and with --show-attention what it looked at."""
-    from jobs.predict import predict as predict_pictures
-
     if (query or top > 1) and not show_attention:
         raise UserError("--query and --top choose what --show-attention draws: give that, too")
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs').resolve() / 'mlflow.db'}"
+    from jobs.predict import predict as predict_pictures
+    from pipeline.config.sections import default_tracking_uri
+
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri()
     count = predict_pictures(
         model,
         images,
@@ -176,11 +172,12 @@ def convert(
     overrides: Overrides = None,
 ) -> None:
     """Convert weights between this project, the original (.pth) and transformers (a folder)."""
-    from jobs.convert import convert as convert_weights
-
     if overrides and config is None:
         raise UserError("--set changes a configuration: give one with -c")
-    typer.echo(convert_weights(source, out, to, _load(config, overrides).model if config else None))
+    settings = _load(config, overrides).model if config else None
+    from jobs.convert import convert as convert_weights
+
+    typer.echo(convert_weights(source, out, to, settings))
 
 
 @app.command(epilog="Example: raydetr config -c my.yaml --set train.epochs=10")
@@ -200,9 +197,10 @@ def inspect(
     classes: Annotated[int | None, typer.Option(min=1, help="Classes, where the data is not sharded yet.")] = None,
 ) -> None:
     """Print the size of the network and the multiply-adds of one image; nothing is computed or loaded."""
+    settings = _load(config, overrides)
     from jobs.inspect import inspect_model
 
-    for what, value in inspect_model(_load(config, overrides), classes).items():
+    for what, value in inspect_model(settings, classes).items():
         typer.echo(f"{what:<14} {value}")
 
 
@@ -236,6 +234,14 @@ def _load(path: Path, overrides: list[str] | None) -> "Config":
     from pipeline.config.load import load_config
 
     return load_config(path, overrides or ())
+
+
+def _pipeline(path: Path, overrides: list[str] | None) -> "Pipeline":
+    """The steps; a configuration is refused before what they need is imported, which takes seconds."""
+    settings = _load(path, overrides)
+    from jobs.run import Pipeline
+
+    return Pipeline(settings)
 
 
 def main() -> None:

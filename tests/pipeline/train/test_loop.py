@@ -241,7 +241,9 @@ def test_other_data_is_refused(straight: tuple[TrainJob, Path], world: World, tm
 
 
 def test_settings_that_change_no_step_may_change(straight: tuple[TrainJob, Path], world: World) -> None:
-    job = make_job(_manifest(straight), straight[0].out.path, log_steps=5, keep_checkpoints=1, zero_stage=1, max_restarts=9)
+    job = make_job(
+        _manifest(straight), straight[0].out.path, log_steps=5, keep_checkpoints=1, zero_stage=1, max_restarts=9
+    )
     assert train(job, world) == straight[1]
 
 
