@@ -1,6 +1,7 @@
 """The command line: `raydetr COMMAND --help` shows an example of each.
 
-Exit code 0: done; 1: failed; 2: the input is wrong (one line on stderr says what, where and how to mend it).
+Exit code 0: done; 1: failed; 2: the input is wrong (one line on stderr says what, where and how to mend it); 130 and
+143: interrupted by SIGINT and SIGTERM, in order.
 """
 
 import json
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from jobs.interrupt import Interrupted, end_in_order
 from pipeline.errors import TrackingError, UserError
 from pipeline.log import set_up_logging
 
@@ -35,12 +37,18 @@ Overrides = Annotated[
 
 
 @app.command(epilog="Example: raydetr run -c jobs/configs/demo.yaml --set train.epochs=2")
-def run(config: ConfigFile, overrides: Overrides = None) -> None:
+def run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait where another command works on the run, instead of being refused.")
+    ] = False,
+) -> None:
     """Do the whole pipeline: shard, train, evaluate, register. What is done already is not done again."""
     settings = _load(config, overrides)
     from jobs.run import run_pipeline
 
-    run_pipeline(settings)
+    run_pipeline(settings, wait=wait)
 
 
 @app.command(epilog="Example: raydetr shard -c my.yaml --verify")
@@ -50,7 +58,7 @@ def shard(
     verify: Annotated[bool, typer.Option("--verify", help="Decode every image fully.")] = False,
 ) -> None:
     """Write the dataset as WebDataset tars with a manifest."""
-    with _pipeline(config, overrides) as pipeline:
+    with _pipeline(config, overrides, works_on_run=False) as pipeline:
         pipeline.shard(verify=verify)
 
 
@@ -85,7 +93,7 @@ def evaluate(
         raise UserError("give a configuration with -c, or --annotations, --detections and --out")
     if (weights is None) != (out is None):
         raise UserError("scoring a file of weights takes -c, --weights and --out together")
-    with _pipeline(config, overrides) as pipeline:
+    with _pipeline(config, overrides, works_on_run=weights is None) as pipeline:
         if weights and out:
             from pipeline.evaluate.report import metrics_table
 
@@ -236,18 +244,23 @@ def _load(path: Path, overrides: list[str] | None) -> "Config":
     return load_config(path, overrides or ())
 
 
-def _pipeline(path: Path, overrides: list[str] | None) -> "Pipeline":
+def _pipeline(path: Path, overrides: list[str] | None, *, works_on_run: bool = True) -> "Pipeline":
     """The steps; a configuration is refused before what they need is imported, which takes seconds."""
     settings = _load(path, overrides)
     from jobs.run import Pipeline
 
-    return Pipeline(settings)
+    return Pipeline(settings, works_on_run=works_on_run)
 
 
 def main() -> None:
     """Run the command line; errors that explain themselves become one line."""
+    end_in_order()
     try:
         app()
+    except Interrupted as interrupted:
+        told = "".join(f"; {note}" for note in getattr(interrupted, "__notes__", ()))
+        sys.stderr.write(f"interrupted ({interrupted}){told}. The same command goes on where this one stood.\n")
+        sys.exit(interrupted.exit_code)
     except (UserError, TrackingError) as error:
         if "--debug" in sys.argv:
             traceback.print_exc()

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import ray
 
+from jobs.interrupt import end_descendants, held_back
 from pipeline.config.sections import ClusterSection
 from pipeline.errors import UserError
+from pipeline.log import get_logger
+
+logger = get_logger(__name__)
 
 # Every worker uses the packages that the driver runs, whatever is installed on its host.
 PACKAGES = [str(Path(__file__).resolve().parents[1] / name) for name in ("jobs", "model", "pipeline")]
@@ -26,6 +30,17 @@ def connected(cluster: ClusterSection) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    try:
+        with held_back():  # cut while it starts, Ray would leave processes behind
+            _connect(cluster)
+        _check_size(cluster)
+        yield
+    finally:
+        ray.shutdown()
+        end_descendants()
+
+
+def _connect(cluster: ClusterSection) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
     address = cluster.address or os.environ.get("RAY_ADDRESS")
@@ -36,15 +51,10 @@ def connected(cluster: ClusterSection) -> Iterator[None]:
         # user's next `ray start --head` would refuse its clients.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-        cpus = max(os.cpu_count() or 1, round(cluster.workers * cluster.cpus_per_worker))
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+        logger.info("starting Ray on this machine")
+        ray.init(address="local", num_cpus=_local_cpus(cluster), include_dashboard=False, **quiet)
     else:
         _join(address, quiet)
-    try:
-        _check_size(cluster)
-        yield
-    finally:
-        ray.shutdown()
 
 
 def device_of(cluster: ClusterSection) -> str:
@@ -52,6 +62,10 @@ def device_of(cluster: ClusterSection) -> str:
     if cluster.device != "auto":
         return cluster.device
     return "cuda" if ray.cluster_resources().get("GPU", 0) >= cluster.workers else "cpu"
+
+
+def _local_cpus(cluster: ClusterSection) -> int:
+    return max(os.cpu_count() or 1, round(cluster.workers * cluster.cpus_per_worker))
 
 
 def _join(address: str, quiet: dict[str, int | bool]) -> None:

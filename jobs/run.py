@@ -1,7 +1,8 @@
 """The pipeline: its steps on one Ray and under one MLflow run, with what they do shown while they do it."""
 
+import threading
 import time
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,45 +12,73 @@ from rich.console import Console
 from jobs import evaluate, register, shard, train
 from jobs.cluster import connected
 from jobs.console import ProgressDisplay, make_console
+from jobs.interrupt import Interrupted
 from pipeline.checkpoint.state import latest
 from pipeline.config.load import dump_config
 from pipeline.config.sections import Config
-from pipeline.data.manifest import Manifest, read_manifest
+from pipeline.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from pipeline.errors import TrackingError, UserError
+from pipeline.files import held
 from pipeline.registry.register import Registration
 from pipeline.tracking.spool import SpoolReader
 from pipeline.tracking.tracker import Tracker
 from pipeline.train.initial import check_init
+from pipeline.train.run import resume_point
 
 UPLOAD_SECONDS = 5
 """Seconds between two uploads of the training curves."""
+FINISH_SECONDS = 3
+"""Longest wait for the tracking server when the command is to end."""
 
 
 class Pipeline:
     """One run's steps; a context manager that holds Ray and the MLflow run for them.
 
     Each step finds what the step before it left on disk, so that they can be called one by one.
+
+    Args:
+        config: the pipeline.
+        works_on_run: whether the run's folder is written, which only one command may do at a time.
+        wait: wait for the other command instead of being refused.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, works_on_run: bool = True, wait: bool = False) -> None:
         self.config = config
+        self._works_on_run, self._wait = works_on_run, wait
         self.console = make_console()
         self._stack = ExitStack()
         self._tracker: Tracker | None = None
 
     def __enter__(self) -> "Pipeline":
-        self._stack.enter_context(connected(self.config.cluster))
+        with self._stack:  # closed if one of these fails
+            if self._works_on_run:
+                name = f"the run {self.config.name}"
+                self._stack.enter_context(held(self.config.folder.lock, name, wait=self._wait))
+                check_resume(self.config)
+            self._stack.enter_context(connected(self.config.cluster))
+            self._open = self._stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        if kind is not None and issubclass(kind, Interrupted | KeyboardInterrupt):
+            finishing = threading.Thread(target=self._finish, args=("KILLED",), daemon=True)
+            finishing.start()
+            self._open.close()
+            finishing.join(FINISH_SECONDS)
+            return
+        self._open.close()
+        if kind is None and self._tracker is not None:
+            self._tracker.finish("FINISHED")
+        else:
+            self._finish("FAILED")
+
+    def _finish(self, status: str) -> None:
+        """End the MLflow run; what went wrong before is to be read, not that the server is away as well."""
         if self._tracker is not None:
-            interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-            # What went wrong in the block is what the user has to read, not that the server is away as well.
-            with suppress(TrackingError) if kind else nullcontext():
-                self._tracker.finish("KILLED" if interrupted else "FAILED" if kind else "FINISHED")
+            with suppress(TrackingError):
+                self._tracker.finish(status)
 
     @property
     def tracker(self) -> Tracker:
@@ -138,10 +167,22 @@ class TrainingProgress:
         self._is_first = False
 
 
-def run_pipeline(config: Config) -> None:
-    """Do all the steps and end with a short table."""
+def check_resume(config: Config) -> None:
+    """Refuse at once what training would refuse when its workers have started.
+
+    Raises:
+        UserError: the run was trained with other settings or on other data, or what it begins with is missing.
+    """
     check_init(config.train.init, config.folder.checkpoints)
-    with Pipeline(config) as pipeline:
+    shards = config.shards_folder / "train"
+    if latest(config.folder.checkpoints) is not None and (shards / MANIFEST_NAME).is_file():
+        manifest = read_manifest(shards)
+        resume_point(train.make_job(config, manifest), manifest)
+
+
+def run_pipeline(config: Config, *, wait: bool = False) -> None:
+    """Do all the steps and end with a short table."""
+    with Pipeline(config, wait=wait) as pipeline:
         pipeline.shard()
         pipeline.train()
         metrics = pipeline.evaluate()

@@ -6,11 +6,13 @@ from the run's own checkpoints, so nothing is reported to Ray.
 
 import fcntl
 import os
+import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +22,24 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 
 from jobs.cluster import device_of
+from jobs.interrupt import Interrupted
 from model.ops import compiled
+from pipeline.checkpoint.state import latest
 from pipeline.config.sections import Config
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.log import get_logger, outcome
-from pipeline.train.initial import check_init
+from pipeline.run_folder import RunFolder
 from pipeline.train.run import TrainJob, resume_point
 
 logger = get_logger(__name__)
 
 POLL_SECONDS = 1.0
 """Seconds between two calls of `on_poll`."""
+STOP_SECONDS = 4.5
+"""Longest wait, when the command is to end, for the step in flight and its checkpoint."""
+STOP_POLL_SECONDS = 0.1
+"""Seconds between two looks for that checkpoint."""
 
 ENVIRONMENT = {
     # How often the controller looks whether a worker failed or is done: 2 s by default.
@@ -62,20 +70,12 @@ def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lamb
             required and missing.
         ray.train.TrainingFailedError: workers were lost once more than `train.max_restarts` times.
     """
-    check_init(config.train.init, config.folder.checkpoints)
     device = device_of(config.cluster)
     if config.cluster.require_compiled:
         refuse_plain_operator(device)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    job = TrainJob(
-        model=config.model_for(manifest.labels.num_classes),
-        train=config.train,
-        shards=manifest.folder.resolve(),
-        out=config.folder,
-        on_error=config.dataset.on_error,
-        root=Path.cwd(),
-    )
+    job = make_job(config, manifest)
     found = resume_point(job, manifest)
     if found is not None and found[1].step == config.train.total_steps(len(manifest.samples)):
         logger.info(outcome("train", found[0], is_new=False))
@@ -101,10 +101,26 @@ def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lamb
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    result = _fit(trainer, on_poll)
+    result = _fit(trainer, on_poll, config.folder)
     if "user_error" in result:
         raise UserError(result["user_error"])
+    if "stopped" in result:
+        stopped = Interrupted(signal.SIGTERM)
+        stopped.add_note(result["stopped"])
+        raise stopped
     return Path(result["checkpoint"])
+
+
+def make_job(config: Config, manifest: Manifest) -> TrainJob:
+    """What a pipeline trains on a split."""
+    return TrainJob(
+        model=config.model_for(manifest.labels.num_classes),
+        train=config.train,
+        shards=manifest.folder.resolve(),
+        out=config.folder,
+        on_error=config.dataset.on_error,
+        root=Path.cwd(),
+    )
 
 
 def refuse_plain_operator(device: str) -> None:
@@ -117,16 +133,40 @@ def refuse_plain_operator(device: str) -> None:
         )
 
 
-def _fit(trainer: TorchTrainer, on_poll: Callable[[], None]) -> dict[str, str]:
-    """What rank 0 returns; training runs in a thread, so that `on_poll` is called in the one that asked."""
-    done = threading.Event()
-    with ThreadPoolExecutor(1, thread_name_prefix="ray-train") as pool:
-        future = pool.submit(trainer.fit)
-        future.add_done_callback(lambda _: done.set())
-        while not done.wait(POLL_SECONDS):
+def _fit(trainer: TorchTrainer, on_poll: Callable[[], None], run: RunFolder) -> dict[str, str]:
+    """What rank 0 returns; training runs in a thread, so that `on_poll` is called in the one that asked.
+
+    The thread does not keep the process alive: whatever is raised here ends the command, and Ray with it.
+    """
+    future: Future[Any] = Future()
+
+    def fit() -> None:
+        try:
+            future.set_result(trainer.fit())
+        except BaseException as error:
+            future.set_exception(error)
+
+    run.stop.unlink(missing_ok=True)
+    threading.Thread(target=fit, name="ray-train", daemon=True).start()
+    try:
+        while not wait([future], POLL_SECONDS).done:
             on_poll()
+    except Interrupted as interrupted:
+        interrupted.add_note(_stop_workers(future, run))
+        raise
     result: dict[str, str] = future.result().return_value
     return result
+
+
+def _stop_workers(future: "Future[Any]", run: RunFolder) -> str:
+    """Ask the workers for a checkpoint after the step in flight; where training goes on, for people."""
+    before, end = latest(run.checkpoints), time.monotonic() + STOP_SECONDS
+    run.stop.touch()
+    while latest(run.checkpoints) == before and time.monotonic() < end and not wait([future], STOP_POLL_SECONDS).done:
+        pass
+    run.stop.unlink(missing_ok=True)
+    newest = latest(run.checkpoints)
+    return f"training goes on from {newest}" if newest else "training begins anew"
 
 
 def _worker(settings: dict[str, Any]) -> dict[str, str]:
@@ -136,6 +176,7 @@ def _worker(settings: dict[str, Any]) -> dict[str, str]:
     from pipeline.distributed import init_world, together
     from pipeline.log import set_up_logging
     from pipeline.train.loop import train as train_here
+    from pipeline.train.stop import StoppedError
 
     torch.set_num_threads(settings["threads"])
     try:
@@ -144,6 +185,8 @@ def _worker(settings: dict[str, Any]) -> dict[str, str]:
         if settings["require_compiled"]:
             together(world, lambda: refuse_plain_operator(settings["device"]))
         return {"checkpoint": str(train_here(settings["job"], world))}
+    except StoppedError as stopped:
+        return {"stopped": str(stopped)}
     except UserError as error:
         return {"user_error": str(error)}
 

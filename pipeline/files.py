@@ -4,10 +4,12 @@ import errno
 import fcntl
 import json
 import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pipeline.errors import UserError
 from pipeline.log import get_logger
@@ -86,6 +88,49 @@ def locked(path: Path) -> Iterator[None]:
             logger.info("waiting for another process that writes here (%s)", path)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def held(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock that says who holds it, and that a second process is refused; it ends with its process.
+
+    Args:
+        path: the file; made with its folder when missing. It may lie on a disk that several hosts share.
+        what: is held, for messages.
+        wait: wait for the lock instead.
+
+    Raises:
+        UserError: another process holds it, named by host, process and time.
+    """
+    make_folder(path.parent)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(file)
+            if not wait:
+                raise UserError(
+                    f"{what} is running already{holder}: wait for it, stop it, or use another name"
+                ) from None
+            logger.info("waiting for %s, which is running%s", what, holder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}))
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def _holder(file: TextIO) -> str:
+    """Who wrote a lock, as the end of a message; empty while it is being written."""
+    try:
+        file.seek(0)
+        held_by = json.load(file)
+        return f" on {held_by['host']} since {held_by['since']}, process {held_by['pid']}"
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def disk_error(path: Path, error: OSError, key: str) -> Exception:

@@ -36,5 +36,15 @@ class RunFolder:
         """File that remembers the MLflow run."""
         return self.path / "mlflow_run.json"
 
+    @property
+    def stop(self) -> Path:
+        """File that asks training to end in order."""
+        return self.path / "stop"
+
+    @property
+    def lock(self) -> Path:
+        """File that whoever works on the run holds locked."""
+        return self.path / "lock"
+
     def __str__(self) -> str:
         return str(self.path)

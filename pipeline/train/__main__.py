@@ -16,6 +16,9 @@ from pipeline.errors import UserError
 from pipeline.log import set_up_logging
 from pipeline.train.loop import train
 from pipeline.train.run import TrainJob
+from pipeline.train.stop import StoppedError, StopRequest
+
+EXIT_STOPPED = 130
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,11 +38,17 @@ def main(arguments: list[str] | None = None) -> int:
         shards = config.shards_folder / "train"
         labels = together(world, lambda: read_manifest(shards)).labels
         model = config.model_for(labels.num_classes)
-        train(TrainJob(model, config.train, shards, config.folder, config.dataset.on_error), world)
+        stop = StopRequest(config.folder.stop)
+        stop.on_signals()
+        train(TrainJob(model, config.train, shards, config.folder, config.dataset.on_error), world, stop)
     except UserError as error:
         if world.rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except StoppedError as stopped:
+        if world.rank == 0:
+            print(f"{stopped}; the same command goes on from there", file=sys.stderr)
+        return EXIT_STOPPED
     finally:
         close(world)
     return 0

@@ -34,14 +34,18 @@ from pipeline.train.curves import Curves
 from pipeline.train.engine import gradient_norm, make_engine
 from pipeline.train.optim import set_learning_rates
 from pipeline.train.run import Run, TrainJob, find_checkpoint
+from pipeline.train.stop import StoppedError, StopRequest
 
 logger = get_logger(__name__)
 
 
-def train(job: TrainJob, world: World) -> Path:
+def train(job: TrainJob, world: World, stop: StopRequest | None = None) -> Path:
     """Train to the end of the schedule, from the newest checkpoint of the run where there is one.
 
-    Every rank of `world` calls it with the same job.
+    Args:
+        job: the same on every rank.
+        world: this process; every rank calls this.
+        stop: tells when to end in order; when None, the file `RunFolder.stop` alone does.
 
     Returns:
         The checkpoint of the last step.
@@ -49,6 +53,7 @@ def train(job: TrainJob, world: World) -> Path:
     Raises:
         UserError: the input is wrong, the run is another one, the disk is full, or a loss is not finite; raised on
             every rank, and the checkpoint before it is whole.
+        StoppedError: it was asked to end before the last step, and what was trained is kept.
     """
     run = Run(job, world, together(world, lambda: read_manifest(job.shards)))
     found = find_checkpoint(run)
@@ -56,22 +61,26 @@ def train(job: TrainJob, world: World) -> Path:
         logger.info(outcome("train", found[0], is_new=False))
         return found[0]
     path, first, skipped = (found[0], found[1].step, found[1].skipped) if found else (None, 0, 0)
+    done = first
     engine = make_engine(run, found)
     criterion = Criterion(job.model.num_classes, job.train.criterion, job.model.class_loss)
     spool = job.out.train_spool if world.rank == 0 else None
     curves = Curves(spool, job.train, run.total, run.epochs, first)
     try:
-        for step, num_boxes, unreadable in _global_steps(run, first):
+        for step, num_boxes, unreadable in _global_steps(run, first, stop or StopRequest(job.out.stop)):
             set_learning_rates(engine.basic_optimizer, run.factor(step.step))
             losses = _forward_backward(engine, criterion, step, num_boxes, run)
             values = _agree_on_finite(losses, gradient_norm(engine), step, run)
             engine.step()
             skipped += unreadable
             curves.step_done(step.step, {**values, "skipped": skipped}, engine.basic_optimizer)
+            done = step.step + 1
             if run.saves_after(step.step):
-                state = run.state(step.step + 1, skipped, engine.basic_optimizer)
-                path = save(engine, world, job.out.checkpoints, state, job.train.keep_checkpoints)
-                logger.info("%s written", path)
+                path = _save(engine, run, done, skipped)
+        if done < run.total:
+            raise StoppedError(
+                path if done == first or run.saves_after(done - 1) else _save(engine, run, done, skipped)
+            )
     finally:
         curves.close()
         engine.destroy()
@@ -79,10 +88,19 @@ def train(job: TrainJob, world: World) -> Path:
     return path
 
 
-def _global_steps(run: Run, first: int) -> Iterator[tuple[Step, float, int]]:
+def _save(engine: Any, run: Run, done: int, skipped: int) -> Path:
+    """Write a checkpoint after `done` steps."""
+    state = run.state(done, skipped, engine.basic_optimizer)
+    path = save(engine, run.world, run.job.out.checkpoints, state, run.job.train.keep_checkpoints)
+    logger.info("%s written", path)
+    return path
+
+
+def _global_steps(run: Run, first: int, stop: StopRequest) -> Iterator[tuple[Step, float, int]]:
     """This rank's part of every step from `first`, the boxes and the unreadable samples of the whole step.
 
-    What stops the loader of one rank stops all ranks, before any of them waits for the other's gradients.
+    What stops the loader of one rank stops all ranks, before any of them waits for the other's gradients; so does a
+    request to end, which ends the steps here.
     """
     job, world, manifest = run.job, run.world, run.manifest
     order = SampleOrder(manifest.digest, manifest.shard_sizes, job.train.seed, job.train.window)
@@ -96,9 +114,13 @@ def _global_steps(run: Run, first: int) -> Iterator[tuple[Step, float, int]]:
             skipped = sum(micro.skipped for micro in step.micro_batches)
         except Exception as caught:
             error = caught
-        boxes_of_all, skipped_of_all, failed = sum_over_ranks(world, boxes, skipped, error is not None)
+        boxes_of_all, skipped_of_all, failed, asked = sum_over_ranks(
+            world, boxes, skipped, error is not None, stop.asked()
+        )
         if failed:
             raise_together(world, error)
+        if asked:
+            return
         yield step, boxes_of_all, int(skipped_of_all)
 
 

@@ -1,0 +1,97 @@
+"""SIGINT and SIGTERM end a command in order: the first raises `Interrupted` in the main thread, the second ends it."""
+
+import ctypes
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+import psutil
+
+_PR_SET_CHILD_SUBREAPER = 36  # Linux, sys/prctl.h
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):
+    """The user, or whoever runs the machine, wants the command to end; its notes say what became of the work.
+
+    No `Exception`, and no `KeyboardInterrupt` either: what catches those must not keep the command alive.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+def end_in_order() -> None:
+    """From now on a signal raises `Interrupted`, once; called by the entry point, in the main thread.
+
+    What loses its parent below this process becomes its child, so that `end_descendants` misses nothing: Ray's agents
+    outlive their node.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    for number in SIGNALS:
+        signal.signal(number, _first)
+
+
+def _first(number: int, frame: FrameType | None) -> None:
+    for other in SIGNALS:
+        signal.signal(other, _second)
+    raise Interrupted(number)
+
+
+def _second(number: int, frame: FrameType | None) -> None:
+    end_descendants(wait_seconds=0)
+    os._exit(128 + number)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Hold signals back until the block ends, which must not be cut in the middle, and keep the handlers as they were.
+
+    Whatever handlers the block sets (Ray takes SIGTERM), a signal that comes meanwhile is not lost.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for held in SIGNALS:
+        signal.signal(held, lambda number, frame: None)
+    with _numbers_of_signals() as came:
+        try:
+            yield
+        except SystemExit:  # what Ray's own handler does
+            came.append(signal.SIGTERM)
+        finally:
+            for held, handler in before.items():
+                signal.signal(held, handler)
+    for number in came:
+        if number in SIGNALS:
+            signal.raise_signal(number)
+            break
+
+
+@contextmanager
+def _numbers_of_signals() -> Iterator[list[int]]:
+    """The numbers of the signals that come in the block, known after it."""
+    reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    came: list[int] = []
+    try:
+        yield came
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writing)
+        came += os.read(reading, 4096)
+        os.close(reading)
+
+
+def end_descendants(wait_seconds: float = 3.0) -> None:
+    """Kill all processes below this one, and wait until they are gone."""
+    processes = psutil.Process().children(recursive=True)
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, wait_seconds)
