@@ -52,6 +52,7 @@ class Pipeline:
     def __enter__(self) -> "Pipeline":
         with self._stack:  # closed if one of these fails
             if self._works_on_run:
+                check_init(self.config.train.init, self.config.folder.checkpoints)
                 name = f"the run {self.config.name}"
                 self._stack.enter_context(held(self.config.folder.lock, name, wait=self._wait))
                 check_resume(self.config)
@@ -171,9 +172,8 @@ def check_resume(config: Config) -> None:
     """Refuse at once what training would refuse when its workers have started.
 
     Raises:
-        UserError: the run was trained with other settings or on other data, or what it begins with is missing.
+        UserError: the run was trained with other settings or on other data.
     """
-    check_init(config.train.init, config.folder.checkpoints)
     shards = config.shards_folder / "train"
     if latest(config.folder.checkpoints) is not None and (shards / MANIFEST_NAME).is_file():
         manifest = read_manifest(shards)

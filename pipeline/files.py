@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -102,25 +102,38 @@ def held(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     Raises:
         UserError: another process holds it, named by host, process and time.
     """
-    make_folder(path.parent)
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _holder(file)
-            if not wait:
-                raise UserError(
-                    f"{what} is running already{holder}: wait for it, stop it, or use another name"
-                ) from None
-            logger.info("waiting for %s, which is running%s", what, holder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
+    file = _lock(path, what, wait)
+    with file:
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}))
         file.flush()
         try:
             yield
         finally:
-            file.truncate(0)
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # there is more in it
+                path.parent.rmdir()
+
+
+def _lock(path: Path, what: str, wait: bool) -> TextIO:
+    """The locked file, empty."""
+    while True:
+        make_folder(path.parent)
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(file)
+            if not wait:
+                file.close()
+                mend = "wait for it, stop it, or use another name"
+                raise UserError(f"{what} is running already{holder}: {mend}") from None
+            logger.info("waiting for %s, which is running%s", what, holder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                file.truncate(0)
+                return file
+        file.close()  # whoever held it has removed it meanwhile
 
 
 def _holder(file: TextIO) -> str:
