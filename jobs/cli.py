@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from jobs.interrupt import Interrupted, end_in_order
+from jobs.interrupt import Interrupted, RayLostError, end_in_order
 from pipeline.errors import TrackingError, UserError
 from pipeline.log import set_up_logging
 
@@ -261,6 +261,10 @@ def main() -> None:
         told = "".join(f"; {note}" for note in getattr(interrupted, "__notes__", ()))
         sys.stderr.write(f"interrupted ({interrupted}){told}. The same command goes on where this one stood.\n")
         sys.exit(interrupted.exit_code)
+    except RayLostError as error:
+        sys.stderr.write(f"error: {error}. The same command goes on where this one stood.\n")
+        sys.stderr.flush()
+        os._exit(1)  # Ray's client would wait for its cluster, and then abort
     except (UserError, TrackingError) as error:
         if "--debug" in sys.argv:
             traceback.print_exc()

@@ -4,13 +4,14 @@ import logging
 import os
 import secrets
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import ray
 
-from jobs.interrupt import end_descendants, held_back
+from jobs.interrupt import RayLostError, end_descendants, held_back
 from pipeline.config.sections import ClusterSection
 from pipeline.errors import UserError
 from pipeline.log import get_logger
@@ -25,7 +26,8 @@ PACKAGES = [str(Path(__file__).resolve().parents[1] / name) for name in ("jobs",
 def connected(cluster: ClusterSection) -> Iterator[None]:
     """Be connected to Ray inside the block; what was started for it is stopped at its end.
 
-    Raises UserError where the address does not answer or the cluster is too small for `cluster.workers`.
+    Raises UserError where the address does not answer or the cluster is too small for `cluster.workers`. A
+    `RayLostError` in the block leaves the client as it is: it would wait for its cluster for minutes.
     """
     if ray.is_initialized():
         yield
@@ -35,9 +37,33 @@ def connected(cluster: ClusterSection) -> Iterator[None]:
             _connect(cluster)
         _check_size(cluster)
         yield
-    finally:
-        ray.shutdown()
+    except RayLostError:
         end_descendants()
+        raise
+    except BaseException:
+        _leave()
+        raise
+    _leave()
+
+
+def check_alive(lost_seconds: float = 10.0) -> None:
+    """Raise `RayLostError` where the head of the connected Ray answers nobody for so long."""
+    head = ray.get_runtime_context().gcs_address
+    host, _, port = head.rpartition(":")
+    end = time.monotonic() + lost_seconds
+    while True:
+        try:
+            with closing(socket.create_connection((host, int(port)), timeout=2)):
+                return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise RayLostError(f"Ray has ended: its head at {head} does not answer ({error})") from None
+        time.sleep(1)
+
+
+def _leave() -> None:
+    ray.shutdown()
+    end_descendants()
 
 
 def _connect(cluster: ClusterSection) -> None:
@@ -51,8 +77,9 @@ def _connect(cluster: ClusterSection) -> None:
         # user's next `ray start --head` would refuse its clients.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+        cpus = _local_cpus(cluster)
         logger.info("starting Ray on this machine")
-        ray.init(address="local", num_cpus=_local_cpus(cluster), include_dashboard=False, **quiet)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     else:
         _join(address, quiet)
 
@@ -65,7 +92,11 @@ def device_of(cluster: ClusterSection) -> str:
 
 
 def _local_cpus(cluster: ClusterSection) -> int:
-    return max(os.cpu_count() or 1, round(cluster.workers * cluster.cpus_per_worker))
+    """The CPUs of this machine, if they are enough; more would be waited for for ever."""
+    have, need = len(os.sched_getaffinity(0)), cluster.workers * cluster.cpus_per_worker
+    if need > have:
+        raise UserError(_too_few_cpus(cluster, f"this machine has {have}") + ", or set cluster.address to a cluster's")
+    return have
 
 
 def _join(address: str, quiet: dict[str, int | bool]) -> None:
@@ -83,14 +114,19 @@ def _join(address: str, quiet: dict[str, int | bool]) -> None:
         raise UserError(f"cluster.address {address}: no Ray answers ({error}); {mend}") from error
 
 
+def _too_few_cpus(cluster: ClusterSection, have: str) -> str:
+    need = cluster.workers * cluster.cpus_per_worker
+    return (
+        f"cluster.workers {cluster.workers} x cluster.cpus_per_worker {cluster.cpus_per_worker:g} need {need:g} CPUs"
+        f" and {have}; lower one of them"
+    )
+
+
 def _check_size(cluster: ClusterSection) -> None:
     have = ray.cluster_resources()
     need_cpus = cluster.workers * cluster.cpus_per_worker
     if have.get("CPU", 0) < need_cpus:
-        raise UserError(
-            f"cluster.workers {cluster.workers} x cluster.cpus_per_worker {cluster.cpus_per_worker:g} need"
-            f" {need_cpus:g} CPUs and the Ray cluster has {have.get('CPU', 0):g}; lower one of them or add nodes"
-        )
+        raise UserError(_too_few_cpus(cluster, f"the Ray cluster has {have.get('CPU', 0):g}") + ", or add nodes")
     if cluster.device == "cuda" and have.get("GPU", 0) < cluster.workers:
         raise UserError(
             f"cluster.device cuda with {cluster.workers} workers needs as many GPUs and the Ray cluster has"

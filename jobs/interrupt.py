@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a command in order: the first raises `Interrupted` in the main thread, the second ends it."""
+"""What ends a command from outside: SIGINT and SIGTERM, the first in order, the second at once; and the loss of Ray."""
 
 import ctypes
 import os
@@ -23,6 +23,10 @@ class Interrupted(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.exit_code = 128 + number
+
+
+class RayLostError(Exception):
+    """Ray, all of it or its head, has ended under the command."""
 
 
 def end_in_order() -> None:

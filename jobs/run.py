@@ -139,7 +139,7 @@ class Pipeline:
 
 
 class TrainingProgress:
-    """Shows the training metrics that arrive in the spool from now on; a context manager."""
+    """Shows the training metrics that arrive in the spool from now on, once there is one; a context manager."""
 
     def __init__(self, console: Console, spool: Path, total_steps: int) -> None:
         self._reader = SpoolReader(spool, spool.stat().st_size if spool.exists() else 0)
@@ -147,7 +147,6 @@ class TrainingProgress:
         self._is_first = True
 
     def __enter__(self) -> "TrainingProgress":
-        self._display.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -164,6 +163,8 @@ class TrainingProgress:
             f"epoch {metrics['train/epoch']:.2f}  loss {metrics['train/loss']:.3f}"
             f"  {metrics['train/images_per_second']:.1f} images/s"
         )
+        if self._is_first:
+            self._display.__enter__()
         self._display.update(step, text, print_now=self._is_first or is_last)
         self._is_first = False
 

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayTaskError
 
+from jobs.cluster import check_alive
 from pipeline.errors import UserError
 
 Argument = TypeVar("Argument")
@@ -13,6 +14,8 @@ Result = TypeVar("Result")
 
 CANCEL_SECONDS = 30
 """Longest wait for cancelled tasks to end."""
+LOOK_SECONDS = 10
+"""Seconds without a result after which Ray is asked whether it is still there."""
 
 
 def run_tasks(
@@ -50,14 +53,21 @@ def run_tasks(
             while waiting and len(running) < at_once:
                 argument = waiting.pop()
                 running[remote.remote(argument)] = argument
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            yield running.pop(done), _result(done)
+            finished, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_SECONDS)
+            for done in finished:
+                yield running.pop(done), _result(done)
+            if not finished:
+                check_alive()
     finally:
-        for reference in running:
-            ray.cancel(reference)
         # What was cancelled may still write: the caller removes its folder only after this.
         if running:
-            ray.wait(list(running), num_returns=len(running), timeout=CANCEL_SECONDS)
+            _cancel(list(running))
+
+
+def _cancel(running: list[Any]) -> None:
+    for reference in running:
+        ray.cancel(reference)
+    ray.wait(running, num_returns=len(running), timeout=CANCEL_SECONDS)
 
 
 def _result(reference: Any) -> Any:

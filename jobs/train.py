@@ -21,7 +21,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 
-from jobs.cluster import device_of
+from jobs.cluster import check_alive, device_of
 from jobs.interrupt import Interrupted
 from model.ops import compiled
 from pipeline.checkpoint.state import latest
@@ -80,7 +80,32 @@ def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lamb
     if found is not None and found[1].step == config.train.total_steps(len(manifest.samples)):
         logger.info(outcome("train", found[0], is_new=False))
         return found[0]
-    trainer = TorchTrainer(
+    whence = f", going on from {found[0]}" if found else ""
+    logger.info("train: starting %d workers%s", config.cluster.workers, whence)
+    result = _fit(_make_trainer(config, job, device), on_poll, config.folder)
+    if "user_error" in result:
+        raise UserError(result["user_error"])
+    if "stopped" in result:
+        stopped = Interrupted(signal.SIGTERM)
+        stopped.add_note(result["stopped"])
+        raise stopped
+    return Path(result["checkpoint"])
+
+
+def make_job(config: Config, manifest: Manifest) -> TrainJob:
+    """What a pipeline trains on a split."""
+    return TrainJob(
+        model=config.model_for(manifest.labels.num_classes),
+        train=config.train,
+        shards=manifest.folder.resolve(),
+        out=config.folder,
+        on_error=config.dataset.on_error,
+        root=Path.cwd(),
+    )
+
+
+def _make_trainer(config: Config, job: TrainJob, device: str) -> TorchTrainer:
+    return TorchTrainer(
         _worker,
         train_loop_config={
             "job": job,
@@ -100,26 +125,6 @@ def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lamb
             failure_config=FailureConfig(max_failures=config.train.max_restarts),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
-    )
-    result = _fit(trainer, on_poll, config.folder)
-    if "user_error" in result:
-        raise UserError(result["user_error"])
-    if "stopped" in result:
-        stopped = Interrupted(signal.SIGTERM)
-        stopped.add_note(result["stopped"])
-        raise stopped
-    return Path(result["checkpoint"])
-
-
-def make_job(config: Config, manifest: Manifest) -> TrainJob:
-    """What a pipeline trains on a split."""
-    return TrainJob(
-        model=config.model_for(manifest.labels.num_classes),
-        train=config.train,
-        shards=manifest.folder.resolve(),
-        out=config.folder,
-        on_error=config.dataset.on_error,
-        root=Path.cwd(),
     )
 
 
@@ -151,6 +156,7 @@ def _fit(trainer: TorchTrainer, on_poll: Callable[[], None], run: RunFolder) -> 
     try:
         while not wait([future], POLL_SECONDS).done:
             on_poll()
+            check_alive()
     except Interrupted as interrupted:
         interrupted.add_note(_stop_workers(future, run))
         raise
