@@ -4,6 +4,7 @@ Exit code 0: done; 1: failed; 2: the input is wrong (one line on stderr says wha
 143: interrupted by SIGINT and SIGTERM, in order.
 """
 
+import importlib.metadata
 import json
 import os
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from typer.exceptions import TyperException
 
 from jobs.interrupt import Interrupted, RayLostError, end_in_order
 from pipeline.errors import TrackingError, UserError
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Train Deformable DETR on COCO-format data: shard, train, evaluate, register.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
@@ -230,9 +231,18 @@ def doctor(
         raise typer.Exit(1)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"raydetr {importlib.metadata.version('raydetr')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error in the input.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
 ) -> None:
     """Options before the command."""
     set_up_logging()
@@ -252,11 +262,21 @@ def _pipeline(path: Path, overrides: list[str] | None, *, works_on_run: bool = T
     return Pipeline(settings, works_on_run=works_on_run)
 
 
+def _with_example(error: TyperException) -> str:
+    """What is wrong with the words of a command, and how they are right."""
+    message, context = error.format_message(), getattr(error, "ctx", None)
+    example = context.command.epilog if context is not None and context.command.epilog else "raydetr --help shows all"
+    return f"{message}{'' if message.endswith(('.', '?')) else '.'} {example}"
+
+
 def main() -> None:
     """Run the command line; errors that explain themselves become one line."""
     end_in_order()
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except TyperException as error:
+        sys.stderr.write(f"error: {_with_example(error)}\n" if error.format_message() else "")
+        sys.exit(2)
     except Interrupted as interrupted:
         told = "".join(f"; {note}" for note in getattr(interrupted, "__notes__", ()))
         sys.stderr.write(f"interrupted ({interrupted}){told}. The same command goes on where this one stood.\n")

@@ -1,0 +1,98 @@
+"""What ends a command: signals, in processes of their own."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+def started(code: str) -> subprocess.Popen[str]:
+    """A process that runs the code and has printed its first line."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+class TestSignals:
+    def test_the_first_ends_in_order_and_the_second_at_once(self, number: signal.Signals) -> None:
+        process = started(
+            "import time\n"
+            "from jobs.interrupt import Interrupted, end_in_order\n"
+            "end_in_order()\n"
+            "print('ready', flush=True)\n"
+            "try:\n"
+            "    time.sleep(60)\n"
+            "except Interrupted as interrupted:\n"
+            "    print(interrupted, interrupted.exit_code, flush=True)\n"
+            "    time.sleep(60)\n"
+        )
+        process.send_signal(number)
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"{number.name} {128 + number}\n"
+        process.send_signal(number)
+        assert process.wait(10) == 128 + number
+
+    def test_one_that_is_held_back_is_not_lost_whoever_takes_it_meanwhile(self, number: signal.Signals) -> None:
+        process = started(
+            "import signal, sys, time\n"
+            "from jobs.interrupt import Interrupted, end_in_order, held_back\n"
+            "end_in_order()\n"
+            "try:\n"
+            "    with held_back():\n"
+            "        signal.signal(signal.SIGTERM, lambda number, frame: None)\n"
+            "        print('ready', flush=True)\n"
+            "        time.sleep(1)\n"
+            "        print('whole', flush=True)\n"
+            "except Interrupted as interrupted:\n"
+            "    print(interrupted, flush=True)\n"
+        )
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=20)
+        assert output.split() == ["whole", number.name]
+
+
+def test_an_exit_that_a_foreign_handler_makes_of_a_signal_is_the_signal() -> None:
+    process = started(
+        "import signal, sys, time\n"
+        "from jobs.interrupt import Interrupted, end_in_order, held_back\n"
+        "end_in_order()\n"
+        "try:\n"
+        "    with held_back():\n"
+        "        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))\n"
+        "        print('ready', flush=True)\n"
+        "        time.sleep(60)\n"
+        "except Interrupted as interrupted:\n"
+        "    print(interrupted, flush=True)\n"
+    )
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=20)
+    assert output.split() == ["SIGTERM"]
+
+
+def test_what_lost_its_parent_is_ended_too() -> None:
+    process = started(
+        "import subprocess\n"
+        "from jobs.interrupt import end_descendants, end_in_order\n"
+        "end_in_order()\n"
+        "shell = subprocess.Popen(['sh', '-c', 'sleep 300 >/dev/null & echo $!'], stdout=subprocess.PIPE, text=True)\n"
+        "orphan = shell.stdout.readline().strip()\n"
+        "shell.wait()\n"
+        "print('ready', flush=True)\n"
+        "print(orphan, flush=True)\n"
+        "end_descendants()\n"
+    )
+    output, _ = process.communicate(timeout=20)
+    end = time.monotonic() + 5
+    while psutil.pid_exists(int(output)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not psutil.pid_exists(int(output))
