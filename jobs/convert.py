@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from model import DetrConfig, build_model
+from model.build import build_model
+from model.config import DetrConfig
 from model.weights.files import export_weights, load_weights, read_weights
 from pipeline.checkpoint.save import STATE, read_state
 from pipeline.errors import UserError

@@ -23,7 +23,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from model import DetrConfig, ImageBatch, PixelBatch, build_model, postprocess
+from model.batch import ImageBatch, PixelBatch
+from model.build import build_model
+from model.config import DetrConfig
+from model.detections import postprocess
 from model.weights.files import load_weights, read_weights, save_tensors
 from pipeline.checkpoint.save import STATE, load_model_weights, read_state
 from pipeline.config.sections import EvaluateSection
@@ -199,7 +202,7 @@ class Detector:
 
     @torch.inference_mode()
     def results(self, batch: ImageBatch, sizes: torch.Tensor, top: int) -> list[dict[str, torch.Tensor]]:
-        """Return the `top` best of each image as `model.postprocess` does; arguments and errors are of `detect`."""
+        """Return the `top` best of each image as `model.detections.postprocess` does; arguments and errors are of `detect`."""
         outputs = self.model(batch)
         logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
         if not bool(torch.isfinite(logits).all() & torch.isfinite(boxes).all()):

@@ -24,7 +24,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from model import Criterion, DetrConfig, build_model, recompute_activations
+from model.build import build_model
+from model.config import DetrConfig
+from model.losses.criterion import Criterion
+from model.recompute import recompute_activations
 from model.weights.files import load_backbone, load_weights
 from pipeline import checkpoint
 from pipeline.checkpoint.save import State

@@ -19,8 +19,11 @@ from common import seconds
 from torch import Tensor, nn
 from transformers import DeformableDetrForObjectDetection
 
-from model import Criterion, CriterionConfig, DetrConfig, ImageBatch, build_model
+from model.batch import ImageBatch
+from model.build import build_model
+from model.config import CriterionConfig, DetrConfig
 from model.deformable_attention import MSDeformAttn
+from model.losses.criterion import Criterion
 from model.weights.files import export_weights
 
 HEIGHT, WIDTH, CLASSES, OBJECTS = 480, 640, 91, 7

@@ -29,7 +29,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model import Criterion, CriterionConfig, DetrConfig, ImageBatch, build_model
+from model.batch import ImageBatch
+from model.build import build_model
+from model.config import CriterionConfig, DetrConfig
+from model.losses.criterion import Criterion
 from model.ops import compiled
 
 SMALL: dict[str, Any] = {

@@ -3,7 +3,10 @@ from typing import Any
 import pytest
 import torch
 
-from model import Criterion, CriterionConfig, DetrConfig, ImageBatch, build_model
+from model.batch import ImageBatch
+from model.build import build_model
+from model.config import CriterionConfig, DetrConfig
+from model.losses.criterion import Criterion
 from tests.builders import make_batch, make_detector, make_target
 
 VARIANTS = {

@@ -5,8 +5,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model import Criterion, CriterionConfig, DetrConfig, ImageBatch, build_model
+from model.batch import ImageBatch
+from model.build import build_model
+from model.config import CriterionConfig, DetrConfig
 from model.detr import DetrDecoder, DetrDecoderLayer, DetrEncoderLayer
+from model.losses.criterion import Criterion
 from model.position import encode_cells
 from model.weights.files import load_weights
 from tests.builders import make_batch, make_detector, make_target

@@ -11,7 +11,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import Criterion, CriterionConfig
+from model.config import CriterionConfig
+from model.losses.criterion import Criterion
 from tests.builders import make_batch, make_detector, make_target
 
 aten: Any = torch.ops.aten

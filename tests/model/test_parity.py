@@ -23,7 +23,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from transformers import DeformableDetrForObjectDetection, DetrForObjectDetection
 
-from model import Criterion, CriterionConfig, DetrConfig, ImageBatch, build_model
+from model.batch import ImageBatch
+from model.build import build_model
+from model.config import CriterionConfig, DetrConfig
+from model.losses.criterion import Criterion
 from model.weights.files import export_weights, load_weights
 from model.weights.names import to_own
 from pipeline.config.sections import InitSection, TrainSection

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from model import Criterion, CriterionConfig, detr
 from model import deformable_attention as attention
 from model import deformable_transformer as transformer
+from model import detr
+from model.config import CriterionConfig
 from model.losses import matcher
+from model.losses.criterion import Criterion
 from tests.builders import make_batch, make_detector, make_target
 
 VARIANTS: dict[str, dict[str, Any]] = {

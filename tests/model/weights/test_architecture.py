@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 
-from model import DetrConfig, build_model
+from model.build import build_model
+from model.config import DetrConfig
 from model.weights.architecture import check_original, differences, hf_config, infer_config, notes_of_args, notes_of_hf
 from model.weights.fit import unique_tensors
 from tests.model.weights.test_names import VARIANTS, every_variant

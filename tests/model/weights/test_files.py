@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from model import DetrConfig, build_model
+from model.build import build_model
+from model.config import DetrConfig
 from model.deformable_detr import DeformableDetr
 from model.weights.files import IMAGENET_FILES, export_weights, load_backbone, load_weights, read_tensors, read_weights
 from model.weights.fit import unique_tensors
