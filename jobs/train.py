@@ -20,7 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 
 from jobs.cluster import device_of
-from model.ops import compiled
+from model.ops.operator import compiled
 from pipeline.checkpoint.save import latest
 from pipeline.config.sections import Config
 from pipeline.data.manifest import Manifest

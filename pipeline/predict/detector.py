@@ -202,7 +202,7 @@ class Detector:
 
     @torch.inference_mode()
     def results(self, batch: ImageBatch, sizes: torch.Tensor, top: int) -> list[dict[str, torch.Tensor]]:
-        """Return the `top` best of each image as `model.detections.postprocess` does; arguments and errors are of `detect`."""
+        """Return the `top` best of each image as `postprocess` does; arguments and errors are of `detect`."""
         outputs = self.model(batch)
         logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
         if not bool(torch.isfinite(logits).all() & torch.isfinite(boxes).all()):
