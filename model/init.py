@@ -9,6 +9,7 @@ from model.deformable_attention import MSDeformAttn
 from model.deformable_detr import DeformableDetr
 from model.detr import Detr
 from model.heads import BoxHead
+from model.losses.class_loss import make_class_loss
 
 
 def init_weights(model: DeformableDetr | Detr, generator: torch.Generator | None = None) -> None:
@@ -108,7 +109,7 @@ def _init_heads(model: DeformableDetr, generator: torch.Generator | None) -> Non
     assert isinstance(class_head, nn.Linear)
     assert isinstance(box_head, BoxHead)
     _init_uniform(class_head.weight, class_head.in_features, generator)
-    nn.init.constant_(class_head.bias, -math.log(99) if model.config.class_loss == "focal" else 0.0)
+    nn.init.constant_(class_head.bias, make_class_loss(model.config.class_loss).bias or 0.0)
     *hidden, last = (layer for layer in box_head.layers if isinstance(layer, nn.Linear))
     for layer in hidden:
         _init_uniform_layer(layer, generator)
@@ -125,8 +126,9 @@ def _init_heads(model: DeformableDetr, generator: torch.Generator | None) -> Non
 
 def _init_heads_of_detr(model: Detr, generator: torch.Generator | None) -> None:
     _init_uniform_layer(model.class_embed, generator)
-    if model.config.class_loss == "focal":
-        nn.init.constant_(model.class_embed.bias, -math.log(99))
+    bias = make_class_loss(model.config.class_loss).bias
+    if bias is not None:
+        nn.init.constant_(model.class_embed.bias, bias)
     for layer in model.bbox_embed.layers:
         assert isinstance(layer, nn.Linear)
         _init_uniform_layer(layer, generator)

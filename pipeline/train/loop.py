@@ -27,6 +27,7 @@ from torch import nn
 from model.build import build_model
 from model.config import DetrConfig
 from model.losses.criterion import Criterion
+from model.losses.groups import groups_of
 from model.recompute import recompute_activations
 from model.weights.files import load_backbone, load_weights
 from pipeline import checkpoint
@@ -158,7 +159,7 @@ def train(job: TrainJob, world: World) -> Path:
         return found[0]
     path, first, skipped = (found[0], found[1].step, found[1].skipped) if found else (None, 0, 0)
     engine = _make_engine(run, found)
-    criterion = Criterion(job.model.num_classes, job.train.criterion, job.model.class_loss)
+    criterion = Criterion(job.train.criterion, job.model.class_loss)
     spool = job.spool if world.rank == 0 else None
     curves = Curves(spool, job.train, run.total, run.epochs, first)
     try:
@@ -221,13 +222,13 @@ def _forward_backward(
         targets = [
             {key: value.to(device, non_blocking=True) for key, value in target.items()} for target in micro.targets
         ]
-        losses = criterion(outputs, targets, num_boxes, train.global_batch)
+        losses = criterion(groups_of(outputs, targets), num_boxes, train.global_batch)
         if not micro.image_ids:  # a placeholder for images that cannot be read
-            losses = {name: loss * 0.0 for name, loss in losses.items()}
-        total = criterion.total(losses)
+            losses = losses.scaled(0.0)
+        total = losses.total()
         # DeepSpeed divides by the micro-batches of a rank and by the ranks.
         engine.backward(total * train.micro_batches)
-        for name, loss in {"loss": total, **losses}.items():
+        for name, loss in {"loss": total, **losses.values}.items():
             sums[name] = sums.get(name, 0.0) + loss.detach().double()
     return sums
 

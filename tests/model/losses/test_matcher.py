@@ -7,7 +7,9 @@ from torch import Tensor
 
 from model.boxes import cxcywh_to_xyxy, generalized_iou
 from model.config import CriterionConfig
-from model.losses.matcher import match, match_all
+from model.losses.class_loss import make_class_loss
+from model.losses.groups import Group, Matches
+from model.losses.matcher import match_all
 from tests.builders import make_target
 
 CONFIG = CriterionConfig()
@@ -17,6 +19,12 @@ def make_output(batch: int, queries: int, classes: int = 5, seed: int = 0) -> di
     generator = torch.Generator().manual_seed(seed)
     boxes = torch.rand(batch, queries, 4, generator=generator) * 0.5 + 0.1
     return {"pred_logits": torch.randn(batch, queries, classes, generator=generator), "pred_boxes": boxes}
+
+
+def match(
+    output: dict[str, Tensor], targets: list[dict[str, Tensor]], config: CriterionConfig, class_loss: str
+) -> Matches:
+    return match_all([Group(output, targets)], config, make_class_loss(class_loss, config))[0]
 
 
 def pair_cost(logits: Tensor, box: Tensor, label: int, wanted: Tensor, class_loss: str) -> float:
@@ -58,7 +66,8 @@ def test_alpha_and_gamma_follow_the_loss() -> None:
 def test_images_and_layers_do_not_mix() -> None:
     targets = [make_target(3), make_target(0), make_target(6, seed=1), make_target(1, seed=2)]
     outputs = [make_output(4, 9, seed=1), make_output(4, 40, seed=2), make_output(4, 9, seed=3)]
-    together = match_all(outputs, targets, CONFIG, "focal")
+    groups = [Group(output, targets) for output in outputs]
+    together = match_all(groups, CONFIG, make_class_loss("focal", CONFIG))
     for output, matches in zip(outputs, together, strict=True):
         for image, target in enumerate(targets):
             alone = {key: value[image : image + 1] for key, value in output.items()}
