@@ -73,23 +73,29 @@ def export_weights(
             metadata = {"config": json.dumps(asdict(config))}  # one entry: safetensors writes several in any order
             save_tensors(_on_host(unique_tensors(model)), partial, metadata)
         elif format == "original":
-            check_original(config)
-            tensors = to_foreign(_on_host(model.state_dict()), "original", config.arch)
-            torch.save({"model": tensors, "raydetr": asdict(config)}, partial)
+            _write_original(model, config, partial)
         else:
-            settings = hf_config(config, class_names)
-            tensors = to_foreign(_on_host(model.state_dict()), "hf", config.arch)
-            partial.mkdir()
-            # transformers finds equal heads and ties them; a safetensors file cannot share memory.
-            save_tensors(
-                {name: tensor.clone() for name, tensor in tensors.items()}, partial / FOLDER_FILE, {"format": "pt"}
-            )
-            (partial / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+            _write_hf(model, config, partial, class_names)
         os.replace(partial, path)
     finally:
         if partial.is_dir():
             shutil.rmtree(partial)
         partial.unlink(missing_ok=True)
+
+
+def _write_original(model: nn.Module, config: DetrConfig, path: Path) -> None:
+    check_original(config)
+    tensors = to_foreign(_on_host(model.state_dict()), "original", config.arch)
+    torch.save({"model": tensors, "raydetr": asdict(config)}, path)
+
+
+def _write_hf(model: nn.Module, config: DetrConfig, folder: Path, class_names: Sequence[str] | None) -> None:
+    settings = hf_config(config, class_names)
+    tensors = to_foreign(_on_host(model.state_dict()), "hf", config.arch)
+    folder.mkdir()
+    # transformers finds equal heads and ties them; a safetensors file cannot share memory.
+    save_tensors({name: tensor.clone() for name, tensor in tensors.items()}, folder / FOLDER_FILE, {"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -212,27 +218,39 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         parts = _parts(path)
         tensors = {name: tensor for part in parts for name, tensor in _read_file(path.parent / part)[0].items()}
         return tensors, notes
+    content, config = _unpacked(path)
+    notes |= config
+    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        notes |= _original_notes(content)
+        content = content["model"]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path}: holds something else than tensors by name, so it is not a weights file")
+    return dict(content), notes
+
+
+def _unpacked(path: Path) -> tuple[Any, dict[str, Any]]:
+    """What a file holds, and the architecture that ours states."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return tensors, notes | json.loads((file.metadata() or {}).get("config", "{}"))
+                return tensors, json.loads((file.metadata() or {}).get("config", "{}"))
         with torch.serialization.safe_globals([argparse.Namespace]):  # the original keeps its arguments in one
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True), {}
     except Exception as error:  # the readers do not tell what they raise for bytes of any other kind
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # torch's advice would be to let the file run code
             reason = "it holds something else than tensors and plain values, and nothing else is unpickled"
         raise ValueError(f"{path}: damaged, or not a weights file ({reason}); get it again") from error
-    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        args = content.get("args")
-        args = vars(args) if isinstance(args, argparse.Namespace) else args
-        notes |= notes_of_args(args) if isinstance(args, Mapping) else {}
-        notes |= content.get("raydetr", {})
-        content = content["model"]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path}: holds something else than tensors by name, so it is not a weights file")
-    return dict(content), notes
+
+
+def _original_notes(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint in the original's form says: its arguments, and ours where we wrote it."""
+    args = checkpoint.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    notes = notes_of_args(args) if isinstance(args, Mapping) else {}
+    ours: dict[str, Any] = checkpoint.get("raydetr", {})
+    return notes | ours
 
 
 def _parts(index: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """Whether weights fit a model, and putting them into it: all that is wrong is found before the first tensor changes."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any
@@ -169,41 +169,52 @@ def _match(
 
     `weights` are where the tensors are from: what does not fit goes by their format's names.
     """
-    names_of: dict[int, list[str]] = {}  # a shared tensor has several names
-    own: dict[str, Tensor] = dict(_all_tensors(model))
-    for name, tensor in own.items():
-        names_of.setdefault(id(tensor), []).append(name)
+    own = dict(_all_tensors(model))
     copies: dict[str, Tensor] = {}
     missing, problems = [], []
 
     def called(name: str) -> str:
         return name if weights is None else foreign_name(name, weights.format, weights.arch) or name
 
-    for names in names_of.values():
+    for names in _names_of_tensors(own):
+        given = [name for name in names if name in tensors]
         if names[0] in keep:
             continue
-        given = [name for name in names if name in tensors]
         if not given:
             missing.append(called(names[0]))
-            continue
-        first = tensors[given[0]]
-        wrong = next((name for name in given if tensors[name].shape != own[name].shape), None)
-        if wrong is not None:
-            problems.append(f"{called(wrong)} is {list(tensors[wrong].shape)}, the model's is {list(own[wrong].shape)}")
-        elif any(not torch.equal(tensors[name], first) for name in given[1:]):
-            problems.append(
-                f"{called(given[0])} differs from {called(given[1])}, but the model shares one (with_box_refine is off)"
-            )
-        elif not first.is_floating_point():
-            problems.append(f"{called(given[0])} is {first.dtype}, not floating point")
+        elif (problem := _problem(given, tensors, own, called)) is not None:
+            problems.append(problem)
         else:
-            copies[names[0]] = first
+            copies[names[0]] = tensors[given[0]]
     unexpected = [called(name) for name in tensors if name not in own] + list(weights.unknown if weights else ())
     if missing:
         problems.append(f"{len(missing)} tensors of the model are missing: {some(missing)}")
     if unexpected:
         problems.append(f"{len(unexpected)} tensors are not the model's: {some(unexpected)}")
     return copies, problems
+
+
+def _names_of_tensors(own: Mapping[str, Tensor]) -> Iterable[list[str]]:
+    """All names of each tensor of a model: a shared one has several."""
+    names_of: dict[int, list[str]] = {}
+    for name, tensor in own.items():
+        names_of.setdefault(id(tensor), []).append(name)
+    return names_of.values()
+
+
+def _problem(
+    given: list[str], tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], called: Callable[[str], str]
+) -> str | None:
+    """Why one tensor of the model cannot be what `tensors` have under the names `given`."""
+    first = tensors[given[0]]
+    wrong = next((name for name in given if tensors[name].shape != own[name].shape), None)
+    if wrong is not None:
+        return f"{called(wrong)} is {list(tensors[wrong].shape)}, the model's is {list(own[wrong].shape)}"
+    if any(not torch.equal(tensors[name], first) for name in given[1:]):
+        return f"{called(given[0])} differs from {called(given[1])}, but the model shares one (with_box_refine is off)"
+    if not first.is_floating_point():
+        return f"{called(given[0])} is {first.dtype}, not floating point"
+    return None
 
 
 def _does_not_fit(source: str, problems: list[str], most: int = 5) -> str:
