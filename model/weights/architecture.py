@@ -33,7 +33,7 @@ def infer_config(tensors: Mapping[str, Tensor], arch: str, notes: Mapping[str, A
 
     Args:
         tensors: by our names; a shared head under one or all of its names.
-        arch: as `formats.recognise` gives it.
+        arch: as `names.recognise` gives it.
         notes: settings that the file states, by the names of `DetrConfig`; those that shapes tell are not believed.
 
     Raises:
@@ -108,12 +108,12 @@ def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def differences(wanted: DetrConfig, found: DetrConfig) -> list[str]:
-    """The settings to change in `wanted` so that it is `found`, as `model.key: value`."""
+    """The settings to change in `wanted` so that it is `found`, as `name: value`."""
     names = [
         field.name for field in fields(DetrConfig) if field.name not in ("dropout", "auxiliary_losses", "num_classes")
     ]
     changed = [name for name in names if getattr(wanted, name) != getattr(found, name)]
-    return [f"model.{name}: {str(getattr(found, name)).lower()}" for name in changed]
+    return [f"{name}: {str(getattr(found, name)).lower()}" for name in changed]
 
 
 def notes_of_args(args: Mapping[str, Any]) -> dict[str, Any]:

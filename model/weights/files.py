@@ -1,7 +1,7 @@
 """Weights in and out of files: the only module of `model` that touches a disk or the network.
 
 Read and written are our safetensors files (and checkpoint folders that hold one), the original's checkpoints and HF's
-folders (see `formats`); torchvision's ResNet files are read for the backbone. A file is checked whole before the first
+folders (see `names`); torchvision's ResNet files are read for the backbone. A file is checked whole before the first
 tensor of the model changes, so a refused file leaves the model as it was. Nothing is unpickled but plain values.
 """
 
@@ -45,6 +45,10 @@ IMAGENET_FILES = {
 """torchvision's IMAGENET1K_V1, which the original trained from; a name ends in the first digits of its sha256."""
 
 _HASHED_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")
+
+
+class BackboneOnlyError(ValueError):
+    """What should be a detector's weights is a backbone's, which `load_backbone` takes."""
 
 
 def export_weights(
@@ -171,11 +175,12 @@ def read_weights(source: str | Path | Mapping[str, Tensor]) -> Weights:
             tensors by the names of any of these.
 
     Raises:
+        BackboneOnlyError: it is a torchvision ResNet.
         ValueError: it cannot be read, or is not of a known format.
     """
     name, tensors, notes = _read(source)
     if _is_torchvision(tensors):
-        raise ValueError(f"{name}: a torchvision ResNet, not a detector; it is for train.init.backbone")
+        raise BackboneOnlyError(f"{name}: a torchvision ResNet, not a detector")
     return _weights(name, tensors, notes)
 
 

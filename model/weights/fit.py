@@ -37,7 +37,7 @@ class LoadReport:
     ignored: tuple[str, ...] = ()
     """Tensors of the file that the model has no use for."""
     unlike: tuple[str, ...] = ()
-    """Settings that the file says it was made with and the model does not have, as `model.key: value`."""
+    """Settings that the file says it was made with and the model does not have, as `name: value`."""
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} tensors from {self.source} ({self.format})"]
@@ -57,7 +57,7 @@ class Weights:
     source: str
     """File, or "state dict"."""
     format: str
-    """One of `formats.FORMATS`."""
+    """One of `names.FORMATS`."""
     arch: str
     """`deformable_detr` or `detr`."""
     tensors: dict[str, Tensor]
@@ -101,7 +101,7 @@ def fit(model: nn.Module, weights: Weights, reset_heads: bool) -> LoadReport:
     assert isinstance(config, DetrConfig)
     if weights.arch != config.arch:
         raise ValueError(f"{weights.source}: weights of {weights.arch}, not of {config.arch}{_mend(weights, config)}")
-    wrong = [f"model.{name}: {weights.notes[name]}" for name in _ATTENTION if _unlike(weights, config, name)]
+    wrong = [f"{name}: {weights.notes[name]}" for name in _ATTENTION if _unlike(weights, config, name)]
     if wrong:
         raise ValueError(f"{weights.source}: its attention was made with other settings; set {', '.join(wrong)}")
     reset = _class_heads_to_reset(model, weights, reset_heads)
@@ -111,7 +111,7 @@ def fit(model: nn.Module, weights: Weights, reset_heads: bool) -> LoadReport:
     _copy(model, copies)
     reset_once = tuple(name for name in reset if name in unique_tensors(model))
     unlike = [name for name in ("dilation", "class_loss") if _unlike(weights, config, name)]
-    described = tuple(f"model.{name}: {str(weights.notes[name]).lower()}" for name in unlike)
+    described = tuple(f"{name}: {str(weights.notes[name]).lower()}" for name in unlike)
     return LoadReport(weights.source, weights.format, tuple(copies), reset_once, weights.ignored, described)
 
 
@@ -132,9 +132,7 @@ def fit_backbone(backbone: nn.Module, tensors: Mapping[str, Tensor], source: str
     """Set a backbone's weights from torchvision's state dict."""
     frozen = any(isinstance(module, FrozenBatchNorm2d) for module in backbone.modules())
     if "bn1.running_mean" in tensors and not frozen:
-        raise ValueError(
-            f"{source}: has batch norm statistics; to use them, set model.backbone_norm: frozen_batch_norm"
-        )
+        raise ValueError(f"{source}: has batch norm statistics; to use them, set backbone_norm: frozen_batch_norm")
     ignored = tuple(name for name in tensors if IGNORED.search(name) or _CLASSIFIER.search(name))
     copies, problems = _match(backbone, {name: t for name, t in tensors.items() if name not in ignored})
     if problems:
@@ -153,7 +151,7 @@ def _class_heads_to_reset(model: nn.Module, weights: Weights, reset_heads: bool)
     if not reset_heads:
         raise ValueError(
             f"{weights.source}: has {len(tensors[other[0]])} class logits and the model has {len(own[other[0]])}; to "
-            "keep all other weights and start the class heads anew, set reset_heads (train.init.reset_heads: true)"
+            "keep all other weights and start the class heads anew, set reset_heads: true"
             + _mend(weights, model.config)  # type: ignore[arg-type]
         )
     return heads

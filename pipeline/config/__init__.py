@@ -23,6 +23,7 @@ from pipeline.config.sections import (
     load_config,
     parse_config,
     plain,
+    with_keys,
 )
 
 __all__ = [
@@ -48,4 +49,5 @@ __all__ = [
     "load_config",
     "parse_config",
     "plain",
+    "with_keys",
 ]

@@ -7,6 +7,7 @@ the file, the key and the mend. Derived values are methods beside the fields the
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
@@ -404,8 +405,25 @@ def _explain(problem: dict[str, Any]) -> str:
         return f"`{key}` is missing"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return f"{key}: {message}" if key and not message.startswith(key) else message
+        return _with_own_keys(message, location) if location else message
     return f"`{key}` is {problem['input']!r}: {message}"
+
+
+def with_keys(message: str, *sections: str) -> str:
+    """`message` with the settings of sections that it names, as in `heads: 8` or `heads 8`, under their whole keys."""
+    for section in sections:
+        if names := "|".join(_keys_at(section.split("."))):
+            message = re.sub(rf"(?<![\w./-])({names})(?=: | \d)", rf"{section}.\1", message)
+    return message
+
+
+def _with_own_keys(message: str, location: list[str]) -> str:
+    """What a section says of its settings, beginning with the key that it is about."""
+    key = ".".join(location)
+    message = with_keys(message, key)
+    if message.split()[0] in _keys_at(location):
+        return f"{key}.{message}"
+    return message if message.startswith(key) else f"{key}: {message}"
 
 
 def _keys_at(location: list[str]) -> list[str]:

@@ -27,9 +27,9 @@ from model.batch import ImageBatch, PixelBatch
 from model.build import build_model
 from model.config import DetrConfig
 from model.detections import postprocess
-from model.weights.files import load_weights, read_weights, save_tensors
+from model.weights.files import BackboneOnlyError, load_weights, read_weights, save_tensors
 from pipeline.checkpoint.save import STATE, load_model_weights, read_state
-from pipeline.config.sections import EvaluateSection
+from pipeline.config.sections import EvaluateSection, with_keys
 from pipeline.data.augment import decode_image, plan_eval
 from pipeline.errors import UserError
 from pipeline.files import make_folder, write_json
@@ -111,8 +111,10 @@ class Detector:
                 )
             model = build_model(config)
             load_weights(model, weights)
+        except BackboneOnlyError as error:
+            raise UserError(f"{error}; it is for train.init.backbone") from error
         except ValueError as error:
-            raise UserError(str(error)) from error
+            raise UserError(with_keys(str(error), "model")) from error
         return cls(model, config, labels, evaluate, device)
 
     @classmethod

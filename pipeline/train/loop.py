@@ -32,7 +32,7 @@ from model.recompute import recompute_activations
 from model.weights.files import load_backbone, load_weights
 from pipeline import checkpoint
 from pipeline.checkpoint.save import State
-from pipeline.config.sections import InitSection, TrainSection, differences, load_config, plain
+from pipeline.config.sections import InitSection, TrainSection, differences, load_config, plain, with_keys
 from pipeline.data.loader import Step, TrainLoader
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.data.order import SampleOrder
@@ -352,11 +352,11 @@ def _load_initial_weights(model: nn.Module, init: InitSection, root: Path) -> No
             logger.info("train.init.backbone: %s", report)
         if init.weights is not None:
             report = load_weights(model, root / init.weights, reset_heads=init.reset_heads)
-            logger.info("train.init.weights: %s", report)
+            logger.info("train.init.weights: %s", with_keys(str(report), "model"))
             if init.reset_heads and not report.reset:
                 logger.warning("train.init.reset_heads: the class heads are kept, since they fit the number of classes")
     except ValueError as error:
-        raise UserError(f"train.init: {error}") from error
+        raise UserError(f"train.init: {with_keys(str(error), 'model', 'train.init')}") from error
 
 
 def _digest(model: nn.Module) -> str:

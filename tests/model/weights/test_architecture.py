@@ -92,7 +92,7 @@ def test_arguments_of_the_original() -> None:
 
 def test_differences_are_what_to_set() -> None:
     found = DetrConfig(with_box_refine=True, two_stage=True, num_classes=3, dropout=0.0)
-    assert differences(DetrConfig(), found) == ["model.with_box_refine: true", "model.two_stage: true"]
+    assert differences(DetrConfig(), found) == ["with_box_refine: true", "two_stage: true"]
 
 
 def test_the_variants_are_different_ones() -> None:
