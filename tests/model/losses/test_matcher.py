@@ -1,5 +1,6 @@
 import math
 from itertools import permutations
+from typing import Any
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from model.boxes import cxcywh_to_xyxy, generalized_iou
 from model.config import CriterionConfig
+from model.losses import matcher
 from model.losses.class_loss import make_class_loss
 from model.losses.groups import Group, Matches
 from model.losses.matcher import match_all
@@ -103,3 +105,24 @@ def test_outputs_that_are_not_finite_are_left_to_the_finite_check(place: str) ->
 def test_16_bit_outputs() -> None:
     output = {key: value.bfloat16() for key, value in make_output(1, 6).items()}
     assert len(match(output, [make_target(3)], CONFIG, "softmax")[0][0]) == 3
+
+
+def test_groups_of_the_same_sizes_share_their_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+    costs = matcher.matching_costs
+
+    def counted(logits: Tensor, *rest: Any) -> Tensor:
+        calls.append(tuple(logits.shape))
+        return costs(logits, *rest)
+
+    monkeypatch.setattr(matcher, "matching_costs", counted)
+    targets, same, other = ([make_target(n, seed=seed)] for n, seed in ((2, 0), (2, 1), (3, 2)))
+    given = [(torch.tensor([0]), torch.tensor([1]))]
+    groups = [Group(make_output(1, 6, seed=1), targets), Group(make_output(1, 6, seed=2), same, "_1")]
+    groups += [Group(make_output(1, 6, seed=3), other, "_2"), Group(make_output(1, 6), targets, "_3", given)]
+    matches = match_all(groups, CONFIG, make_class_loss("focal", CONFIG))
+    assert calls == [(2, 1, 6, 5), (1, 1, 6, 5)]
+    assert matches[3] is given
+    for group, found in zip(groups[:3], matches, strict=False):
+        alone = match_all([group], CONFIG, make_class_loss("focal", CONFIG))[0]
+        assert [index.tolist() for index in found[0]] == [index.tolist() for index in alone[0]]

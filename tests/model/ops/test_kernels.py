@@ -505,6 +505,8 @@ class TestInTorch:
             ({"value": torch.zeros(2, 70, 24)}, "value: expected"),
             ({"locations": torch.zeros(2, 13, 3, 3, 4)}, "sampling_locations: expected"),
             ({"weights": torch.zeros(2, 13, 3, 3, 4).double()}, "attention_weights: expected torch.float32"),
+            ({"value": torch.zeros(2, 71, 3, 8)}, "do not add up to the 71 cells"),
+            ({"weights": torch.zeros(2, 12, 3, 3, 4)}, "do not fit attention_weights"),
         ],
     )
     def test_shapes_alone_are_checked_too(self, changed: dict[str, Tensor], message: str) -> None:
