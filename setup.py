@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import warnings
 from pathlib import Path
+from runpy import run_path
 
 from setuptools import setup
 
@@ -24,12 +25,8 @@ CPU_FLAGS = ["-O3", "-std=c++17", "-Wall", "-Wno-psabi", "-fno-math-errno", "-fn
 CUDA_FLAGS = ["-O3", "-std=c++17", "--threads", "2"]
 # LibTorch's stable ABI of 2.10: one build serves every later torch. USE_CUDA declares its functions for streams.
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
-
-
-def compiler() -> str | None:
-    """The C++ compiler that the build would call, if it is there."""
-    names = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    return next(filter(None, map(shutil.which, names)), None)
+# By its path: the packages are not installed yet, and `model.ops` imports torch.
+compiler = run_path(str(Path(__file__).with_name("model") / "ops" / "compiler.py"))["compiler"]
 
 
 def nvcc_release() -> str | None:

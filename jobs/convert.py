@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from model import DetrConfig, build_model
-from model.weights.files import export_weights, load_weights, read_weights
+from model.build import build_model
+from model.config import DetrConfig
+from model.weights.files import BackboneOnlyError, export_weights, load_weights, read_weights
 from pipeline.checkpoint.state import STATE, read_state
+from pipeline.config.keys import with_keys
 from pipeline.data.labels import LabelMap
 from pipeline.errors import UserError
 
@@ -43,11 +45,13 @@ def convert(source: Path, out: Path, to: str, settings: DetrConfig | None = None
         model = build_model(config)
         report = load_weights(model, weights)
         export_weights(model, out, to, names)
+    except BackboneOnlyError as error:
+        raise UserError(f"{error}; it is for train.init.backbone") from error
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(with_keys(str(error), "model")) from error
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
-    lines = [f"{report} to {out} ({to})"]
+    lines = [f"{with_keys(str(report), 'model')} to {out} ({to})"]
     if assumed:
         lines.append(f"assumed, as {source} does not tell: {', '.join(assumed)}; if that is wrong, say so with -c FILE")
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from ray.train.torch.config import _TorchBackend
 
 from jobs.cluster import check_alive, device_of
 from jobs.interrupt import Interrupted
-from model.ops import compiled
+from model.ops.operator import compiled
 from pipeline.checkpoint.state import latest
 from pipeline.config.sections import Config
 from pipeline.data.manifest import Manifest

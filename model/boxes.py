@@ -15,12 +15,6 @@ def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     return torch.cat((centre - size / 2, centre + size / 2), dim=-1)
 
 
-def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """Centre and size `[..., 4]` of boxes given by their corners `[..., 4]`."""
-    low, high = boxes[..., :2], boxes[..., 2:]
-    return torch.cat(((low + high) / 2, high - low), dim=-1)
-
-
 def box_area(boxes: Tensor) -> Tensor:
     """Area `[...]` of xyxy boxes `[..., 4]`."""
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])

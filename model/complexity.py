@@ -10,8 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import DetrConfig, ImageBatch, build_model
 from model.backbones.resnet import Frozen
+from model.batch import ImageBatch
+from model.build import build_model
+from model.config import DetrConfig
 
 MEAN_SIZE = (800, 1101)
 """Height and width with the mean area of COCO's validation images once their short side is 800 and the long one at most

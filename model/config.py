@@ -54,34 +54,32 @@ class DetrConfig:
         _check_choices(self)
         for name in ("num_classes", "num_queries", "hidden_dim", "heads", "decoder_layers", "ffn_dim", "points"):
             if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}, it must be at least 1")
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
         if self.encoder_layers < 0:
-            raise ValueError(f"model.encoder_layers is {self.encoder_layers}, it must not be negative")
+            raise ValueError(f"encoder_layers is {self.encoder_layers}, it must not be negative")
         if self.hidden_dim % self.heads:
-            raise ValueError(f"model.hidden_dim {self.hidden_dim} is not a multiple of model.heads {self.heads}")
+            raise ValueError(f"hidden_dim {self.hidden_dim} is not a multiple of heads {self.heads}")
         if self.hidden_dim % 32:
-            raise ValueError(f"model.hidden_dim {self.hidden_dim} is not a multiple of 32, the groups of the norms")
+            raise ValueError(f"hidden_dim {self.hidden_dim} is not a multiple of 32, the groups of the norms")
         if not 1 <= self.feature_levels <= 5:
-            raise ValueError(f"model.feature_levels is {self.feature_levels}, it must be 1 to 5")
+            raise ValueError(f"feature_levels is {self.feature_levels}, it must be 1 to 5")
         if self.feature_levels == 2:
-            raise ValueError("model.feature_levels is 2: use 1 (C5), or 3 and more (C3, C4, C5 and beyond)")
+            raise ValueError("feature_levels is 2: use 1 (C5), or 3 and more (C3, C4, C5 and beyond)")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout is {self.dropout}, it must be in [0, 1)")
+            raise ValueError(f"dropout is {self.dropout}, it must be in [0, 1)")
         if self.two_stage and not self.with_box_refine:
-            raise ValueError("model.two_stage needs model.with_box_refine: the proposals are refined boxes")
+            raise ValueError("two_stage needs with_box_refine: the proposals are refined boxes")
         if self.arch == "detr":
             self._check_detr()
 
     def _check_detr(self) -> None:
         """Refuse what plain DETR does not have, all of it in one message."""
         needed = {"feature_levels": 1, "with_box_refine": False, "two_stage": False, "points": DetrConfig.points}
-        wrong = [
-            f"model.{name}: {str(value).lower()}" for name, value in needed.items() if getattr(self, name) != value
-        ]
+        wrong = [f"{name}: {str(value).lower()}" for name, value in needed.items() if getattr(self, name) != value]
         if wrong:
             raise ValueError(
-                "model.arch detr attends to every cell of C5, without levels, points, references or proposals: "
-                f"set {', '.join(wrong)}, or model.arch: deformable_detr"
+                "arch detr attends to every cell of C5, without levels, points, references or proposals: "
+                f"set {', '.join(wrong)}, or arch: deformable_detr"
             )
 
     @property
@@ -106,7 +104,7 @@ def _check_choices(config: DetrConfig) -> None:
         if choices and value not in choices:
             nearest = difflib.get_close_matches(str(value), choices, n=1)
             raise ValueError(
-                f"model.{name} is {value!r}, it must be one of {', '.join(choices)}"
+                f"{name} is {value!r}, it must be one of {', '.join(choices)}"
                 + (f"; did you mean {nearest[0]}?" if nearest else "")
             )
 
@@ -131,6 +129,6 @@ class CriterionConfig:
     def __post_init__(self) -> None:
         for name in ("class_weight", "bbox_weight", "giou_weight", "no_object_weight", "focal_gamma"):
             if getattr(self, name) < 0:
-                raise ValueError(f"train.criterion.{name} is {getattr(self, name)}, it must not be negative")
+                raise ValueError(f"{name} is {getattr(self, name)}, it must not be negative")
         if not 0 <= self.focal_alpha <= 1:
-            raise ValueError(f"train.criterion.focal_alpha is {self.focal_alpha}, it must be in [0, 1]")
+            raise ValueError(f"focal_alpha is {self.focal_alpha}, it must be in [0, 1]")

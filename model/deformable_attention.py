@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.boxes import at_least_float32
-from model.ops import ms_deform_attn
+from model.ops.operator import ms_deform_attn
 
 
 class MSDeformAttn(nn.Module):

@@ -8,7 +8,7 @@ import copy
 
 from torch import Tensor, nn
 
-from model.backbones.resnet import Backbone
+from model.backbones.make import make_backbone
 from model.batch import ImageBatch
 from model.config import DetrConfig
 from model.deformable_transformer import Transformer
@@ -30,7 +30,7 @@ class DeformableDetr(nn.Module):
         super().__init__()
         self.config = config
         width = config.hidden_dim
-        self.backbone = Backbone(
+        self.backbone = make_backbone(
             config.backbone, config.backbone_norm, config.dilation, only_last=config.feature_levels == 1
         )
         self.input_proj = self._input_projections(width, config.feature_levels)

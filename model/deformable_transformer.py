@@ -229,13 +229,8 @@ class Transformer(nn.Module):
         shapes = [(feature.shape[2], feature.shape[3]) for feature in features]
         exact = torch.promote_types(features[0].dtype, torch.float32)
         source = torch.cat([feature.flatten(2).transpose(1, 2) for feature in features], dim=1)
-        position = torch.cat(
-            [
-                encode_cells(mask, source.shape[-1], exact) + embedding
-                for mask, embedding in zip(masks, self.level_embed, strict=True)
-            ],
-            dim=1,
-        )
+        codes = [encode_cells(mask, source.shape[-1], exact) for mask in masks]
+        position = torch.cat([code + level for code, level in zip(codes, self.level_embed, strict=True)], dim=1)
         padding = torch.cat([mask.flatten(1) for mask in masks], dim=1)
         valid_ratios = torch.stack([valid_ratio(mask, exact) for mask in masks], dim=1)
         memory = self.encoder(source, position, shapes, valid_ratios, padding)

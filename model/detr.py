@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.backbones.resnet import Backbone
+from model.backbones.make import make_backbone
 from model.batch import ImageBatch
 from model.boxes import at_least_float32
 from model.config import DetrConfig
@@ -147,7 +147,7 @@ class Detr(nn.Module):
         super().__init__()
         self.config = config
         width = config.hidden_dim
-        self.backbone = Backbone(config.backbone, config.backbone_norm, config.dilation, only_last=True)
+        self.backbone = make_backbone(config.backbone, config.backbone_norm, config.dilation, only_last=True)
         self.input_proj = nn.Conv2d(self.backbone.channels[-1], width, 1)
         self.query_embed = nn.Embedding(config.num_queries, width)
         self.transformer = DetrTransformer(config)

@@ -1,4 +1,44 @@
-"""All initialisation of weights."""
+"""All initialisation of weights.
+
+Of both detectors:
+
+| what                                           | weight                         | bias                       |
+|------------------------------------------------|--------------------------------|----------------------------|
+| backbone convolutions                          | Kaiming normal, fan out, ReLU  | none                       |
+| frozen batch norm                              | 1 (mean 0, variance 1)         | 0                          |
+| group norm, layer norm                         | 1                              | 0                          |
+| query_embed, level_embed                       | N(0, 1)                        |                            |
+| self_attn, multihead_attn: in_proj, out_proj   | Xavier uniform                 | 0                          |
+| linear1, linear2                               | Xavier uniform                 | U(+-1 / sqrt(inputs))      |
+| class_embed, focal                             | U(+-1 / sqrt(inputs))          | -log(99)                   |
+
+Of Deformable DETR:
+
+| what                                           | weight                         | bias                       |
+|------------------------------------------------|--------------------------------|----------------------------|
+| input_proj convolutions                        | Xavier uniform                 | 0                          |
+| attention: value_proj, output_proj             | Xavier uniform                 | 0                          |
+| attention: attention_weights                   | 0                              | 0                          |
+| attention: sampling_offsets                    | 0                              | see `offset_directions`    |
+| enc_output, pos_trans                          | Xavier uniform                 | U(+-1 / sqrt(inputs))      |
+| reference_points                               | Xavier uniform                 | 0                          |
+| class_embed, softmax                           | U(+-1 / sqrt(inputs))          | 0                          |
+| bbox_embed, first two layers                   | U(+-1 / sqrt(inputs))          | U(+-1 / sqrt(inputs))      |
+| bbox_embed, last layer                         | 0                              | 0, 0, -2, -2               |
+| ... with refinement, heads after the first     | as the first head              | 0, 0, 0, 0                 |
+| ... with two stages, all heads                 | as the first head              | 0, 0, 0, 0                 |
+
+Of DETR:
+
+| what                                           | weight                         | bias                       |
+|------------------------------------------------|--------------------------------|----------------------------|
+| input_proj, bbox_embed, all layers             | U(+-1 / sqrt(inputs))          | U(+-1 / sqrt(inputs))      |
+| class_embed, softmax                           | U(+-1 / sqrt(inputs))          | U(+-1 / sqrt(inputs))      |
+
+Offsets and attention start out the same for every query, so that all of them look around evenly; -log(99) starts
+every class at a probability of 0.01, since nearly all of them are absent; the size bias of -2 starts boxes at 0.12
+of the image where no reference gives a size.
+"""
 
 import math
 
@@ -9,49 +49,11 @@ from model.deformable_attention import MSDeformAttn
 from model.deformable_detr import DeformableDetr
 from model.detr import Detr
 from model.heads import BoxHead
+from model.losses.class_loss import make_class_loss
 
 
 def init_weights(model: DeformableDetr | Detr, generator: torch.Generator | None = None) -> None:
-    """Draw all initial weights; published ones may be loaded over them.
-
-    Of both detectors:
-
-    | what                                           | weight                         | bias                       |
-    |------------------------------------------------|--------------------------------|----------------------------|
-    | backbone convolutions                          | Kaiming normal, fan out, ReLU  | none                       |
-    | frozen batch norm                              | 1 (mean 0, variance 1)         | 0                          |
-    | group norm, layer norm                         | 1                              | 0                          |
-    | query_embed, level_embed                       | N(0, 1)                        |                            |
-    | self_attn, multihead_attn: in_proj, out_proj   | Xavier uniform                 | 0                          |
-    | linear1, linear2                               | Xavier uniform                 | U(+-1 / sqrt(inputs))      |
-    | class_embed, focal                             | U(+-1 / sqrt(inputs))          | -log(99)                   |
-
-    Of Deformable DETR:
-
-    | what                                           | weight                         | bias                       |
-    |------------------------------------------------|--------------------------------|----------------------------|
-    | input_proj convolutions                        | Xavier uniform                 | 0                          |
-    | attention: value_proj, output_proj             | Xavier uniform                 | 0                          |
-    | attention: attention_weights                   | 0                              | 0                          |
-    | attention: sampling_offsets                    | 0                              | see `offset_directions`    |
-    | enc_output, pos_trans                          | Xavier uniform                 | U(+-1 / sqrt(inputs))      |
-    | reference_points                               | Xavier uniform                 | 0                          |
-    | class_embed, softmax                           | U(+-1 / sqrt(inputs))          | 0                          |
-    | bbox_embed, first two layers                   | U(+-1 / sqrt(inputs))          | U(+-1 / sqrt(inputs))      |
-    | bbox_embed, last layer                         | 0                              | 0, 0, -2, -2               |
-    | ... with refinement, heads after the first     | as the first head              | 0, 0, 0, 0                 |
-    | ... with two stages, all heads                 | as the first head              | 0, 0, 0, 0                 |
-
-    Of DETR:
-
-    | what                                           | weight                         | bias                       |
-    |------------------------------------------------|--------------------------------|----------------------------|
-    | input_proj, bbox_embed, all layers             | U(+-1 / sqrt(inputs))          | U(+-1 / sqrt(inputs))      |
-    | class_embed, softmax                           | U(+-1 / sqrt(inputs))          | U(+-1 / sqrt(inputs))      |
-
-    Offsets and attention start out the same for every query, so that all of them look around evenly; -log(99) starts
-    every class at a probability of 0.01, since nearly all of them are absent; the size bias of -2 starts boxes at 0.12
-    of the image where no reference gives a size.
+    """Draw all initial weights by the table above; published ones may be loaded over them.
 
     Args:
         model: the detector.
@@ -65,19 +67,27 @@ def init_weights(model: DeformableDetr | Detr, generator: torch.Generator | None
             if isinstance(module, nn.GroupNorm | nn.LayerNorm):
                 module.reset_parameters()
         if isinstance(model, Detr):
-            _init_uniform_layer(model.input_proj, generator)
-            model.query_embed.weight.normal_(generator=generator)
-            _init_transformer(model.transformer, generator)
-            _init_heads_of_detr(model, generator)
+            _init_detr(model, generator)
         else:
-            for module in model.input_proj.modules():
-                if isinstance(module, nn.Conv2d):
-                    _init_xavier(module, generator)
-            if not model.config.two_stage:
-                model.query_embed.weight.normal_(generator=generator)
-            _init_transformer(model.transformer, generator)
-            model.transformer.level_embed.normal_(generator=generator)
-            _init_heads(model, generator)
+            _init_deformable_detr(model, generator)
+
+
+def _init_detr(model: Detr, generator: torch.Generator | None) -> None:
+    _init_uniform_layer(model.input_proj, generator)
+    model.query_embed.weight.normal_(generator=generator)
+    _init_transformer(model.transformer, generator)
+    _init_heads_of_detr(model, generator)
+
+
+def _init_deformable_detr(model: DeformableDetr, generator: torch.Generator | None) -> None:
+    for module in model.input_proj.modules():
+        if isinstance(module, nn.Conv2d):
+            _init_xavier(module, generator)
+    if not model.config.two_stage:
+        model.query_embed.weight.normal_(generator=generator)
+    _init_transformer(model.transformer, generator)
+    model.transformer.level_embed.normal_(generator=generator)
+    _init_heads(model, generator)
 
 
 _UNIFORM_BIAS = ("linear1", "linear2", "enc_output", "pos_trans")
@@ -108,7 +118,7 @@ def _init_heads(model: DeformableDetr, generator: torch.Generator | None) -> Non
     assert isinstance(class_head, nn.Linear)
     assert isinstance(box_head, BoxHead)
     _init_uniform(class_head.weight, class_head.in_features, generator)
-    nn.init.constant_(class_head.bias, -math.log(99) if model.config.class_loss == "focal" else 0.0)
+    nn.init.constant_(class_head.bias, make_class_loss(model.config.class_loss).bias or 0.0)
     *hidden, last = (layer for layer in box_head.layers if isinstance(layer, nn.Linear))
     for layer in hidden:
         _init_uniform_layer(layer, generator)
@@ -125,8 +135,9 @@ def _init_heads(model: DeformableDetr, generator: torch.Generator | None) -> Non
 
 def _init_heads_of_detr(model: Detr, generator: torch.Generator | None) -> None:
     _init_uniform_layer(model.class_embed, generator)
-    if model.config.class_loss == "focal":
-        nn.init.constant_(model.class_embed.bias, -math.log(99))
+    bias = make_class_loss(model.config.class_loss).bias
+    if bias is not None:
+        nn.init.constant_(model.class_embed.bias, bias)
     for layer in model.bbox_embed.layers:
         assert isinstance(layer, nn.Linear)
         _init_uniform_layer(layer, generator)

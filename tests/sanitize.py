@@ -1,6 +1,6 @@
 """The CPU operator under AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`, on Linux with g++.
 
-Builds `_raydetr` with both in a temporary folder and runs tests/model/test_ops_kernels.py with it, once for each
+Builds `_raydetr` with both in a temporary folder and runs tests/model/ops/test_kernels.py with it, once for each
 instruction set of this processor. The first read or write outside of its memory, or overflow, ends it with a report
 and exit code 1.
 """
@@ -25,7 +25,7 @@ SANITIZERS = [
 FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fPIC", "-std=c++17", "-Wno-psabi"]
 MACROS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 INSTRUCTION_SETS = ("default", "avx2", "avx512")
-TESTS = "tests/model/test_ops_kernels.py"
+TESTS = "tests/model/ops/test_kernels.py"
 # For every instruction set, as is done here.
 STARTS_PYTEST = f"{TESTS}::TestGradients::test_every_instruction_set"
 

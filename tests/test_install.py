@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from model import ops
+from model.ops.operator import kernels
 from tests.builders import make_varied_manifest
 from tests.pipeline.train.test_loop import MODEL, SETTINGS
 
@@ -143,8 +144,8 @@ def test_training_refuses_where_the_operator_is_required(install: Install, tmp_p
 @pytest.mark.skipif(not ops.compiled(), reason="the operator is not compiled here")
 def test_an_installed_extension_serves_the_packages_of_the_working_directory(install: Install) -> None:
     """As in a Ray job: the extension is in site-packages, and the job's `model` beside it is not used."""
-    assert ops.kernels is not None
-    extension = Path(ops.kernels.EXTENSION.__file__)
+    assert kernels is not None
+    extension = Path(kernels.EXTENSION.__file__)
     installed = install.site_packages / extension.name
     installed.symlink_to(extension)
     try:

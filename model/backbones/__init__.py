@@ -1,5 +1,6 @@
 """Feature extractors."""
 
+from model.backbones.make import BACKBONES, make_backbone
 from model.backbones.resnet import (
     Backbone,
     BasicBlock,
@@ -13,6 +14,7 @@ from model.backbones.resnet import (
 )
 
 __all__ = [
+    "BACKBONES",
     "Backbone",
     "BasicBlock",
     "Bottleneck",
@@ -22,4 +24,5 @@ __all__ = [
     "FrozenBatchNorm2d",
     "MakeNorm",
     "Norm",
+    "make_backbone",
 ]

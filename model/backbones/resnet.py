@@ -115,8 +115,10 @@ def _shortcut(inputs: int, outputs: int, stride: int, norm: MakeNorm) -> nn.Sequ
     return nn.Sequential(_conv(inputs, outputs, 1, stride), norm(outputs))
 
 
+Block = type[BasicBlock] | type[Bottleneck]
+
 # name: (block, blocks of each stage, width of each stage)
-_ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...], tuple[int, ...]]] = {
+_ARCHITECTURES: dict[str, tuple[Block, tuple[int, ...], tuple[int, ...]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512)),
     "resnet34": (BasicBlock, (3, 4, 6, 3), (64, 128, 256, 512)),
     "resnet50": (Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),
@@ -124,6 +126,34 @@ _ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, 
     "resnext101_64x4d": (Bottleneck64x4d, (3, 4, 23, 3), (64, 128, 256, 512)),
     "resnet_tiny": (BasicBlock, (1, 1, 1, 1), (32, 64, 96, 128)),
 }
+NAMES = tuple(_ARCHITECTURES)
+
+
+def _stem(name: str, width: int, norm: MakeNorm) -> tuple[nn.Module, nn.Module]:
+    """What comes before the first norm, `conv1`, and after it, `maxpool`: together a stride of 4."""
+    if name != "resnet_tiny":
+        return _conv(3, width, 7, stride=2), nn.MaxPool2d(3, stride=2, padding=1)
+    convolutions = nn.Sequential(
+        _conv(3, width // 2, 3, stride=2),
+        norm(width // 2),
+        nn.ReLU(),
+        _conv(width // 2, width // 2, 3),
+        norm(width // 2),
+        nn.ReLU(),
+        _conv(width // 2, width, 3, stride=2),
+    )
+    return convolutions, nn.Identity()
+
+
+def _stage(
+    block: Block, depth: int, inputs: int, width: int, stride: int, dilated: bool, norm: MakeNorm
+) -> nn.Sequential:
+    """Blocks of a width, the first of which strides."""
+    # What comes before a stride that is left out sees the grid it was trained on, undilated.
+    dilations = [(1, 2)] + [(2, 2)] * (depth - 1) if dilated else [(1, 1)] * depth
+    first = block(inputs, width, stride, dilations[0], norm)
+    others = [block(width * block.expansion, width, 1, dilation, norm) for dilation in dilations[1:]]
+    return nn.Sequential(first, *others)
 
 
 class Backbone(Recomputing):
@@ -144,34 +174,14 @@ class Backbone(Recomputing):
         make_norm = _NORMS[norm]
         self.name = name
         self.only_last = only_last
-        stem_width = widths[0]
-        if name == "resnet_tiny":
-            self.conv1: nn.Module = nn.Sequential(
-                _conv(3, stem_width // 2, 3, stride=2),
-                make_norm(stem_width // 2),
-                nn.ReLU(),
-                _conv(stem_width // 2, stem_width // 2, 3),
-                make_norm(stem_width // 2),
-                nn.ReLU(),
-                _conv(stem_width // 2, stem_width, 3, stride=2),
-            )
-            self.maxpool: nn.Module = nn.Identity()
-        else:
-            self.conv1 = _conv(3, stem_width, 7, stride=2)
-            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.bn1 = make_norm(stem_width)
-        inputs = stem_width
+        self.conv1, self.maxpool = _stem(name, widths[0], make_norm)
+        self.bn1 = make_norm(widths[0])
+        inputs = widths[0]
         for stage, (depth, width) in enumerate(zip(depths, widths, strict=True), start=1):
-            stride = 1 if stage == 1 else 2
-            last_dilated = dilation and stage == 4
-            blocks: list[nn.Module] = []
-            for index in range(depth):
-                # What comes before the stride that is left out sees the grid it was trained on, undilated.
-                block_stride = stride if index == 0 and not last_dilated else 1
-                block_dilation = (2 if last_dilated and index else 1, 2 if last_dilated else 1)
-                blocks.append(block(inputs, width, block_stride, block_dilation, make_norm))
-                inputs = width * block.expansion
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+            dilated = dilation and stage == 4
+            stride = 1 if stage == 1 or dilated else 2
+            self.add_module(f"layer{stage}", _stage(block, depth, inputs, width, stride, dilated, make_norm))
+            inputs = width * block.expansion
         outputs = [width * block.expansion for width in widths[1:]]
         self.channels = tuple(outputs[-1:] if only_last else outputs)
         """Channels of the feature maps that `forward` gives."""

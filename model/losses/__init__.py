@@ -1,19 +1,22 @@
-"""What training minimises: matching, class losses, and the criterion that puts them together."""
+"""What training minimises: groups of predictions, their matching, class losses, and the criterion over them."""
 
-from model.losses.criterion import (
-    Criterion,
-)
-from model.losses.matcher import (
-    Matches,
-    match,
-    match_all,
-    matching_costs,
-)
+from model.losses.class_loss import ClassLoss, FocalLoss, Matched, SoftmaxLoss, make_class_loss
+from model.losses.criterion import Criterion, Losses
+from model.losses.groups import Group, Matches, Targets, groups_of
+from model.losses.matcher import match_all, matching_costs
 
 __all__ = [
+    "ClassLoss",
     "Criterion",
+    "FocalLoss",
+    "Group",
+    "Losses",
+    "Matched",
     "Matches",
-    "match",
+    "SoftmaxLoss",
+    "Targets",
+    "groups_of",
+    "make_class_loss",
     "match_all",
     "matching_costs",
 ]

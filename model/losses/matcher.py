@@ -1,13 +1,12 @@
 """One-to-one matching of predictions to objects by the least total cost (arXiv 2005.12872, section 3.1).
 
-Shapes: K outputs (decoder layers) with the same Q queries, B batch, N the most objects of an image, C logits.
+Shapes: K groups with the same Q queries, B batch, N the most objects of an image, C logits.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -15,84 +14,78 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model.boxes import at_least_float32, cxcywh_to_xyxy, pairwise_generalized_iou
 from model.config import CriterionConfig
-
-Matches = list[tuple[Tensor, Tensor]]
-"""Of each image the indices of matched queries and of their objects, int64 on the host, in the order of the queries."""
-
-
-def match(
-    outputs: dict[str, Tensor], targets: Sequence[dict[str, Tensor]], config: CriterionConfig, class_loss: str
-) -> Matches:
-    """Match the predictions of one output; see `match_all`."""
-    return match_all([outputs], targets, config, class_loss)[0]
+from model.losses.class_loss import ClassLoss
+from model.losses.groups import Group, Matches, distinct_targets
 
 
 @torch.no_grad()
-def match_all(
-    outputs: Sequence[dict[str, Tensor]],
-    targets: Sequence[dict[str, Tensor]],
-    config: CriterionConfig,
-    class_loss: str,
-    of_proposals: Sequence[bool] | None = None,
-) -> list[Matches]:
-    """Match several outputs to the same objects, each on its own, with one transfer to the host.
+def match_all(groups: Sequence[Group], config: CriterionConfig, class_loss: ClassLoss) -> list[Matches]:
+    """Match each group's predictions to its objects, with one transfer to the host for all of them.
 
     The cost of a pair is the weighted sum of a class, an L1 and a generalised IoU cost, with the weights, alpha and
-    gamma of the losses. An image with more objects than queries leaves objects over.
+    gamma of the losses. An image with more objects than queries leaves objects over. A matching that a group brings is
+    taken as it is.
 
     Args:
-        outputs: each `pred_logits` [B, Q, C] and `pred_boxes` [B, Q, 4] cxcywh; Q may differ between them.
-        targets: of each image `labels` [n] int64 and `boxes` [n, 4] cxcywh.
+        groups: the number of queries and the objects may differ between them.
         config: weights.
-        class_loss: `focal` or `softmax`.
-        of_proposals: of each output whether it only tells objects from none: for it every object has the label 0.
+        class_loss: gives the class cost.
 
     Returns:
-        Of each output the matches of each image.
+        Of each group the matches of each image.
     """
-    counts = [len(target["labels"]) for target in targets]
-    if not any(counts):
-        none = torch.empty(0, dtype=torch.int64)
-        return [[(none, none) for _ in targets] for _ in outputs]
-    labels = pad_sequence([target["labels"] for target in targets], batch_first=True)  # [B, N]
-    boxes = pad_sequence([target["boxes"] for target in targets], batch_first=True)  # [B, N, 4]
-    groups: dict[int, list[int]] = {}  # outputs of the same number of queries share their kernels
-    for index, output in enumerate(outputs):
-        groups.setdefault(output["pred_logits"].shape[1], []).append(index)
-    costs = []
-    for members in groups.values():
-        logits = torch.stack([outputs[index]["pred_logits"] for index in members])
-        predicted = torch.stack([outputs[index]["pred_boxes"] for index in members])
-        flags = [of_proposals is not None and of_proposals[index] for index in members]
-        wanted = torch.stack([torch.zeros_like(labels) if flag else labels for flag in flags])
-        costs.append(matching_costs(logits, predicted, wanted, boxes, config, class_loss))
+    counts = [tuple(len(target["labels"]) for target in group.targets) for group in groups]
+    none = torch.empty(0, dtype=torch.int64)
+    matches = [[(none, none)] * len(group.targets) if group.matching is None else group.matching for group in groups]
+    together: dict[tuple[int, tuple[int, ...]], list[int]] = {}  # groups of the same sizes share their kernels
+    for index, group in enumerate(groups):
+        if group.matching is None and any(counts[index]):
+            together.setdefault((group.outputs["pred_logits"].shape[1], counts[index]), []).append(index)
+    if not together:
+        return matches
+    costs = [_costs([groups[index] for index in members], config, class_loss) for members in together.values()]
     on_host = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
-    matches: list[Matches] = [[] for _ in outputs]
     start = 0
-    for members, cost in zip(groups.values(), costs, strict=True):
+    for members, cost in zip(together.values(), costs, strict=True):
         matrices = on_host[start : start + cost.numel()].reshape(cost.shape)  # [K, B, Q, N]
         start += cost.numel()
-        for member, of_output in zip(members, matrices, strict=True):
-            matches[member] = [_assign(matrix[:, :n]) for matrix, n in zip(of_output, counts, strict=True)]
+        for member, of_group in zip(members, matrices, strict=True):
+            matches[member] = [_assign(matrix[:, :n]) for matrix, n in zip(of_group, counts[member], strict=True)]
     return matches
 
 
+def _costs(groups: Sequence[Group], config: CriterionConfig, class_loss: ClassLoss) -> Tensor:
+    """Costs [K, B, Q, N] of groups with the same numbers of queries and objects."""
+    padded = {
+        key: [pad_sequence([target[name] for target in targets], batch_first=True) for name in ("labels", "boxes")]
+        for key, targets in distinct_targets(groups).items()
+    }
+    labels, boxes = (
+        torch.stack(column) for column in zip(*(padded[id(group.targets)] for group in groups), strict=True)
+    )
+    logits = torch.stack([group.outputs["pred_logits"] for group in groups])
+    predicted = torch.stack([group.outputs["pred_boxes"] for group in groups])
+    return matching_costs(logits, predicted, labels, boxes, config, class_loss)
+
+
 def matching_costs(
-    logits: Tensor, predicted: Tensor, labels: Tensor, boxes: Tensor, config: CriterionConfig, class_loss: str
+    logits: Tensor, predicted: Tensor, labels: Tensor, boxes: Tensor, config: CriterionConfig, class_loss: ClassLoss
 ) -> Tensor:
-    """Costs [K, B, Q, N] of `logits` [K, B, Q, C], `predicted` [K, B, Q, 4]; `labels` [K, B, N], `boxes` [B, N, 4]."""
+    """Cost of every pair of a query and an object.
+
+    Args:
+        logits: `[K, B, Q, C]`.
+        predicted: `[K, B, Q, 4]` cxcywh.
+        labels: `[K, B, N]`.
+        boxes: `[K, B, N, 4]` cxcywh.
+        config: weights.
+        class_loss: gives the class cost.
+
+    Returns:
+        `[K, B, Q, N]`.
+    """
     logits, predicted, boxes = at_least_float32(logits), at_least_float32(predicted), at_least_float32(boxes)
-    wanted = labels[:, :, None].expand(*logits.shape[:3], -1)  # [K, B, Q, N]
-    if class_loss == "focal":
-        # The change of the focal loss when a query turns from background to the object's class.
-        chosen = logits.gather(-1, wanted)
-        probability = chosen.sigmoid()
-        alpha, gamma = config.focal_alpha, config.focal_gamma
-        positive = alpha * (1 - probability).pow(gamma) * F.softplus(-chosen)
-        negative = (1 - alpha) * probability.pow(gamma) * F.softplus(chosen)
-        class_cost = positive - negative
-    else:
-        class_cost = -logits.softmax(-1).gather(-1, wanted)
+    class_cost = class_loss.cost(logits, labels[:, :, None].expand(*logits.shape[:3], -1))
     bbox_cost = (predicted[..., :, None, :] - boxes[..., None, :, :]).abs().sum(-1)
     giou_cost = -pairwise_generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(boxes))
     return config.class_weight * class_cost + config.bbox_weight * bbox_cost + config.giou_weight * giou_cost

@@ -13,6 +13,8 @@ import torch
 from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from model.ops.shapes import check_shapes
+
 EXTENSION: Any = importlib.import_module("_raydetr")
 CPU_KERNELS: str = EXTENSION.cpu
 """The instruction set that the CPU kernels use here: default, avx2 or avx512."""
@@ -40,17 +42,12 @@ def _sampling_type(value: torch.dtype) -> torch.dtype:
 
 
 def _fake(value: Tensor, spatial_shapes: list[int], sampling_locations: Tensor, attention_weights: Tensor) -> Tensor:
-    if value.ndim != 4:
-        raise ValueError(f"value: expected [B, S, M, D], got {list(value.shape)}")
-    sampling_type = _sampling_type(value.dtype)
-    for name, tensor, ndim in (
-        ("sampling_locations", sampling_locations, 6),
-        ("attention_weights", attention_weights, 5),
-    ):
-        if tensor.ndim != ndim or tensor.dtype != sampling_type:
-            raise ValueError(
-                f"{name}: expected {sampling_type} of {ndim} dimensions, got {tensor.dtype} {list(tensor.shape)}"
-            )
+    pairs = list(zip(spatial_shapes[::2], spatial_shapes[1::2], strict=True))
+    check_shapes(value, pairs, sampling_locations, attention_weights)
+    wanted = _sampling_type(value.dtype)
+    for name, tensor in (("sampling_locations", sampling_locations), ("attention_weights", attention_weights)):
+        if tensor.dtype != wanted:
+            raise ValueError(f"{name}: expected {wanted}, got {tensor.dtype}")
         if tensor.device != value.device:
             raise ValueError(f"{name}: not on the device of value")
     batch, _, heads, channels = value.shape

@@ -8,12 +8,12 @@ original's checkpoint, HF's config.json, ours in the metadata), or is the publis
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.backbones.resnet import Backbone
+from model.backbones.make import BACKBONES, make_backbone
 from model.config import DetrConfig
 
 UNSEEN = ("heads", "points", "dropout", "dilation", "class_loss", "auxiliary_losses")
@@ -33,7 +33,7 @@ def infer_config(tensors: Mapping[str, Tensor], arch: str, notes: Mapping[str, A
 
     Args:
         tensors: by our names; a shared head under one or all of its names.
-        arch: as `formats.recognise` gives it.
+        arch: as `names.recognise` gives it.
         notes: settings that the file states, by the names of `DetrConfig`; those that shapes tell are not believed.
 
     Raises:
@@ -87,9 +87,9 @@ def _refines(tensors: Mapping[str, Tensor]) -> bool:
 def _backbone(tensors: Mapping[str, Tensor], only_last: bool) -> dict[str, Any]:
     own = {name.removeprefix("backbone."): t.shape for name, t in tensors.items() if name.startswith("backbone.")}
     norm: Any = "frozen_batch_norm" if "bn1.running_mean" in own else "group_norm"
-    for name in get_args(get_type_hints(DetrConfig)["backbone"]):
+    for name in BACKBONES:
         with torch.device("meta"):
-            state = Backbone(name, norm, only_last=only_last).state_dict()
+            state = make_backbone(name, norm, only_last=only_last).state_dict()
         if {key: tensor.shape for key, tensor in state.items()} == own:
             return {"backbone": name, "backbone_norm": norm}
     raise ValueError("its backbone is none that this project has, or lacks tensors")
@@ -108,12 +108,12 @@ def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def differences(wanted: DetrConfig, found: DetrConfig) -> list[str]:
-    """The settings to change in `wanted` so that it is `found`, as `model.key: value`."""
+    """The settings to change in `wanted` so that it is `found`, as `name: value`."""
     names = [
         field.name for field in fields(DetrConfig) if field.name not in ("dropout", "auxiliary_losses", "num_classes")
     ]
     changed = [name for name in names if getattr(wanted, name) != getattr(found, name)]
-    return [f"model.{name}: {str(getattr(found, name)).lower()}" for name in changed]
+    return [f"{name}: {str(getattr(found, name)).lower()}" for name in changed]
 
 
 def notes_of_args(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,6 +141,31 @@ def hf_config(config: DetrConfig, class_names: Sequence[str] | None = None) -> d
     Raises:
         ValueError: transformers has nothing that computes the same.
     """
+    lacks = _hf_lacks(config)
+    if lacks:
+        raise ValueError(f"transformers has not {', nor '.join(lacks)}: these weights cannot be written for it")
+    deformable = config.arch == "deformable_detr"
+    names = class_names or [f"LABEL_{index}" for index in range(config.num_classes)]
+    return {
+        "model_type": config.arch,
+        "architectures": ["DeformableDetrForObjectDetection" if deformable else "DetrForObjectDetection"],
+        "use_timm_backbone": False,
+        "backbone_config": _hf_backbone(config),
+        "dtype": "float32",
+        "d_model": config.hidden_dim,
+        "dropout": config.dropout,
+        "num_queries": config.num_queries,
+        # With it, transformers feeds each layer of DETR's decoder the norm of the one before: other detections.
+        "auxiliary_loss": config.auxiliary_losses and deformable,
+        "id2label": {str(index): name for index, name in enumerate(names)},
+        "label2id": {name: index for index, name in enumerate(names)},
+        **_hf_stacks(config),
+        **(_hf_deformable(config) if deformable else {}),
+    }
+
+
+def _hf_lacks(config: DetrConfig) -> list[str]:
+    """What of an architecture transformers has not."""
     lacks = []
     if config.backbone not in _RESNETS:
         lacks.append(f"the backbone {config.backbone}")
@@ -148,52 +173,41 @@ def hf_config(config: DetrConfig, class_names: Sequence[str] | None = None) -> d
         lacks.append(f"a backbone with {config.backbone_norm}")
     if config.dilation:
         lacks.append("a dilated ResNet but timm's")
-    lacks += _other_losses(config) + _odd_norms(config)
-    if lacks:
-        raise ValueError(f"transformers has not {', nor '.join(lacks)}: these weights cannot be written for it")
+    return lacks + _other_losses(config) + _odd_norms(config)
+
+
+def _hf_backbone(config: DetrConfig) -> dict[str, Any]:
     layer_type, depths, sizes = _RESNETS[config.backbone]
-    stages = ["stage4"] if config.feature_levels == 1 else ["stage2", "stage3", "stage4"]
-    names = class_names or [f"LABEL_{index}" for index in range(config.num_classes)]
-    model: dict[str, Any] = {
-        "model_type": config.arch,
-        "architectures": [
-            "DeformableDetrForObjectDetection" if config.arch == "deformable_detr" else "DetrForObjectDetection"
-        ],
-        "use_timm_backbone": False,
-        "backbone_config": {
-            "model_type": "resnet",
-            "layer_type": layer_type,
-            "depths": depths,
-            "hidden_sizes": sizes,
-            "embedding_size": 64,
-            "out_features": stages,
-        },
-        "dtype": "float32",
-        "d_model": config.hidden_dim,
-        "dropout": config.dropout,
-        "num_queries": config.num_queries,
-        # With it, transformers feeds each layer of DETR's decoder the norm of the one before: other detections.
-        "auxiliary_loss": config.auxiliary_losses and config.arch == "deformable_detr",
-        "id2label": {str(index): name for index, name in enumerate(names)},
-        "label2id": {name: index for index, name in enumerate(names)},
+    return {
+        "model_type": "resnet",
+        "layer_type": layer_type,
+        "depths": depths,
+        "hidden_sizes": sizes,
+        "embedding_size": 64,
+        "out_features": ["stage4"] if config.feature_levels == 1 else ["stage2", "stage3", "stage4"],
     }
+
+
+def _hf_stacks(config: DetrConfig) -> dict[str, Any]:
+    """Encoder and decoder."""
+    settings = {}
     for stack, layers in zip(_STACKS, (config.encoder_layers, config.decoder_layers), strict=True):
-        model |= {
-            f"{stack}_layers": layers,
-            f"{stack}_attention_heads": config.heads,
-            f"{stack}_ffn_dim": config.ffn_dim,
-        }
-    if config.arch == "deformable_detr":
-        model |= {
-            "num_feature_levels": config.feature_levels,
-            "encoder_n_points": config.points,
-            "decoder_n_points": config.points,
-            "with_box_refine": config.with_box_refine,
-            "two_stage": config.two_stage,
-            "two_stage_num_proposals": config.num_queries,
-            "class_cost": 2,
-        }
-    return model
+        settings[f"{stack}_layers"] = layers
+        settings[f"{stack}_attention_heads"] = config.heads
+        settings[f"{stack}_ffn_dim"] = config.ffn_dim
+    return settings
+
+
+def _hf_deformable(config: DetrConfig) -> dict[str, Any]:
+    return {
+        "num_feature_levels": config.feature_levels,
+        "encoder_n_points": config.points,
+        "decoder_n_points": config.points,
+        "with_box_refine": config.with_box_refine,
+        "two_stage": config.two_stage,
+        "two_stage_num_proposals": config.num_queries,
+        "class_cost": 2,
+    }
 
 
 def check_original(config: DetrConfig) -> None:

@@ -1,7 +1,7 @@
 """Weights in and out of files: the only module of `model` that touches a disk or the network.
 
 Read and written are our safetensors files (and checkpoint folders that hold one), the original's checkpoints and HF's
-folders (see `formats`); torchvision's ResNet files are read for the backbone. A file is checked whole before the first
+folders (see `names`); torchvision's ResNet files are read for the backbone. A file is checked whole before the first
 tensor of the model changes, so a refused file leaves the model as it was. Nothing is unpickled but plain values.
 """
 
@@ -47,6 +47,10 @@ IMAGENET_FILES = {
 _HASHED_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")
 
 
+class BackboneOnlyError(ValueError):
+    """What should be a detector's weights is a backbone's, which `load_backbone` takes."""
+
+
 def export_weights(
     model: nn.Module, path: str | Path, format: str = "raydetr", class_names: Sequence[str] | None = None
 ) -> None:
@@ -73,23 +77,29 @@ def export_weights(
             metadata = {"config": json.dumps(asdict(config))}  # one entry: safetensors writes several in any order
             save_tensors(_on_host(unique_tensors(model)), partial, metadata)
         elif format == "original":
-            check_original(config)
-            tensors = to_foreign(_on_host(model.state_dict()), "original", config.arch)
-            torch.save({"model": tensors, "raydetr": asdict(config)}, partial)
+            _write_original(model, config, partial)
         else:
-            settings = hf_config(config, class_names)
-            tensors = to_foreign(_on_host(model.state_dict()), "hf", config.arch)
-            partial.mkdir()
-            # transformers finds equal heads and ties them; a safetensors file cannot share memory.
-            save_tensors(
-                {name: tensor.clone() for name, tensor in tensors.items()}, partial / FOLDER_FILE, {"format": "pt"}
-            )
-            (partial / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+            _write_hf(model, config, partial, class_names)
         os.replace(partial, path)
     finally:
         if partial.is_dir():
             shutil.rmtree(partial)
         partial.unlink(missing_ok=True)
+
+
+def _write_original(model: nn.Module, config: DetrConfig, path: Path) -> None:
+    check_original(config)
+    tensors = to_foreign(_on_host(model.state_dict()), "original", config.arch)
+    torch.save({"model": tensors, "raydetr": asdict(config)}, path)
+
+
+def _write_hf(model: nn.Module, config: DetrConfig, folder: Path, class_names: Sequence[str] | None) -> None:
+    settings = hf_config(config, class_names)
+    tensors = to_foreign(_on_host(model.state_dict()), "hf", config.arch)
+    folder.mkdir()
+    # transformers finds equal heads and ties them; a safetensors file cannot share memory.
+    save_tensors({name: tensor.clone() for name, tensor in tensors.items()}, folder / FOLDER_FILE, {"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -165,11 +175,12 @@ def read_weights(source: str | Path | Mapping[str, Tensor]) -> Weights:
             tensors by the names of any of these.
 
     Raises:
+        BackboneOnlyError: it is a torchvision ResNet.
         ValueError: it cannot be read, or is not of a known format.
     """
     name, tensors, notes = _read(source)
     if _is_torchvision(tensors):
-        raise ValueError(f"{name}: a torchvision ResNet, not a detector; it is for train.init.backbone")
+        raise BackboneOnlyError(f"{name}: a torchvision ResNet, not a detector")
     return _weights(name, tensors, notes)
 
 
@@ -212,27 +223,39 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         parts = _parts(path)
         tensors = {name: tensor for part in parts for name, tensor in _read_file(path.parent / part)[0].items()}
         return tensors, notes
+    content, config = _unpacked(path)
+    notes |= config
+    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        notes |= _original_notes(content)
+        content = content["model"]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path}: holds something else than tensors by name, so it is not a weights file")
+    return dict(content), notes
+
+
+def _unpacked(path: Path) -> tuple[Any, dict[str, Any]]:
+    """What a file holds, and the architecture that ours states."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return tensors, notes | json.loads((file.metadata() or {}).get("config", "{}"))
+                return tensors, json.loads((file.metadata() or {}).get("config", "{}"))
         with torch.serialization.safe_globals([argparse.Namespace]):  # the original keeps its arguments in one
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True), {}
     except Exception as error:  # the readers do not tell what they raise for bytes of any other kind
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # torch's advice would be to let the file run code
             reason = "it holds something else than tensors and plain values, and nothing else is unpickled"
         raise ValueError(f"{path}: damaged, or not a weights file ({reason}); get it again") from error
-    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        args = content.get("args")
-        args = vars(args) if isinstance(args, argparse.Namespace) else args
-        notes |= notes_of_args(args) if isinstance(args, Mapping) else {}
-        notes |= content.get("raydetr", {})
-        content = content["model"]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path}: holds something else than tensors by name, so it is not a weights file")
-    return dict(content), notes
+
+
+def _original_notes(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint in the original's form says: its arguments, and ours where we wrote it."""
+    args = checkpoint.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    notes = notes_of_args(args) if isinstance(args, Mapping) else {}
+    ours: dict[str, Any] = checkpoint.get("raydetr", {})
+    return notes | ours
 
 
 def _parts(index: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """Whether weights fit a model, and putting them into it: all that is wrong is found before the first tensor changes."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,7 +37,7 @@ class LoadReport:
     ignored: tuple[str, ...] = ()
     """Tensors of the file that the model has no use for."""
     unlike: tuple[str, ...] = ()
-    """Settings that the file says it was made with and the model does not have, as `model.key: value`."""
+    """Settings that the file says it was made with and the model does not have, as `name: value`."""
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} tensors from {self.source} ({self.format})"]
@@ -57,7 +57,7 @@ class Weights:
     source: str
     """File, or "state dict"."""
     format: str
-    """One of `formats.FORMATS`."""
+    """One of `names.FORMATS`."""
     arch: str
     """`deformable_detr` or `detr`."""
     tensors: dict[str, Tensor]
@@ -101,7 +101,7 @@ def fit(model: nn.Module, weights: Weights, reset_heads: bool) -> LoadReport:
     assert isinstance(config, DetrConfig)
     if weights.arch != config.arch:
         raise ValueError(f"{weights.source}: weights of {weights.arch}, not of {config.arch}{_mend(weights, config)}")
-    wrong = [f"model.{name}: {weights.notes[name]}" for name in _ATTENTION if _unlike(weights, config, name)]
+    wrong = [f"{name}: {weights.notes[name]}" for name in _ATTENTION if _unlike(weights, config, name)]
     if wrong:
         raise ValueError(f"{weights.source}: its attention was made with other settings; set {', '.join(wrong)}")
     reset = _class_heads_to_reset(model, weights, reset_heads)
@@ -111,7 +111,7 @@ def fit(model: nn.Module, weights: Weights, reset_heads: bool) -> LoadReport:
     _copy(model, copies)
     reset_once = tuple(name for name in reset if name in unique_tensors(model))
     unlike = [name for name in ("dilation", "class_loss") if _unlike(weights, config, name)]
-    described = tuple(f"model.{name}: {str(weights.notes[name]).lower()}" for name in unlike)
+    described = tuple(f"{name}: {str(weights.notes[name]).lower()}" for name in unlike)
     return LoadReport(weights.source, weights.format, tuple(copies), reset_once, weights.ignored, described)
 
 
@@ -132,9 +132,7 @@ def fit_backbone(backbone: nn.Module, tensors: Mapping[str, Tensor], source: str
     """Set a backbone's weights from torchvision's state dict."""
     frozen = any(isinstance(module, FrozenBatchNorm2d) for module in backbone.modules())
     if "bn1.running_mean" in tensors and not frozen:
-        raise ValueError(
-            f"{source}: has batch norm statistics; to use them, set model.backbone_norm: frozen_batch_norm"
-        )
+        raise ValueError(f"{source}: has batch norm statistics; to use them, set backbone_norm: frozen_batch_norm")
     ignored = tuple(name for name in tensors if IGNORED.search(name) or _CLASSIFIER.search(name))
     copies, problems = _match(backbone, {name: t for name, t in tensors.items() if name not in ignored})
     if problems:
@@ -153,7 +151,7 @@ def _class_heads_to_reset(model: nn.Module, weights: Weights, reset_heads: bool)
     if not reset_heads:
         raise ValueError(
             f"{weights.source}: has {len(tensors[other[0]])} class logits and the model has {len(own[other[0]])}; to "
-            "keep all other weights and start the class heads anew, set reset_heads (train.init.reset_heads: true)"
+            "keep all other weights and start the class heads anew, set reset_heads: true"
             + _mend(weights, model.config)  # type: ignore[arg-type]
         )
     return heads
@@ -169,41 +167,52 @@ def _match(
 
     `weights` are where the tensors are from: what does not fit goes by their format's names.
     """
-    names_of: dict[int, list[str]] = {}  # a shared tensor has several names
-    own: dict[str, Tensor] = dict(_all_tensors(model))
-    for name, tensor in own.items():
-        names_of.setdefault(id(tensor), []).append(name)
+    own = dict(_all_tensors(model))
     copies: dict[str, Tensor] = {}
     missing, problems = [], []
 
     def called(name: str) -> str:
         return name if weights is None else foreign_name(name, weights.format, weights.arch) or name
 
-    for names in names_of.values():
+    for names in _names_of_tensors(own):
+        given = [name for name in names if name in tensors]
         if names[0] in keep:
             continue
-        given = [name for name in names if name in tensors]
         if not given:
             missing.append(called(names[0]))
-            continue
-        first = tensors[given[0]]
-        wrong = next((name for name in given if tensors[name].shape != own[name].shape), None)
-        if wrong is not None:
-            problems.append(f"{called(wrong)} is {list(tensors[wrong].shape)}, the model's is {list(own[wrong].shape)}")
-        elif any(not torch.equal(tensors[name], first) for name in given[1:]):
-            problems.append(
-                f"{called(given[0])} differs from {called(given[1])}, but the model shares one (with_box_refine is off)"
-            )
-        elif not first.is_floating_point():
-            problems.append(f"{called(given[0])} is {first.dtype}, not floating point")
+        elif (problem := _problem(given, tensors, own, called)) is not None:
+            problems.append(problem)
         else:
-            copies[names[0]] = first
+            copies[names[0]] = tensors[given[0]]
     unexpected = [called(name) for name in tensors if name not in own] + list(weights.unknown if weights else ())
     if missing:
         problems.append(f"{len(missing)} tensors of the model are missing: {some(missing)}")
     if unexpected:
         problems.append(f"{len(unexpected)} tensors are not the model's: {some(unexpected)}")
     return copies, problems
+
+
+def _names_of_tensors(own: Mapping[str, Tensor]) -> Iterable[list[str]]:
+    """All names of each tensor of a model: a shared one has several."""
+    names_of: dict[int, list[str]] = {}
+    for name, tensor in own.items():
+        names_of.setdefault(id(tensor), []).append(name)
+    return names_of.values()
+
+
+def _problem(
+    given: list[str], tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], called: Callable[[str], str]
+) -> str | None:
+    """Why one tensor of the model cannot be what `tensors` have under the names `given`."""
+    first = tensors[given[0]]
+    wrong = next((name for name in given if tensors[name].shape != own[name].shape), None)
+    if wrong is not None:
+        return f"{called(wrong)} is {list(tensors[wrong].shape)}, the model's is {list(own[wrong].shape)}"
+    if any(not torch.equal(tensors[name], first) for name in given[1:]):
+        return f"{called(given[0])} differs from {called(given[1])}, but the model shares one (with_box_refine is off)"
+    if not first.is_floating_point():
+        return f"{called(given[0])} is {first.dtype}, not floating point"
+    return None
 
 
 def _does_not_fit(source: str, problems: list[str], most: int = 5) -> str:

@@ -1,5 +1,8 @@
 """One YAML is one pipeline: typed, frozen sections, read with `load_config`."""
 
+from pipeline.config.keys import (
+    with_keys,
+)
 from pipeline.config.load import (
     ConfigError,
     dump_config,
@@ -28,6 +31,12 @@ from pipeline.config.sections import (
     default_tracking_uri,
     settings_with,
 )
+from pipeline.config.values import (
+    differences,
+    digest,
+    flatten,
+    plain,
+)
 
 __all__ = [
     "METRICS",
@@ -50,8 +59,13 @@ __all__ = [
     "TrackingSection",
     "TrainSection",
     "default_tracking_uri",
+    "differences",
+    "digest",
     "dump_config",
+    "flatten",
     "load_config",
     "parse_config",
+    "plain",
     "settings_with",
+    "with_keys",
 ]

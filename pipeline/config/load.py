@@ -5,14 +5,13 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from model.config import DetrConfig
+from pipeline.config.keys import keys_at, with_keys
 from pipeline.config.sections import Config
 from pipeline.errors import UserError
 
@@ -81,33 +80,21 @@ def _explain(problem: dict[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        close = difflib.get_close_matches(location[-1], _keys_at(location[:-1]), n=1, cutoff=0.5)
+        close = difflib.get_close_matches(location[-1], keys_at(location[:-1]), n=1, cutoff=0.5)
         hint = f"did you mean `{'.'.join([*location[:-1], close[0]])}`?" if close else "see `raydetr config`"
         return f"unknown key `{key}`; {hint}"
     if problem["type"] == "missing":
         return f"`{key}` is missing"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return f"{key}: {message}" if key and not message.startswith(key) else message
+        return _with_own_keys(message, location) if location else message
     return f"`{key}` is {problem['input']!r}: {message}"
 
 
-def _keys_at(location: list[str]) -> list[str]:
-    """The keys that a section takes."""
-    section: Any = Config
-    for part in location:
-        section = _section_type(_fields(section).get(part))
-    return [key for key in _fields(section) if not (section is DetrConfig and key == "num_classes")]
-
-
-def _fields(section: Any) -> dict[str, Any]:
-    if is_dataclass(section):
-        return {field.name: field.type for field in fields(section)}
-    if isinstance(section, type) and issubclass(section, BaseModel):
-        return {field.alias or name: field.annotation for name, field in section.model_fields.items()}
-    return {}
-
-
-def _section_type(annotation: Any) -> Any:
-    """The section class in `Section | None`."""
-    return next((kind for kind in get_args(annotation) if kind is not type(None)), annotation)
+def _with_own_keys(message: str, location: list[str]) -> str:
+    """What a section says of its settings, beginning with the key that it is about."""
+    key = ".".join(location)
+    message = with_keys(message, key)
+    if message.split()[0] in keys_at(location):
+        return f"{key}.{message}"
+    return message if message.startswith(key) else f"{key}: {message}"

@@ -22,9 +22,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from model import DetrConfig, ImageBatch, PixelBatch, build_model, postprocess
-from model.weights.files import load_weights, read_weights, save_tensors
+from model.batch import ImageBatch, PixelBatch
+from model.build import build_model
+from model.config import DetrConfig
+from model.detections import postprocess
+from model.weights.files import BackboneOnlyError, load_weights, read_weights, save_tensors
 from pipeline.checkpoint.state import STATE, load_model_weights, read_state
+from pipeline.config.keys import with_keys
 from pipeline.config.sections import EvaluateSection
 from pipeline.data.augment import plan_eval
 from pipeline.data.images import decode_image
@@ -107,8 +111,10 @@ class Detector:
                 )
             model = build_model(config)
             load_weights(model, weights)
+        except BackboneOnlyError as error:
+            raise UserError(f"{error}; it is for train.init.backbone") from error
         except ValueError as error:
-            raise UserError(str(error)) from error
+            raise UserError(with_keys(str(error), "model")) from error
         return cls(model, config, labels, evaluate, device)
 
     @classmethod
@@ -198,7 +204,7 @@ class Detector:
 
     @torch.inference_mode()
     def results(self, batch: ImageBatch, sizes: torch.Tensor, top: int) -> list[dict[str, torch.Tensor]]:
-        """Return the `top` best of each image as `model.postprocess` does; arguments and errors are of `detect`."""
+        """Return the `top` best of each image as `postprocess` does; arguments and errors are of `detect`."""
         outputs = self.model(batch)
         logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
         if not bool(torch.isfinite(logits).all() & torch.isfinite(boxes).all()):

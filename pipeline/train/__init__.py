@@ -6,6 +6,7 @@ from pipeline.train.curves import (
 from pipeline.train.engine import (
     engine_config,
     gradient_norm,
+    import_deepspeed,
     make_engine,
 )
 from pipeline.train.loop import (
@@ -38,6 +39,7 @@ __all__ = [
     "find_checkpoint",
     "gradient_norm",
     "group_of",
+    "import_deepspeed",
     "lr_factor",
     "make_engine",
     "make_optimizer",

@@ -6,9 +6,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model import build_model, recompute_activations
+from model.build import build_model
+from model.recompute import recompute_activations
 from model.weights.files import load_backbone, load_weights
 from pipeline.checkpoint.state import State, latest, load_model_weights
+from pipeline.config.keys import with_keys
 from pipeline.config.sections import InitSection
 from pipeline.distributed import World, gather_objects, on_rank_zero, together
 from pipeline.errors import UserError
@@ -51,11 +53,11 @@ def _load_initial_weights(model: nn.Module, init: InitSection, root: Path) -> No
             logger.info("train.init.backbone: %s", report)
         if init.weights is not None:
             report = load_weights(model, root / init.weights, reset_heads=init.reset_heads)
-            logger.info("train.init.weights: %s", report)
+            logger.info("train.init.weights: %s", with_keys(str(report), "model"))
             if init.reset_heads and not report.reset:
                 logger.warning("train.init.reset_heads: the class heads are kept, since they fit the number of classes")
     except ValueError as error:
-        raise UserError(f"train.init: {error}") from error
+        raise UserError(f"train.init: {with_keys(str(error), 'model', 'train.init')}") from error
 
 
 def _digest(model: nn.Module) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from model import Criterion
+from model.losses.criterion import Criterion
+from model.losses.groups import groups_of
 from pipeline.checkpoint.save import save
 from pipeline.checkpoint.state import latest
 from pipeline.data.loader import Step, TrainLoader
@@ -63,7 +64,7 @@ def train(job: TrainJob, world: World, stop: StopRequest | None = None) -> Path:
     path, first, skipped = (found[0], found[1].step, found[1].skipped) if found else (None, 0, 0)
     done = first
     engine = make_engine(run, found)
-    criterion = Criterion(job.model.num_classes, job.train.criterion, job.model.class_loss)
+    criterion = Criterion(job.train.criterion, job.model.class_loss)
     spool = job.out.train_spool if world.rank == 0 else None
     curves = Curves(spool, job.train, run.total, run.epochs, first)
     try:
@@ -142,13 +143,13 @@ def _forward_backward(
         targets = [
             {key: value.to(device, non_blocking=True) for key, value in target.items()} for target in micro.targets
         ]
-        losses = criterion(outputs, targets, num_boxes, train.global_batch)
+        losses = criterion(groups_of(outputs, targets), num_boxes, train.global_batch)
         if not micro.image_ids:  # a placeholder for images that cannot be read
-            losses = {name: loss * 0.0 for name, loss in losses.items()}
-        total = criterion.total(losses)
+            losses = losses.scaled(0.0)
+        total = losses.total()
         # DeepSpeed divides by the micro-batches of a rank and by the ranks.
         engine.backward(total * train.micro_batches)
-        for name, loss in {"loss": total, **losses}.items():
+        for name, loss in {"loss": total, **losses.values}.items():
             sums[name] = sums.get(name, 0.0) + loss.detach().double()
     return sums
 

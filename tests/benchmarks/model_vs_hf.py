@@ -19,8 +19,12 @@ from common import seconds
 from torch import Tensor, nn
 from transformers import DeformableDetrForObjectDetection
 
-from model import Criterion, CriterionConfig, DetrConfig, ImageBatch, build_model
+from model.batch import ImageBatch
+from model.build import build_model
+from model.config import CriterionConfig, DetrConfig
 from model.deformable_attention import MSDeformAttn
+from model.losses.criterion import Criterion
+from model.losses.groups import groups_of
 from model.weights.files import export_weights
 
 HEIGHT, WIDTH, CLASSES, OBJECTS = 480, 640, 91, 7
@@ -100,7 +104,7 @@ def main() -> int:
     boxes = [torch.rand(OBJECTS, 4) * 0.3 + 0.3 for _ in range(options.batch)]
     targets = [{"labels": a, "boxes": b} for a, b in zip(labels, boxes, strict=True)]
     peer_targets = [{"class_labels": a, "boxes": b} for a, b in zip(labels, boxes, strict=True)]
-    criterion = Criterion(CLASSES, CriterionConfig(), "focal")
+    criterion = Criterion(CriterionConfig(), "focal")
     objects = float(OBJECTS * options.batch)
 
     def infer(network: nn.Module, call: Callable[[], Any]) -> Callable[[], Any]:
@@ -117,7 +121,7 @@ def main() -> int:
             infer(peer, lambda: peer(pixel_values=pixels, pixel_mask=valid).logits),
         ),
         "training step": (
-            make_step(model, lambda: criterion.total(criterion(model(ImageBatch(pixels, mask)), targets, objects))),
+            make_step(model, lambda: criterion(groups_of(model(ImageBatch(pixels, mask)), targets), objects).total()),
             make_step(peer, lambda: peer(pixel_values=pixels, pixel_mask=valid, labels=peer_targets).loss),
         ),
     }

@@ -29,7 +29,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model import Criterion, CriterionConfig, DetrConfig, ImageBatch, build_model
+from model.batch import ImageBatch
+from model.build import build_model
+from model.config import CriterionConfig, DetrConfig
+from model.losses.criterion import Criterion
+from model.losses.groups import groups_of
 from model.ops import compiled
 
 SMALL: dict[str, Any] = {
@@ -98,7 +102,7 @@ def measure(name: str, side: int, device: torch.device, repeats: int) -> Cost:
     """One architecture at one size."""
     config, generator = MODELS[name], torch.Generator().manual_seed(0)
     model = build_model(config, generator).to(device).train()
-    criterion = Criterion(config.num_classes, CriterionConfig(), config.class_loss)
+    criterion = Criterion(CriterionConfig(), config.class_loss)
     pixels = torch.randn(1, 3, side, side, generator=generator)
     batch = ImageBatch(pixels.to(device), torch.zeros(1, side, side, dtype=torch.bool, device=device))
     boxes = 0.1 + 0.3 * torch.rand(OBJECTS, 4, generator=generator)
@@ -112,7 +116,7 @@ def measure(name: str, side: int, device: torch.device, repeats: int) -> Cost:
 
     def step() -> None:
         model.zero_grad()
-        criterion.total(criterion(model(batch), targets, OBJECTS)).backward()
+        criterion(groups_of(model(batch), targets), OBJECTS).total().backward()
 
     def encoder_step() -> None:
         model.zero_grad()

@@ -4,8 +4,6 @@ It shows that their arithmetic, their indexing and their exchanges between lanes
 left to the tests that need one: memory order, atomics, streams.
 """
 
-import os
-import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,21 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.ops.compiler import compiler
+
 HERE = Path(__file__).parent
 LARGEST_GRID = 4
 """Blocks along an axis: few, so that small inputs need several launches."""
-
-
-def compiler() -> str | None:
-    """The C++ compiler, if there is one."""
-    return shutil.which(os.environ.get("CXX", "c++"))
 
 
 def load(folder: Path) -> Any:
     """Compile into `folder` and register; the namespace `torch.ops.raydetr_emulated`."""
     home = Path(torch.__file__).parent
     library = folder / "raydetr_emulated.so"
-    command = [compiler(), "-O1", "-std=c++17", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+    command = [str(compiler()), "-O1", "-std=c++17", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
     command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-DRAYDETR_MAX_GRID={LARGEST_GRID}"]
     command += [f"-I{HERE}", "-isystem", str(home / "include"), str(HERE / "operator.cpp")]
     command += [f"-L{home / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10", "-o", str(library)]

@@ -10,13 +10,13 @@ import ray
 @ray.remote
 def look() -> dict[str, object]:
     import model
-    from model import ops
+    from model.ops.operator import compiled, kernels
 
     return {
         "process": os.getpid(),
         "model": model.__file__,
-        "compiled": ops.compiled("cpu"),
-        "extension": ops.kernels.EXTENSION.__file__ if ops.kernels else None,
+        "compiled": compiled("cpu"),
+        "extension": kernels.EXTENSION.__file__ if kernels else None,
         "carried": [path.name for path in Path(model.__file__).parents[1].glob("*.so")],
     }
 

@@ -105,6 +105,15 @@ def test_what_is_refused(tmp_path: Path) -> None:
         convert(tmp_path / "resnet.pth", tmp_path / "out", "hf")
 
 
+def test_settings_to_change_are_said_by_their_keys(tmp_path: Path) -> None:
+    export_weights(make_detector(with_box_refine=True, two_stage=True), tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=r"set model\.with_box_refine: true, model\.two_stage: true$"):
+        convert(tmp_path / "w.safetensors", tmp_path / "out", "hf", DetrConfig(**SMALL))
+    export_weights(make_detector(dilation=True), tmp_path / "dilated.pth", "original")
+    lines = convert(tmp_path / "dilated.pth", tmp_path / "out", "hf", DetrConfig(**SMALL))
+    assert "made with model.dilation: true, unlike this model" in lines
+
+
 def test_fine_tuning_from_published_weights(tmp_path: Path, world: World) -> None:
     """The original's file of 91 classes, 3 classes of one's own, a few steps: all but the class heads goes on."""
     published = make_detector(seed=5, num_classes=91)
@@ -125,7 +134,9 @@ def test_fine_tuning_from_published_weights(tmp_path: Path, world: World) -> Non
         return TrainJob(config, train_section, manifest.folder, RunFolder(tmp_path / name), root=tmp_path)
 
     init = InitSection(weights="published.pth")  # beside the command, wherever the worker runs
-    with pytest.raises(UserError, match=r"train\.init: .*published\.pth: has 91 class logits .*reset_heads"):
+    with pytest.raises(
+        UserError, match=r"train\.init: .*published\.pth: has 91 class logits .*set train\.init\.reset_heads: true"
+    ):
         train(job("refused", init=init), world)
 
     start = make_detector(num_classes=3)

@@ -5,10 +5,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import model.ops
 from model.complexity import measure
 from model.config import DetrConfig
-from model.ops import ms_deform_attn
+from model.ops import compiled, ms_deform_attn, operator
 
 DETR: dict[str, Any] = {
     "arch": "detr",
@@ -53,16 +52,16 @@ def test_a_small_detr_by_hand() -> None:
 
 
 def test_plain_torch_counts_as_much_as_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not model.ops.compiled():
+    if not compiled():
         pytest.skip("there are no kernels here")
     with_kernels = measure(DetrConfig(), size=(256, 256))
-    monkeypatch.setattr(model.ops, "compiled", lambda device="cpu": False)
-    monkeypatch.setattr(model.ops, "_warn_once", lambda: None)
+    monkeypatch.setattr(operator, "compiled", lambda device="cpu": False)
+    monkeypatch.setattr(operator, "_warn_once", lambda: None)
     assert measure(DetrConfig(), size=(256, 256)) == with_kernels
 
 
 def test_any_counter_knows_the_operator() -> None:
-    if not model.ops.compiled():
+    if not compiled():
         pytest.skip("there are no kernels here")
     value, locations, weights = torch.rand(2, 6, 4, 8), torch.rand(2, 3, 4, 1, 5, 2), torch.rand(2, 3, 4, 1, 5)
     with FlopCounterMode(display=False) as counter:

@@ -3,7 +3,11 @@ from typing import Any
 import pytest
 import torch
 
-from model import Criterion, CriterionConfig, DetrConfig, ImageBatch, build_model
+from model.batch import ImageBatch
+from model.build import build_model
+from model.config import CriterionConfig, DetrConfig
+from model.losses.criterion import Criterion
+from model.losses.groups import groups_of
 from tests.builders import make_batch, make_detector, make_target
 
 VARIANTS = {
@@ -80,9 +84,9 @@ def test_every_trainable_parameter_gets_a_gradient(settings: dict[str, Any]) -> 
     targets = [make_target(3), make_target(2, seed=1)]
     for _ in range(2):  # heads that begin at zero let the gradient through after one step
         outputs = model(make_batch())
-        criterion = Criterion(5, CriterionConfig(), model.config.class_loss)
+        criterion = Criterion(CriterionConfig(), model.config.class_loss)
         model.zero_grad()
-        criterion.total(criterion(outputs, targets, 5.0)).backward()
+        criterion(groups_of(outputs, targets), 5.0).total().backward()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.grad is not None:
@@ -97,8 +101,8 @@ def test_every_trainable_parameter_gets_a_gradient(settings: dict[str, Any]) -> 
 def test_small_images(settings: dict[str, Any], size: tuple[int, int]) -> None:
     model = make_detector(**settings)
     outputs: dict[str, Any] = model(make_batch([size]))
-    criterion = Criterion(5, CriterionConfig(), model.config.class_loss)
-    loss = criterion.total(criterion(outputs, [make_target(2)], 2.0))
+    criterion = Criterion(CriterionConfig(), model.config.class_loss)
+    loss = criterion(groups_of(outputs, [make_target(2)]), 2.0).total()
     loss.backward()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
@@ -110,9 +114,11 @@ def test_empty_and_crowded_images(settings: dict[str, Any], counts: tuple[int, i
     """With two stages the 96 x 96 image has 193 cells: fewer than queries, and fewer than objects."""
     model = make_detector(num_queries=300, **settings)
     outputs: dict[str, Any] = model(make_batch([(96, 96), (64, 96)]))
-    criterion = Criterion(5, CriterionConfig(), model.config.class_loss)
-    losses = criterion(outputs, [make_target(n, seed=n) for n in counts], float(sum(counts)))
-    criterion.total(losses).backward()
+    criterion = Criterion(CriterionConfig(), model.config.class_loss)
+    targets = [make_target(n, seed=n) for n in counts]
+    found = criterion(groups_of(outputs, targets), float(sum(counts)))
+    found.total().backward()
+    losses = found.values
     assert all(torch.isfinite(loss) for loss in losses.values())
     assert all((losses[name] > 0) == (sum(counts) > 0) for name in losses if "ce" not in name)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

@@ -5,8 +5,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model import Criterion, CriterionConfig, DetrConfig, ImageBatch, build_model
+from model.batch import ImageBatch
+from model.build import build_model
+from model.config import CriterionConfig, DetrConfig
 from model.detr import DetrDecoder, DetrDecoderLayer, DetrEncoderLayer
+from model.losses.criterion import Criterion
+from model.losses.groups import groups_of
 from model.position import encode_cells
 from model.weights.files import load_weights
 from tests.builders import make_batch, make_detector, make_target
@@ -83,9 +87,11 @@ def test_outputs(class_loss: str, dilation: bool) -> None:
 @pytest.mark.parametrize("counts", [(3, 2), (0, 0), (400, 1)], ids=["some", "no object", "400 objects"])
 def test_training(class_loss: str, counts: tuple[int, int]) -> None:
     model = make_detector(arch="detr", class_loss=class_loss)
-    criterion = Criterion(5, CriterionConfig(class_weight=1.0), class_loss)  # type: ignore[arg-type]
-    losses = criterion(model(make_batch()), [make_target(n, seed=n) for n in counts], float(sum(counts)))
-    criterion.total(losses).backward()
+    criterion = Criterion(CriterionConfig(class_weight=1.0), class_loss)
+    targets = [make_target(n, seed=n) for n in counts]
+    found = criterion(groups_of(model(make_batch()), targets), float(sum(counts)))
+    found.total().backward()
+    losses = found.values
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
     assert all((losses[name] > 0) == (sum(counts) > 0) for name in losses if "ce" not in name)
 

@@ -11,7 +11,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import Criterion, CriterionConfig
+from model.config import CriterionConfig
+from model.losses.criterion import Criterion
+from model.losses.groups import groups_of
 from tests.builders import make_batch, make_detector, make_target
 
 aten: Any = torch.ops.aten
@@ -75,11 +77,11 @@ def reads_of(work: Any) -> tuple[Counter[str], Counter[str]]:
 )
 def test_the_matching_alone_reads_from_the_device(settings: dict[str, Any], counts: tuple[int, int]) -> None:
     model = make_detector(decoder_layers=6, **settings).train()
-    criterion = Criterion(5, CriterionConfig(), model.config.class_loss)
+    criterion = Criterion(CriterionConfig(), model.config.class_loss)
     batch, targets = make_batch(), [make_target(count) for count in counts]
 
     def step() -> None:
-        criterion.total(criterion(model(batch), targets, float(sum(counts)))).backward()
+        criterion(groups_of(model(batch), targets), float(sum(counts))).total().backward()
 
     step()
     operators, calls = reads_of(step)

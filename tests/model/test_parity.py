@@ -23,7 +23,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from transformers import DeformableDetrForObjectDetection, DetrForObjectDetection
 
-from model import Criterion, CriterionConfig, DetrConfig, ImageBatch, build_model
+from model.batch import ImageBatch
+from model.build import build_model
+from model.config import CriterionConfig, DetrConfig
+from model.losses.criterion import Criterion
+from model.losses.groups import groups_of
 from model.weights.files import export_weights, load_weights
 from model.weights.names import to_own
 from pipeline.config.sections import InitSection, TrainSection
@@ -197,10 +201,10 @@ def our_losses(model: Any, dtype: torch.dtype, seed: int = 0) -> tuple[Any, dict
     config = model.config
     costs = CriterionConfig(class_weight=1.0) if config.arch == "detr" else CriterionConfig()
     outputs = model(batch_of(dtype, seed))
-    criterion = Criterion(config.num_classes, costs, config.class_loss)
+    criterion = Criterion(costs, config.class_loss)
     exact = [{"labels": target["labels"], "boxes": target["boxes"].to(dtype)} for target in TARGETS]
-    losses = criterion(outputs, exact, NUM_BOXES)
-    return outputs, {name: loss * criterion.weights["_".join(name.split("_")[:2])] for name, loss in losses.items()}
+    losses = criterion(groups_of(outputs, exact), NUM_BOXES)
+    return outputs, {name: loss * losses.weights[name] for name, loss in losses.values.items()}
 
 
 class TestLossesAndGradients:

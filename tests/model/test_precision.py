@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from model import Criterion, CriterionConfig, detr
 from model import deformable_attention as attention
 from model import deformable_transformer as transformer
+from model import detr
+from model.config import CriterionConfig
 from model.losses import matcher
+from model.losses.criterion import Criterion
+from model.losses.groups import groups_of
 from tests.builders import make_batch, make_detector, make_target
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -79,10 +82,10 @@ def test_coordinates_and_losses_are_fp32(
     model = make_model(autocast, **settings)
     activations: set[torch.dtype] = set()
     model.transformer.decoder.layers[0].linear1.register_forward_hook(lambda *call: activations.update(types(call[-1])))
-    criterion = Criterion(5, CriterionConfig(), model.config.class_loss)
+    criterion = Criterion(CriterionConfig(), model.config.class_loss)
     with precision(autocast):
         outputs = model(make_batch())
-        losses = criterion(outputs, [make_target(3), make_target(2, seed=1)], 5.0)
+        losses = criterion(groups_of(outputs, [make_target(3), make_target(2, seed=1)]), 5.0).values
     assert activations == {torch.bfloat16}
     assert types((outputs, losses)) == {torch.float32}
     expected = {"encode_cells", "matching_costs"}
@@ -112,10 +115,10 @@ def test_outputs_are_near_those_in_fp32(settings: dict[str, Any], autocast: bool
 @both_ways
 def test_gradients_are_finite(settings: dict[str, Any], autocast: bool) -> None:
     model = make_model(autocast, **settings)
-    criterion = Criterion(5, CriterionConfig(), model.config.class_loss)
+    criterion = Criterion(CriterionConfig(), model.config.class_loss)
     with precision(autocast):
-        losses = criterion(model(make_batch()), [make_target(3), make_target(0)], 3.0)
-    criterion.total(losses).backward()
+        losses = criterion(groups_of(model(make_batch()), [make_target(3), make_target(0)]), 3.0)
+    losses.total().backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert not without
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import recompute_activations
+from model.recompute import recompute_activations
 from tests.builders import make_batch, make_detector
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from model.boxes import cxcywh_to_xyxy, generalized_iou
 from model.config import CriterionConfig
-from model.losses.criterion import Criterion
-from model.losses.matcher import match
+from model.losses.class_loss import make_class_loss
+from model.losses.criterion import Criterion, Losses
+from model.losses.groups import Group, groups_of
+from model.losses.matcher import match_all
 from tests.builders import make_target
 
 CONFIG = CriterionConfig()
@@ -28,6 +30,12 @@ def make_outputs(batch: int = 2, queries: int = 6, logits: int = 5, aux: int = 2
     return outputs | ({"enc_outputs": layer(cells)} if cells else {})
 
 
+def losses_of(
+    outputs: dict[str, Any], targets: list[dict[str, Tensor]], num_boxes: Any, class_loss: str = "focal", **more: Any
+) -> Losses:
+    return Criterion(CONFIG, class_loss)(groups_of(outputs, targets), num_boxes, **more)
+
+
 def focal(logit: float, wanted: bool) -> float:
     p = 1 / (1 + math.exp(-logit))
     return 0.25 * (1 - p) ** 2 * -math.log(p) if wanted else 0.75 * p**2 * -math.log(1 - p)
@@ -35,8 +43,8 @@ def focal(logit: float, wanted: bool) -> float:
 
 def test_losses_from_their_definitions() -> None:
     outputs, targets = make_outputs(aux=0), [make_target(2), make_target(1, seed=1)]
-    losses = Criterion(5, CONFIG, "focal")(outputs, targets, 3.0)
-    matches = match({key: outputs[key] for key in ("pred_logits", "pred_boxes")}, targets, CONFIG, "focal")
+    losses = losses_of(outputs, targets, 3.0).values
+    (matches,) = match_all([Group(outputs, targets)], CONFIG, make_class_loss("focal", CONFIG))
     class_loss = l1 = giou = 0.0
     for image, (queries, rows) in enumerate(matches):
         owner = {int(q): int(targets[image]["labels"][t]) for q, t in zip(queries, rows, strict=True)}
@@ -53,31 +61,30 @@ def test_losses_from_their_definitions() -> None:
 
 
 def test_names_and_total() -> None:
-    criterion = Criterion(5, CONFIG, "focal")
-    losses = criterion(make_outputs(cells=20), [make_target(2), make_target(1, seed=1)], 3.0)
+    found = losses_of(make_outputs(cells=20), [make_target(2), make_target(1, seed=1)], 3.0)
+    losses = found.values
     kinds = ("loss_ce", "loss_bbox", "loss_giou")
-    assert set(losses) == {kind + suffix for kind in kinds for suffix in ("", "_0", "_1", "_enc")}
+    assert list(losses) == [kind + suffix for suffix in ("", "_0", "_1", "_enc") for kind in kinds]
     by_kind = [sum(losses[kind + suffix].item() for suffix in ("", "_0", "_1", "_enc")) for kind in kinds]
     expected = 2 * by_kind[0] + 5 * by_kind[1] + 2 * by_kind[2]
-    assert criterion.total(losses).item() == pytest.approx(expected, rel=1e-5)
+    assert found.total().item() == pytest.approx(expected, rel=1e-5)
+    assert found.scaled(0.5).total().item() == pytest.approx(expected / 2, rel=1e-5)
 
 
 def test_auxiliary_layers_are_matched_anew() -> None:
     outputs, targets = make_outputs(), [make_target(3), make_target(2, seed=1)]
-    criterion = Criterion(5, CONFIG, "focal")
-    losses = criterion(outputs, targets, 5.0)
+    losses = losses_of(outputs, targets, 5.0).values
     for index, layer in enumerate(outputs["aux_outputs"]):
-        alone = criterion(layer, targets, 5.0)
+        alone = losses_of(layer, targets, 5.0).values
         for name, loss in alone.items():
             torch.testing.assert_close(losses[f"{name}_{index}"], loss)
 
 
 def test_proposals_are_told_object_from_none() -> None:
     outputs, targets = make_outputs(cells=20), [make_target(3), make_target(2, seed=1)]
-    criterion = Criterion(5, CONFIG, "focal")
     binary = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
-    expected = criterion(outputs["enc_outputs"], binary, 5.0)
-    torch.testing.assert_close(criterion(outputs, targets, 5.0)["loss_ce_enc"], expected["loss_ce"])
+    expected = losses_of(outputs["enc_outputs"], binary, 5.0).values
+    torch.testing.assert_close(losses_of(outputs, targets, 5.0).values["loss_ce_enc"], expected["loss_ce"])
     assert any(target["labels"].any() for target in targets)
 
 
@@ -86,8 +93,7 @@ def test_proposals_are_told_object_from_none() -> None:
 def test_edges(class_loss: str, counts: tuple[int, int]) -> None:
     outputs = make_outputs(logits=6, cells=20)
     targets = [make_target(n, seed=n) for n in counts]
-    criterion = Criterion(5, CONFIG, class_loss)  # type: ignore[arg-type]
-    total = criterion.total(criterion(outputs, targets, float(sum(counts))))
+    total = losses_of(outputs, targets, float(sum(counts)), class_loss).total()
     total.backward()
     assert torch.isfinite(total)
     for layer in (outputs, *outputs["aux_outputs"], outputs["enc_outputs"]):
@@ -98,8 +104,7 @@ def test_edges(class_loss: str, counts: tuple[int, int]) -> None:
 def test_one_pixel_objects() -> None:
     outputs = make_outputs()
     tiny = {"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 1 / 1333, 1 / 800]])}
-    criterion = Criterion(5, CONFIG, "focal")
-    total = criterion.total(criterion(outputs, [tiny, tiny], 2.0))
+    total = losses_of(outputs, [tiny, tiny], 2.0).total()
     total.backward()
     assert torch.isfinite(total)
     assert torch.isfinite(outputs["pred_boxes"].grad).all()
@@ -109,40 +114,39 @@ def test_one_pixel_objects() -> None:
 def test_micro_batches_add_up(class_loss: str) -> None:
     outputs = make_outputs(batch=4, logits=6)
     targets = [make_target(n, seed=n) for n in (2, 0, 3, 1)]
-    criterion = Criterion(5, CONFIG, class_loss)  # type: ignore[arg-type]
-    whole = criterion(outputs, targets, torch.tensor(6.0), num_images=4)
+    whole = losses_of(outputs, targets, torch.tensor(6.0), class_loss, num_images=4).values
     sums = dict.fromkeys(whole, 0.0)
     for start, stop in ((0, 1), (1, 4)):
         part = {key: outputs[key][start:stop] for key in ("pred_logits", "pred_boxes")}
         part["aux_outputs"] = [{k: v[start:stop] for k, v in layer.items()} for layer in outputs["aux_outputs"]]
-        for name, loss in criterion(part, targets[start:stop], torch.tensor(6.0), num_images=4).items():
+        losses = losses_of(part, targets[start:stop], torch.tensor(6.0), class_loss, num_images=4)
+        for name, loss in losses.values.items():
             sums[name] += loss.item()
     assert sums == pytest.approx({name: loss.item() for name, loss in whole.items()}, rel=1e-5)
 
 
 def test_num_boxes_is_at_least_one() -> None:
     outputs, targets = make_outputs(), [make_target(1), make_target(0)]
-    criterion = Criterion(5, CONFIG, "focal")
-    less, one, two = (criterion(outputs, targets, n)["loss_bbox"].item() for n in (0.25, 1.0, 2.0))
+    less, one, two = (losses_of(outputs, targets, n).values["loss_bbox"].item() for n in (0.25, 1.0, 2.0))
     assert less == one == pytest.approx(2 * two)
 
 
 def test_softmax_is_torchs_weighted_mean() -> None:
     outputs = make_outputs(batch=1, logits=6, aux=0)
     target = make_target(2)
-    query, row = match(outputs, [target], CONFIG, "softmax")[0]
+    query, row = match_all([Group(outputs, [target])], CONFIG, make_class_loss("softmax", CONFIG))[0][0]
     wanted = torch.full((6,), 5)
     wanted[query] = target["labels"][row]
     weight = torch.tensor([1.0, 1, 1, 1, 1, 0.1])
     expected = torch.nn.functional.cross_entropy(outputs["pred_logits"][0], wanted, weight)
-    loss = Criterion(5, CONFIG, "softmax")(outputs, [target], 2.0)["loss_ce"]
+    loss = losses_of(outputs, [target], 2.0, "softmax").values["loss_ce"]
     torch.testing.assert_close(loss, expected)
 
 
 def test_softmax_without_any_object_is_torchs_weighted_mean() -> None:
     outputs = make_outputs(batch=2, logits=6, aux=0)
     expected = torch.nn.functional.cross_entropy(outputs["pred_logits"].flatten(0, 1), torch.full((12,), 5))
-    losses = Criterion(5, CONFIG, "softmax")(outputs, [make_target(0), make_target(0)], 0.0)
+    losses = losses_of(outputs, [make_target(0), make_target(0)], 0.0, "softmax").values
     torch.testing.assert_close(losses["loss_ce"], expected)
     assert losses["loss_bbox"] == losses["loss_giou"] == 0
 
@@ -153,7 +157,7 @@ def test_a_label_is_the_number_of_its_logit(class_loss: str, num_classes: int, l
     """`coco91` has labels up to 90, and some that no category has; `contiguous` has 0 to n - 1; "no object" is last."""
     outputs = make_outputs(batch=1, queries=3, logits=num_classes + (class_loss == "softmax"), aux=0)
     target = {"labels": torch.tensor([label]), "boxes": outputs["pred_boxes"][0, 1:2].detach()}
-    Criterion(num_classes, CONFIG, class_loss)(outputs, [target], 1.0)["loss_ce"].backward()  # type: ignore[arg-type]
+    losses_of(outputs, [target], 1.0, class_loss).values["loss_ce"].backward()
     raised = [set((row < 0).nonzero().flatten().tolist()) for row in outputs["pred_logits"].grad[0]]
     nothing = {num_classes} if class_loss == "softmax" else set()
     assert raised == [nothing, {label}, nothing]
@@ -167,16 +171,60 @@ def test_what_is_not_finite_shows_in_the_loss_without_raising(place: str) -> Non
             outputs["pred_logits"][0, 0] = float("nan")
         else:
             targets[0]["boxes"][0, 2] = float("nan")
-    criterion = Criterion(5, CONFIG, "focal")
-    assert not torch.isfinite(criterion.total(criterion(outputs, targets, 3.0)))
+    assert not torch.isfinite(losses_of(outputs, targets, 3.0).total())
 
 
 def test_losses_are_fp32_under_autocast() -> None:
     outputs, targets = make_outputs(), [make_target(2), make_target(1)]
-    criterion = Criterion(5, CONFIG, "focal")
-    expected = criterion(outputs, targets, 3.0)
+    expected = losses_of(outputs, targets, 3.0).values
     with torch.autocast("cpu", torch.bfloat16):
-        losses = criterion(outputs, targets, 3.0)
+        losses = losses_of(outputs, targets, 3.0).values
     for name, loss in losses.items():
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss, expected[name])
+
+
+class TestGroups:
+    def test_a_given_matching_is_taken_as_it_is(self) -> None:
+        outputs, targets = make_outputs(aux=0), [make_target(2), make_target(1, seed=1)]
+        given = [(torch.tensor([5, 0]), torch.tensor([1, 0])), (torch.tensor([3]), torch.tensor([0]))]
+        losses = Criterion(CONFIG, "focal")([Group(outputs, targets, "_dn", given)], 3.0).values
+        pairs = [(0, 5, 1), (0, 0, 0), (1, 3, 0)]
+        l1 = sum((outputs["pred_boxes"][i, q] - targets[i]["boxes"][t]).abs().sum().item() for i, q, t in pairs)
+        assert losses["loss_bbox_dn"].item() == pytest.approx(l1 / 3, rel=1e-5)
+
+    def test_repeated_targets_give_each_object_as_many_queries(self) -> None:
+        outputs, target = make_outputs(batch=1, queries=6, aux=0), make_target(2)
+        repeated = [{key: value.repeat(3, *[1] * (value.ndim - 1)) for key, value in target.items()}]
+        groups = [Group(outputs, [target]), Group(outputs, repeated, "_many", weight=1 / 3)]
+        ((_, once),), ((query, rows),) = match_all(groups, CONFIG, make_class_loss("focal", CONFIG))
+        assert sorted(once.tolist()) == [0, 1]
+        assert query.tolist() == [0, 1, 2, 3, 4, 5]
+        assert sorted(row % 2 for row in rows.tolist()) == [0, 0, 0, 1, 1, 1]
+        losses = Criterion(CONFIG, "focal")(groups, 2.0)
+        assert losses.weights["loss_bbox_many"] == pytest.approx(CONFIG.bbox_weight / 3)
+        every = [(losses.values[name] * weight).item() for name, weight in losses.weights.items()]
+        assert losses.total().item() == pytest.approx(sum(every), rel=1e-5)
+
+    def test_groups_do_not_change_each_other(self) -> None:
+        outputs, more = make_outputs(aux=0), make_outputs(queries=9, aux=0)
+        targets, others = [make_target(2), make_target(0)], [make_target(1, seed=3), make_target(4, seed=4)]
+        groups = [Group(outputs, targets), Group(more, others, "_b"), Group(outputs, others, "_c")]
+        criterion = Criterion(CONFIG, "focal")
+        together = criterion(groups, 5.0, 2).values
+        apart = [criterion([group], 5.0, 2).values for group in groups]
+        assert together == {name: loss for losses in apart for name, loss in losses.items()}
+
+    def test_the_proposals_objects_have_the_label_0(self) -> None:
+        targets = [make_target(3), make_target(2, seed=1)]
+        last, *layers, proposals = groups_of(make_outputs(cells=20), targets)
+        assert [group.suffix for group in (last, *layers, proposals)] == ["", "_0", "_1", "_enc"]
+        assert all(group.targets is targets for group in (last, *layers))
+        for group_target, target in zip(proposals.targets, targets, strict=True):
+            assert not group_target["labels"].any()
+            assert group_target["boxes"] is target["boxes"]
+
+    def test_equal_suffixes_are_our_own_mistake(self) -> None:
+        outputs, targets = make_outputs(aux=0), [make_target(1), make_target(1)]
+        with pytest.raises(AssertionError, match="suffixes"):
+            Criterion(CONFIG, "focal")([Group(outputs, targets)] * 2, 2.0)

@@ -1,5 +1,6 @@
 import math
 from itertools import permutations
+from typing import Any
 
 import pytest
 import torch
@@ -7,7 +8,10 @@ from torch import Tensor
 
 from model.boxes import cxcywh_to_xyxy, generalized_iou
 from model.config import CriterionConfig
-from model.losses.matcher import match, match_all
+from model.losses import matcher
+from model.losses.class_loss import make_class_loss
+from model.losses.groups import Group, Matches
+from model.losses.matcher import match_all
 from tests.builders import make_target
 
 CONFIG = CriterionConfig()
@@ -17,6 +21,12 @@ def make_output(batch: int, queries: int, classes: int = 5, seed: int = 0) -> di
     generator = torch.Generator().manual_seed(seed)
     boxes = torch.rand(batch, queries, 4, generator=generator) * 0.5 + 0.1
     return {"pred_logits": torch.randn(batch, queries, classes, generator=generator), "pred_boxes": boxes}
+
+
+def match(
+    output: dict[str, Tensor], targets: list[dict[str, Tensor]], config: CriterionConfig, class_loss: str
+) -> Matches:
+    return match_all([Group(output, targets)], config, make_class_loss(class_loss, config))[0]
 
 
 def pair_cost(logits: Tensor, box: Tensor, label: int, wanted: Tensor, class_loss: str) -> float:
@@ -58,7 +68,8 @@ def test_alpha_and_gamma_follow_the_loss() -> None:
 def test_images_and_layers_do_not_mix() -> None:
     targets = [make_target(3), make_target(0), make_target(6, seed=1), make_target(1, seed=2)]
     outputs = [make_output(4, 9, seed=1), make_output(4, 40, seed=2), make_output(4, 9, seed=3)]
-    together = match_all(outputs, targets, CONFIG, "focal")
+    groups = [Group(output, targets) for output in outputs]
+    together = match_all(groups, CONFIG, make_class_loss("focal", CONFIG))
     for output, matches in zip(outputs, together, strict=True):
         for image, target in enumerate(targets):
             alone = {key: value[image : image + 1] for key, value in output.items()}
@@ -94,3 +105,24 @@ def test_outputs_that_are_not_finite_are_left_to_the_finite_check(place: str) ->
 def test_16_bit_outputs() -> None:
     output = {key: value.bfloat16() for key, value in make_output(1, 6).items()}
     assert len(match(output, [make_target(3)], CONFIG, "softmax")[0][0]) == 3
+
+
+def test_groups_of_the_same_sizes_share_their_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+    costs = matcher.matching_costs
+
+    def counted(logits: Tensor, *rest: Any) -> Tensor:
+        calls.append(tuple(logits.shape))
+        return costs(logits, *rest)
+
+    monkeypatch.setattr(matcher, "matching_costs", counted)
+    targets, same, other = ([make_target(n, seed=seed)] for n, seed in ((2, 0), (2, 1), (3, 2)))
+    given = [(torch.tensor([0]), torch.tensor([1]))]
+    groups = [Group(make_output(1, 6, seed=1), targets), Group(make_output(1, 6, seed=2), same, "_1")]
+    groups += [Group(make_output(1, 6, seed=3), other, "_2"), Group(make_output(1, 6), targets, "_3", given)]
+    matches = match_all(groups, CONFIG, make_class_loss("focal", CONFIG))
+    assert calls == [(2, 1, 6, 5), (1, 1, 6, 5)]
+    assert matches[3] is given
+    for group, found in zip(groups[:3], matches, strict=False):
+        alone = match_all([group], CONFIG, make_class_loss("focal", CONFIG))[0]
+        assert [index.tolist() for index in found[0]] == [index.tolist() for index in alone[0]]

@@ -1,4 +1,4 @@
-"""The compiled operator against the plain one in float64, which `test_ops.py` measures against first principles.
+"""The compiled operator against the plain one in float64, which `test_operator.py` measures against first principles.
 
 The CUDA kernels run on a GPU where there is one, and everywhere in the emulation of `tests/emulation`.
 """
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from model import ops
 from model.ops import reference
+from model.ops.compiler import compiler
+from model.ops.operator import kernels
 from tests import emulation
 
 pytestmark = pytest.mark.skipif(not ops.compiled(), reason="the operator is not compiled here")
@@ -38,7 +40,7 @@ Operator = Callable[[Tensor, Sequence[tuple[int, int]], Tensor, Tensor], Tensor]
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """`torch.ops.raydetr_emulated`."""
-    if emulation.compiler() is None:
+    if compiler() is None:
         pytest.skip("no C++ compiler")
     return emulation.load(tmp_path_factory.mktemp("emulation"))
 
@@ -321,8 +323,8 @@ class TestGradients:
 
     def test_instruction_set_is_no_wider_than_asked(self) -> None:
         sets = ["default", "avx2", "avx512"]
-        assert ops.kernels is not None
-        assert sets.index(ops.kernels.CPU_KERNELS) <= sets.index(os.environ.get("RAYDETR_CPU", "avx512"))
+        assert kernels is not None
+        assert sets.index(kernels.CPU_KERNELS) <= sets.index(os.environ.get("RAYDETR_CPU", "avx512"))
 
     @pytest.mark.parametrize("limit", ["default", "avx2"])
     def test_every_instruction_set(self, limit: str) -> None:
@@ -503,6 +505,8 @@ class TestInTorch:
             ({"value": torch.zeros(2, 70, 24)}, "value: expected"),
             ({"locations": torch.zeros(2, 13, 3, 3, 4)}, "sampling_locations: expected"),
             ({"weights": torch.zeros(2, 13, 3, 3, 4).double()}, "attention_weights: expected torch.float32"),
+            ({"value": torch.zeros(2, 71, 3, 8)}, "do not add up to the 71 cells"),
+            ({"weights": torch.zeros(2, 12, 3, 3, 4)}, "do not fit attention_weights"),
         ],
     )
     def test_shapes_alone_are_checked_too(self, changed: dict[str, Tensor], message: str) -> None:

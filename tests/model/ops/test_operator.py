@@ -80,8 +80,8 @@ class TestReferenceAgainstFirstPrinciples:
 
 class TestOperator:
     def test_without_kernels_it_is_the_reference(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("model.ops.kernels", None)
-        monkeypatch.setattr("model.ops._MISSING", "it was not built", raising=False)
+        monkeypatch.setattr("model.ops.operator.kernels", None)
+        monkeypatch.setattr("model.ops.operator._MISSING", "it was not built", raising=False)
         value, locations, weights = make_inputs()
         assert not compiled()
         expected = reference.ms_deform_attn(value, SHAPES, locations, weights)

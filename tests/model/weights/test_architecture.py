@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 
-from model import DetrConfig, build_model
+from model.build import build_model
+from model.config import DetrConfig
 from model.weights.architecture import check_original, differences, hf_config, infer_config, notes_of_args, notes_of_hf
 from model.weights.fit import unique_tensors
 from tests.model.weights.test_names import VARIANTS, every_variant
@@ -91,7 +92,7 @@ def test_arguments_of_the_original() -> None:
 
 def test_differences_are_what_to_set() -> None:
     found = DetrConfig(with_box_refine=True, two_stage=True, num_classes=3, dropout=0.0)
-    assert differences(DetrConfig(), found) == ["model.with_box_refine: true", "model.two_stage: true"]
+    assert differences(DetrConfig(), found) == ["with_box_refine: true", "two_stage: true"]
 
 
 def test_the_variants_are_different_ones() -> None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import DetrConfig, build_model
+from model.build import build_model
+from model.config import DetrConfig
 from model.weights.names import foreign_name, own_name, recognise, to_foreign, to_own
 
 VARIANTS: dict[str, dict[str, Any]] = {

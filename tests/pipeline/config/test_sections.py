@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from model import DetrConfig, build_model
+from pipeline.config.keys import with_keys
 from pipeline.config.load import ConfigError, dump_config, load_config, parse_config
 from pipeline.config.values import differences, digest, flatten
 
@@ -129,8 +130,13 @@ def test_overrides_are_yaml(tmp_path: Path) -> None:
         ("train.lr_drop_epochs=[-1]", ["`train.lr_drop_epochs", "-1"]),
         ("register.metric=mAP", ["`register.metric` is 'mAP'", "'AP50'"]),
         ("model.heads=7", ["model.hidden_dim 256 is not a multiple of model.heads 7"]),
+        ("model.num_queries=0", [": model.num_queries is 0, it must be at least 1"]),
+        ("model.backbone=resnet5", ["`model.backbone` is 'resnet5'"]),
+        ("train.criterion.giou_weight=-1", [": train.criterion.giou_weight is -1", "must not be negative"]),
+        ("model.two_stage=true", [": model.two_stage needs model.with_box_refine: the proposals"]),
+        ("train.augment.crop_min=700", [": train.augment.crop_min 700 is more than train.augment.crop_max 600"]),
         ("model.num_classes=3", ["model.num_classes follows from dataset.labels"]),
-        ("train.global_batch=15", ["global_batch 15 is not a multiple of micro_batch 2"]),
+        ("train.global_batch=15", ["train.global_batch 15 is not a multiple of train.micro_batch 2"]),
         ("cluster.workers=5", ["5 cluster.workers cannot share equally"]),
         ("name=a/b", ["`name`"]),
         ("train.epochs", ["section.key=value"]),
@@ -166,6 +172,14 @@ def test_total_steps_covers_every_sample(tmp_path: Path) -> None:
     train = load_config(write(tmp_path, "name: a\ntrain: {epochs: 3, global_batch: 4}\n")).train
     assert train.total_steps(samples=10) == 8  # 30 samples in steps of 4
     assert train.model_copy(update={"max_steps": 5}).total_steps(samples=10) == 5
+
+
+def test_settings_in_a_message_go_by_their_keys() -> None:
+    said = "/data/heads: 91 class heads; set heads: 4, points: 8 and reset_heads: true, or model.arch: detr"
+    assert with_keys(said, "model", "train.init") == (
+        "/data/heads: 91 class heads; set model.heads: 4, model.points: 8 and train.init.reset_heads: true, "
+        "or model.arch: detr"
+    )
 
 
 def test_digest_and_differences() -> None:

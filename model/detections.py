@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from model.boxes import at_least_float32, cxcywh_to_xyxy
+from model.losses.class_loss import make_class_loss
 
 
 @torch.no_grad()
@@ -22,26 +23,19 @@ def postprocess(
         pred_logits: `[B, Q, C]`.
         pred_boxes: `[B, Q, 4]` cxcywh in 0..1.
         sizes: `[B, 2]`, original (height, width) of each image in pixels.
-        class_loss: `focal` or `softmax`.
+        class_loss: as `DetrConfig.class_loss`.
         top: most detections of an image.
 
     Returns:
         Of each image `scores` [k] in falling order, `labels` [k], `boxes` [k, 4] xyxy in pixels and `queries` [k], the
         number of the query that gave it.
+
+    Raises:
+        ValueError: there is no such class loss, or `sizes` has another shape.
     """
-    if class_loss not in ("focal", "softmax"):
-        raise ValueError(f'class_loss is "{class_loss}", it must be focal or softmax')
     if sizes.shape != (len(pred_logits), 2):
         raise ValueError(f"sizes has the shape {tuple(sizes.shape)}, expected ({len(pred_logits)}, 2) as height, width")
-    logits = at_least_float32(pred_logits)
-    if class_loss == "focal":
-        probabilities = logits.sigmoid().flatten(1)  # [B, Q * C]
-        scores, index = probabilities.topk(min(top, probabilities.shape[1]), dim=1)
-        query, labels = index // logits.shape[-1], index % logits.shape[-1]
-    else:
-        best, classes = logits.softmax(-1)[..., :-1].max(-1)  # [B, Q]
-        scores, query = best.topk(min(top, best.shape[1]), dim=1)
-        labels = classes.gather(1, query)
+    scores, labels, query = make_class_loss(class_loss).scores(at_least_float32(pred_logits), top)
     boxes = cxcywh_to_xyxy(at_least_float32(pred_boxes)).gather(1, query[..., None].expand(-1, -1, 4))
     boxes = boxes * sizes.to(boxes).flip(1).repeat(1, 2)[:, None]  # width, height, width, height
     columns = zip(scores, labels, boxes, query, strict=True)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from model.postprocess import postprocess
+from model.detections import postprocess
 
 
 def test_top_pairs_of_query_and_class_by_hand() -> None:
