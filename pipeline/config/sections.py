@@ -57,7 +57,7 @@ class SyntheticSection(Section):
     """Images of the validation split."""
     image_size: int = Field(128, ge=64)
     """Side of the square images, in pixels."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the drawing."""
 
 
@@ -174,7 +174,7 @@ class TrainSection(Section):
     compile: bool = False
     """Compile the transformer with torch.compile, which needs a C++ compiler on every worker and takes minutes in the
     first step; other image sizes use the same code. Dropout draws other numbers than without."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the initial weights, the order, the augmentation and the dropout."""
     window: int = Field(8, ge=1)
     """Shards whose samples are shuffled together."""
