@@ -14,7 +14,6 @@ import ray
 
 import jobs.train
 from jobs.cluster import connected
-from jobs.run import run_pipeline
 from jobs.train import interface_of, train
 from pipeline import checkpoint
 from pipeline.config.sections import ClusterSection, Config
@@ -130,14 +129,6 @@ def test_wrong_input_of_a_worker_is_told_to_the_driver(manifest: Manifest, tmp_p
     config = make_config(tmp_path, init={"weights": str(tmp_path / "text.safetensors")})
     with pytest.raises(UserError, match=r"train\.init: .*text\.safetensors: damaged"):
         train(config, manifest)
-
-
-@pytest.mark.parametrize("key", ["backbone", "weights"])
-def test_initial_weights_that_are_not_there_are_told_at_once(key: str, tmp_path: Path) -> None:
-    config = make_config(tmp_path, init={key: "none.pth"})
-    with pytest.raises(UserError, match=rf"train\.init\.{key}: none\.pth: there is no such file or folder"):
-        run_pipeline(config)
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_compiled_operator_may_be_required(

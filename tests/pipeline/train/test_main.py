@@ -45,6 +45,7 @@ def test_torchrun_trains_like_one_process(
     assert losses(job.out) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.usefixtures("restored_logging")
 def test_wrong_input_ends_with_2_and_one_line(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-c", str(config_file), "--set", f"shards.out={config_file.parent / 'nowhere'}"]) == 2
     assert main(["-c", str(config_file), "--set", "train.learning_rate=1"]) == 2
