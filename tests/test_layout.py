@@ -24,7 +24,7 @@ WITHOUT_A_TEST_FILE = {
     "jobs/__main__.py": "test_cli.py runs every command through it",
     "model/heads.py": "layers of detectors, which test_detr.py and test_deformable_detr.py build",
     "model/losses/groups.py": "what the criterion takes: test_criterion.py and test_matcher.py",
-    "model/ops/reference.py": "what test_kernels.py compares the kernels with, and itself with torch's grid_sample",
+    "model/ops/reference.py": "test_operator.py computes it anew, and test_kernels.py compares the kernels with it",
     "model/ops/shapes.py": "test_operator.py, where wrong shapes are refused",
     "pipeline/errors.py": "names of exceptions",
 }
