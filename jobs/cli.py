@@ -262,6 +262,14 @@ def _pipeline(path: Path, overrides: list[str] | None, *, works_on_run: bool = T
     return Pipeline(settings, works_on_run=works_on_run)
 
 
+def _end_now(last_line: str, exit_code: int) -> None:
+    """End without what Ray's client does at an exit: it waits for its cluster, which is gone, and then aborts."""
+    sys.stdout.flush()
+    sys.stderr.write(f"{last_line}\n")
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
 def _with_example(error: TyperException) -> str:
     """What is wrong with the words of a command, and how they are right."""
     message, context = error.format_message(), getattr(error, "ctx", None)
@@ -279,12 +287,11 @@ def main() -> None:
         sys.exit(2)
     except Interrupted as interrupted:
         told = "".join(f"; {note}" for note in getattr(interrupted, "__notes__", ()))
-        sys.stderr.write(f"interrupted ({interrupted}){told}. The same command goes on where this one stood.\n")
-        sys.exit(interrupted.exit_code)
+        _end_now(
+            f"interrupted ({interrupted}){told}. The same command goes on where this one stood.", interrupted.exit_code
+        )
     except RayLostError as error:
-        sys.stderr.write(f"error: {error}. The same command goes on where this one stood.\n")
-        sys.stderr.flush()
-        os._exit(1)  # Ray's client would wait for its cluster, and then abort
+        _end_now(f"error: {error}. The same command goes on where this one stood.", 1)
     except (UserError, TrackingError) as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
