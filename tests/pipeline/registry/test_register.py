@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs.predict import predict
 from PIL import Image
 
+from jobs.predict import predict
 from pipeline.config.sections import METRICS, EvaluateSection, RegisterSection
 from pipeline.data.labels import Category, LabelMap
 from pipeline.errors import UserError
