@@ -164,7 +164,7 @@ def synth(
     from pipeline.shard.synthetic import draw_dataset
 
     draw_dataset(
-        out, SyntheticSection(train_images=train_images, val_images=val_images, image_size=image_size, seed=seed)
+        out, SyntheticSection(train_images=train_images, val_images=val_images, image_size=image_size, seed=seed), "OUT"
     )
     typer.echo(f"{train_images} + {val_images} images in {out}")
 

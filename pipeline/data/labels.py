@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 from pipeline.config.sections import LabelKind
 from pipeline.errors import UserError
@@ -31,6 +31,8 @@ class LabelMap:
     categories: tuple[Category, ...]
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(LabelKind):
+            raise ValueError(f"the label map is of the kind {self.kind!r}, not one of {get_args(LabelKind)}")
         object.__setattr__(self, "categories", tuple(sorted(self.categories, key=lambda category: category.id)))
         if self.kind == "coco91":
             for category in self.categories:
