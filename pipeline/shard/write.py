@@ -1,8 +1,9 @@
 """Writes a split as WebDataset tars with a manifest.
 
 A sample is `<image id, 12 digits>.<jpg|png|webp|bmp|tif>`, the source's bytes untouched, followed by `<same key>.json`.
-What stands in which shard is planned from the annotation file and the files' sizes, so the bytes do not depend on who writes them;
-each shard is one task. All is written into a hidden folder beside the final one, the manifest last, then renamed.
+What stands in which shard is planned from the annotation file and the files' sizes, so the bytes do not depend on who
+writes them; each shard is one task. All is written into a hidden folder beside the final one, the manifest last, then
+renamed.
 """
 
 import hashlib

@@ -155,7 +155,7 @@ class TestPredict:
         write_image(tmp_path / "a.png", 20, 20)
         out = tmp_path / "out"
         images = [tmp_path / "in", tmp_path / "a.png"]
-        assert predict(str(checkpoint), images, out, tracking_uri="", score_threshold=0.0) == 3
+        assert predict(str(checkpoint), images, out, tracking_uri="", score_threshold=0.0).pictures == 3
         assert {path.name for path in out.iterdir()} == {"a.png", "a_.png", "b.png", "detections.json"}
         found = json.loads((out / "detections.json").read_text())
         assert [Path(entry["file_name"]).name for entry in found] == ["a.jpg", "b.png", "a.png"]

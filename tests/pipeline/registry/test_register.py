@@ -128,7 +128,8 @@ class TestVersion:
     def test_predict_by_name(self, tracker: Tracker, version: Registration, tmp_path: Path) -> None:
         write_image(tmp_path / "in" / "a.jpg")
         arguments = {"tracking_uri": tracker.uri, "score_threshold": 0.0}
-        assert predict("models:/shown@champion", [tmp_path / "in"], tmp_path / "out", **arguments) == 1
+        drawn = predict("models:/shown@champion", [tmp_path / "in"], tmp_path / "out", **arguments)
+        assert drawn.pictures == 1
         assert Image.open(tmp_path / "out" / "a.png").size == (32, 24)
         with pytest.raises(UserError, match=r"models:/none@champion: not found in the registry"):
             predict("models:/none@champion", [tmp_path / "in"], tmp_path / "out", **arguments)
