@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any, get_args
 
 from pipeline.config.sections import LabelKind
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 
 COCO91_LOGITS = 91
 
@@ -38,7 +38,7 @@ class LabelMap:
             for category in self.categories:
                 if not 1 <= category.id < COCO91_LOGITS:
                     raise UserError(
-                        f"category {category.id} ({category.name}) is not in 1..{COCO91_LOGITS - 1}, "
+                        f"category {category.id} ({shown(category.name)}) is not in 1..{COCO91_LOGITS - 1}, "
                         "as dataset.labels: coco91 needs; set dataset.labels: contiguous"
                     )
 

@@ -243,7 +243,7 @@ def _is_annotation(entry: Mapping[str, Any], categories: Mapping[int, str]) -> b
 def describe(manifest: Manifest, sample: Sample) -> str:
     """Where a sample is, for messages."""
     shard = manifest.folder / manifest.shards[sample.shard].name
-    return f"{shard}: sample {sample.key} (image id {sample.image_id})"
+    return f"{shard}: sample {shown(sample.key)} (image id {sample.image_id})"
 
 
 def ground_truth(manifest: Manifest) -> dict[str, Any]:

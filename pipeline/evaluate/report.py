@@ -14,11 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.data.manifest import Manifest, Sample, read_annotations
+from pipeline.data.manifest import Manifest, Sample, UnreadableSampleError, read_annotations
 from pipeline.data.samples import load_image
 from pipeline.errors import shown
+from pipeline.log import get_logger
 from pipeline.predict.attention import MOST_NAME
 from pipeline.predict.draw import draw_boxes
+
+logger = get_logger(__name__)
 
 LEAST_SIDE = 400
 """Smaller pictures are enlarged to this long side, in pixels, so that names can be read."""
@@ -48,12 +51,16 @@ def write_pictures(
         least_score: least score of a detection that is drawn.
 
     Returns:
-        The pictures' paths.
+        The pictures' paths; an image that cannot be read is left out with a warning.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for sample in choose_samples(manifest, count):
-        pixels = load_image(manifest, sample)
+        try:
+            pixels = load_image(manifest, sample)
+        except UnreadableSampleError as error:
+            logger.warning("not drawn: %s", error)
+            continue
         own = [d for d in detections if d["image_id"] == sample.image_id and d["score"] >= least_score]
         truth = read_annotations(manifest, sample)["annotations"]
         halves = [draw_boxes(pixels, entries, manifest.labels.names, LEAST_SIDE) for entries in (own, truth)]

@@ -227,7 +227,8 @@ def _categories(source: Source) -> tuple[Category, ...]:
         category_id = int(entry["id"])
         if category_id in names:
             raise UserError(
-                f"{source.path}: category id {category_id} is given twice ({names[category_id]}, {entry['name']}); "
+                f"{source.path}: category id {category_id} is given twice ({shown(names[category_id])}, "
+                f"{shown(entry['name'])}); "
                 "give each category its own id"
             )
         names[category_id] = entry["name"]

@@ -226,7 +226,8 @@ def check_same_categories(train: Source, val: Source) -> None:
     different = sorted(named(train) ^ named(val))
     if different:
         raise UserError(
-            f"{train.path} and {val.path} differ in their categories (id, name): {different[:5]}; "
+            f"{train.path} and {val.path} differ in their categories (id, name): "
+            f"{shown(different[:5], 400)}; "
             "give both files the same list"
         )
 
