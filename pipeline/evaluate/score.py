@@ -16,7 +16,16 @@ from pipeline.config.sections import METRICS, Metric
 from pipeline.errors import UserError, shown
 from pipeline.evaluate.detect import Detection
 from pipeline.log import get_logger
-from pipeline.shard.document import anything, check_document, crowd, identifier, is_finite, read_document
+from pipeline.shard.document import (
+    anything,
+    check_document,
+    check_entry,
+    crowd,
+    identifier,
+    is_finite,
+    read_document,
+    text,
+)
 
 logger = get_logger(__name__)
 
@@ -109,6 +118,9 @@ def _ground_truth(source: dict[str, Any] | Path) -> dict[str, Any]:
     document = read_document(source, "annotation file")[1] if isinstance(source, Path) else source
     check_document(where, document, NEEDS, may_lack=("annotations",))
     known = {name: _ids(where, name, document.get(name, ())) for name in NEEDS}
+    for index, entry in enumerate(document["categories"]):
+        if entry.get("name") and isinstance(entry["name"], str):
+            check_entry(where, f"categories[{index}]", entry, {"name": text})
     annotations = []
     for index, entry in enumerate(document.get("annotations", ())):
         name = f"{where}: annotation {shown(entry['id'])} (entry {index})"

@@ -77,9 +77,21 @@ def places(value: Any) -> list[tuple[Any, Any]]:
     return here + [place for key in keys if isinstance(value[key], dict | list) for place in places(value[key])]
 
 
+def fields(value: Any, most: int = 3) -> list[tuple[Any, Any]]:
+    """The (container, key) of what is read: the keys of each list's first entries, and the numbers of their boxes."""
+    lists = [value] if isinstance(value, list) else [value[name] for name in ("images", "annotations", "categories")]
+    entries = [entry for own in lists for entry in own[:most]]
+    boxes = [entry["bbox"] for entry in entries if "bbox" in entry]
+    return [(entry, key) for entry in entries for key in entry] + [(box, index) for box in boxes for index in range(4)]
+
+
 @st.composite
 def mutated(draw: st.DrawFn, original: Any) -> Any:
     document = [copy.deepcopy(original)]
+    if draw(st.integers(0, 9)) < 7:  # one value of one field: what is wrong at once elsewhere does not hide it
+        container, key = draw(st.sampled_from(fields(document[0])))
+        container[key] = copy.deepcopy(draw(VALUES))
+        return document[0]
     for _ in range(draw(st.integers(1, 3))):
         found = places(document)
         container, key = found[draw(st.integers(0, len(found) - 1))]
@@ -115,9 +127,7 @@ def is_told(task: Callable[[], Any]) -> None:
     assert len(message) < 2000
 
 
-@given(document=mutated(DOCUMENT))
-@SETTINGS
-def test_shards(folder: Path, document: Any) -> None:
+def read_shards(folder: Path, document: Any) -> None:
     path = folder / "annotations" / "mutated.json"
     path.write_text(json.dumps(document))
 
@@ -137,9 +147,7 @@ def test_shards(folder: Path, document: Any) -> None:
     is_told(lambda: read("skip"))
 
 
-@given(document=mutated(DOCUMENT), detections=st.just(DETECTIONS) | mutated(DETECTIONS))
-@SETTINGS
-def test_scores(folder: Path, document: Any, detections: Any) -> None:
+def read_scores(folder: Path, document: Any, detections: Any) -> None:
     truth, found = folder / "truth.json", folder / "found.json"
     truth.write_text(json.dumps(document))
     found.write_text(json.dumps(detections))
@@ -151,6 +159,32 @@ def test_scores(folder: Path, document: Any, detections: Any) -> None:
         write_category_table(metrics, folder / "table.csv")
 
     is_told(read)
+
+
+@given(document=mutated(DOCUMENT))
+@SETTINGS
+def test_shards(folder: Path, document: Any) -> None:
+    read_shards(folder, document)
+
+
+@given(document=mutated(DOCUMENT), detections=st.just(DETECTIONS) | mutated(DETECTIONS))
+@SETTINGS
+def test_scores(folder: Path, document: Any, detections: Any) -> None:
+    read_scores(folder, document, detections)
+
+
+@pytest.mark.parametrize("number", range(len(ODD)))
+def test_every_odd_value_in_every_field(folder: Path, number: int) -> None:
+    for original in (DOCUMENT, DETECTIONS):
+        for place in range(len(fields(original, 1))):
+            changed = copy.deepcopy(original)
+            container, key = fields(changed, 1)[place]
+            container[key] = copy.deepcopy(ODD[number])
+            if original is DETECTIONS:
+                read_scores(folder, DOCUMENT, changed)
+            else:
+                read_shards(folder, changed)
+                read_scores(folder, changed, DETECTIONS)
 
 
 @given(detections=mutated(DETECTIONS))
