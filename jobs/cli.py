@@ -140,7 +140,7 @@ def predict(
     from pipeline.config.sections import default_tracking_uri
 
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri()
-    count = predict_pictures(
+    drawn = predict_pictures(
         model,
         images,
         out,
@@ -149,7 +149,13 @@ def predict(
         show_attention=top if show_attention else 0,
         queries=query or (),
     )
-    typer.echo(f"{count} pictures with their detections in {out}")
+    best = f", best {drawn.best:.2f}" if drawn.detections == 0 and drawn.best is not None else ""
+    typer.echo(f"{drawn.pictures} pictures, {drawn.detections} detections at {score_threshold:g}{best}, in {out}")
+    if drawn.unusable:
+        sys.stderr.write(
+            f"error: {len(drawn.unusable)} of {len(drawn.unusable) + drawn.pictures} pictures cannot be used\n"
+        )
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: raydetr synth data/shapes --train-images 1000 --val-images 250")
@@ -165,7 +171,7 @@ def synth(
     from pipeline.shard.synthetic import draw_dataset
 
     draw_dataset(
-        out, SyntheticSection(train_images=train_images, val_images=val_images, image_size=image_size, seed=seed)
+        out, SyntheticSection(train_images=train_images, val_images=val_images, image_size=image_size, seed=seed), "OUT"
     )
     typer.echo(f"{train_images} + {val_images} images in {out}")
 
