@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import chdir, closing, contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import ray
 
-from jobs.interrupt import RayLostError, end_descendants, held_back
+from jobs.interrupt import Interrupted, RayLostError, end_descendants, held_back
 from pipeline.config.sections import ClusterSection
 from pipeline.errors import UserError
 from pipeline.log import get_logger
@@ -20,6 +21,8 @@ logger = get_logger(__name__)
 
 HOME = Path(__file__).resolve().parents[1]
 """Holds the packages that the driver runs. Every worker uses them, whatever is installed on its host."""
+LEAVE_SECONDS = 2.0
+"""Longest wait for Ray to stop when the command is to end; what is still there then is killed."""
 PACKAGES = [str(HOME / name) for name in ("jobs", "model", "pipeline")]
 
 
@@ -41,6 +44,13 @@ def connected(cluster: ClusterSection) -> Iterator[None]:
         _check_size(cluster)
         yield
     except RayLostError:
+        end_descendants()
+        raise
+    except Interrupted:
+        # On a busy machine Ray takes longer than the user, or the one who stops the machine, waits.
+        leaving = threading.Thread(target=ray.shutdown, daemon=True)
+        leaving.start()
+        leaving.join(LEAVE_SECONDS)
         end_descendants()
         raise
     except BaseException:

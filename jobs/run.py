@@ -54,7 +54,7 @@ class Pipeline:
             if self._works_on_run:
                 check_init(self.config.train.init, self.config.folder.checkpoints)
                 name = f"the run {self.config.name}"
-                self._stack.enter_context(held(self.config.folder.lock, name, wait=self._wait))
+                self._stack.enter_context(held(self.config.folder.lock, name, wait=self._wait, mend="set runs"))
                 check_resume(self.config)
             self._stack.enter_context(connected(self.config.cluster))
             self._open = self._stack.pop_all()

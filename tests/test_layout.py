@@ -26,7 +26,6 @@ WITHOUT_A_TEST_FILE = {
     "model/losses/groups.py": "what the criterion takes: test_criterion.py and test_matcher.py",
     "model/ops/reference.py": "test_operator.py computes it anew, and test_kernels.py compares the kernels with it",
     "model/ops/shapes.py": "test_operator.py, where wrong shapes are refused",
-    "pipeline/errors.py": "names of exceptions",
 }
 """Modules that are tested in other files, or hold nothing to test."""
 

@@ -72,6 +72,8 @@ class DatasetSection(Section):
     """Logits numbered 0..n-1 in the order of the category ids, or by the raw category id (91 logits)."""
     on_error: OnError = "fail"
     """What an unusable image or annotation does: stop with an error, or be left out and counted."""
+    allow_outside: bool = False
+    """Let file names of images lead out of the images' folder: by `..`, absolute, or through symbolic links."""
     synthetic: SyntheticSection | None = None
     """Draw the dataset instead of reading one."""
 

@@ -33,6 +33,7 @@ REQUIREMENTS = (
     "safetensors",
     "pillow",
     "opencv-python-headless",
+    "simplejpeg",
     "pydantic",
     "pyyaml",
     "pandas",

@@ -20,7 +20,7 @@ def test_pictures_are_found_drawn_and_counted(tmp_path: Path) -> None:
     for name in ("a.jpg", "b.png"):
         write_image(tmp_path / "in" / name, 40, 30)
     options: dict[str, Any] = {"score_threshold": 0.0, "show_attention": 1, "queries": [5]}
-    assert predict(str(checkpoint), [tmp_path / "in"], out, tracking_uri="", **options) == 2
+    assert predict(str(checkpoint), [tmp_path / "in"], out, tracking_uri="", **options).pictures == 2
     drawn = {"a.png", "b.png", "a_query5.png", "b_query5.png", "detections.json"}
     assert {path.name for path in out.iterdir()} == drawn
     found = json.loads((out / "detections.json").read_text())

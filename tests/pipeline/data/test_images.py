@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.data.images import BadImageError, decode_image, inspect_image
+from pipeline.data.images import EXIF_ASSUMED, BadImageError, decode_image, inspect_image
 from tests.builders import make_image
 
 
@@ -73,7 +73,13 @@ class TestExifRotation:
         assert decoded.shape == (40, 24, 3)
         assert np.abs(decoded.astype(int) - turns[orientation]).mean() <= (0 if kind == "PNG" else 3)
 
-    @pytest.mark.parametrize("orientation", [3, 6])
+    def test_applied_when_the_size_cannot_tell(self) -> None:
+        pixels = make_image(40, 24)
+        content = encoded(pixels, orientation=3)
+        np.testing.assert_array_equal(decode_image(content, 40, 24), pixels[::-1, ::-1])
+        assert inspect_image(content, 40, 24).note == EXIF_ASSUMED
+
+    @pytest.mark.parametrize("orientation", [6])
     def test_not_applied_when_the_size_is_the_stored_one(self, orientation: int) -> None:
         pixels = make_image(40, 24)
         np.testing.assert_array_equal(decode_image(encoded(pixels, orientation=orientation), 40, 24), pixels)
@@ -123,7 +129,7 @@ class TestDamagedImages:
         [
             pytest.param(b"", "not a JPEG or PNG", id="empty"),
             pytest.param(b"<html>", "not a JPEG or PNG", id="a web page"),
-            pytest.param(encoded(make_image(), kind="BMP"), "it is a BMP file; convert it", id="bmp"),
+            pytest.param(encoded(make_image(), kind="GIF"), "it is a GIF file; convert it", id="gif"),
         ],
     )
     def test_no_image(self, content: bytes, told: str) -> None:

@@ -136,8 +136,14 @@ class TestBadInput:
         [
             pytest.param([], "needs the lists", id="not COCO"),
             pytest.param({**EMPTY, "images": [{"id": 1}, {"id": 1}]}, "`images` has", id="image twice"),
-            pytest.param({**EMPTY, "annotations": [{"id": 5}]}, "annotation 5 .entry 0.*`image_id`", id="no image id"),
-            pytest.param({**EMPTY, "annotations": [{**GOOD, "id": 5}] * 2}, "annotation 5.*unique", id="same id"),
+            pytest.param(
+                {**EMPTY, "annotations": [{"id": 5}]}, r"annotations\[0\] has no `image_id`", id="no image id"
+            ),
+            pytest.param(
+                {**EMPTY, "annotations": [{**GOOD, "id": 5}] * 2},
+                "`annotations` has the id 5 twice.*unique",
+                id="same id",
+            ),
             pytest.param({**EMPTY, "annotations": [{**GOOD, "id": 5, "area": None}]}, "area is None", id="area"),
         ],
     )

@@ -23,7 +23,7 @@ RULES_OF_ANNOTATIONS = [
     pytest.param({"bbox": [1, 2, "3", 4]}, "box_malformed", "is not [x, y, width, height]", id="text among numbers"),
     pytest.param({"image_id": 77}, "annotation_of_unknown_image", "no image with this id", id="unknown image"),
     pytest.param({"category_id": 2}, "annotation_of_unknown_category", "no category 2", id="unknown category"),
-    pytest.param({"id": 1}, "duplicate_annotation_id", "given twice", id="duplicate id"),
+    pytest.param({"iscrowd": "no"}, "crowd_unclear", "iscrowd is 'no'", id="crowd as text"),
 ]
 
 
@@ -80,6 +80,31 @@ class TestBoxesAtTheBorder:
         split = read_coco(*write_coco(tmp_path, annotations=[make_annotation(5, 2, box, area=77.25)]), "fail")
         assert split.images[1].annotations[0]["bbox"] == box
         assert split.images[1].annotations[0]["area"] == 77.25
+
+
+class TestAnnotationIds:
+    @pytest.mark.parametrize(
+        ("bad", "rule", "told"),
+        [
+            pytest.param({"id": 1}, "duplicate_annotation_id", "annotation 1 of image 2 .*given twice", id="duplicate"),
+            pytest.param({"id": None}, "annotation_id_missing", r"annotations\[1\] of image 2 .*has no id", id="null"),
+            pytest.param({"id": "a7"}, "annotation_id_missing", "its id is 'a7', not a whole number", id="text"),
+        ],
+    )
+    def test_the_object_is_kept_under_a_new_id(self, tmp_path: Path, bad: Any, rule: str, told: str) -> None:
+        files = with_bad_annotation(tmp_path, bad)
+        with pytest.raises(UserError, match=told):
+            read_coco(*files, "fail")
+        split = read_coco(*files, "skip")
+        assert split.problems == {rule: 1}
+        assert [annotation["id"] for image in split.images for annotation in image.annotations] == [1, 2]
+
+    def test_new_ids_are_those_of_no_other(self, tmp_path: Path) -> None:
+        missing = make_annotation(0, 1)
+        del missing["id"]
+        files = write_coco(tmp_path, annotations=[missing, make_annotation(1, 2), make_annotation(9, 3), missing])
+        split = read_coco(*files, "skip")
+        assert [[entry["id"] for entry in image.annotations] for image in split.images] == [[10, 11], [1], [9]]
 
 
 class TestAnnotationValues:
