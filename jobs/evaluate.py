@@ -10,7 +10,7 @@ from typing import Any
 from jobs.cluster import device_of
 from jobs.console import ProgressDisplay, make_console
 from jobs.tasks import run_tasks
-from pipeline.checkpoint.state import checkpoints
+from pipeline.checkpoint.find import all_whole
 from pipeline.config.sections import METRICS, Config
 from pipeline.config.values import digest, plain
 from pipeline.data.manifest import Manifest, read_manifest
@@ -51,7 +51,7 @@ def evaluate(config: Config, checkpoint: Path, manifest: Manifest, tracker: Trac
     """
     out, spool = config.folder.evaluation, config.folder.evaluate_spool
     console = make_console()
-    chosen = checkpoints(checkpoint.parent) if config.evaluate.curve else [checkpoint]
+    chosen = all_whole(checkpoint.parent) if config.evaluate.curve else [checkpoint]
     metrics: dict[str, Any] = {}
     for path in chosen:
         with _progress(path.name, manifest) as shown:

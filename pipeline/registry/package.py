@@ -45,6 +45,7 @@ SERVED = (
     "files.py",
     "run_folder.py",
     "config/sections.py",
+    "config/values.py",
     "data/labels.py",
     "data/images.py",
     "data/augment.py",
