@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.files import disk_error
+from pipeline.files import disk_told
 from pipeline.log import get_logger
 
 logger = get_logger(__name__)
@@ -53,23 +53,19 @@ class Spool:
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self.path = path
         self._clock = clock
-        try:
+        with disk_told(path, SETTING):
             path.parent.mkdir(parents=True, exist_ok=True)
             _cut_torn_line(path)
             self._known = {record.step: record for record in SpoolReader(path).read()}
             self._file = path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise disk_error(path, error, SETTING) from error
 
     def write(self, step: int, metrics: Mapping[str, float], kind: str = "metrics") -> None:
         """Append the values that were measured at `step`."""
         values = {name: float(value) for name, value in metrics.items()}
         record = {"time": self._clock(), "step": int(step), "metrics": values, "kind": kind}
-        try:
+        with disk_told(self.path, SETTING):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise disk_error(self.path, error, SETTING) from error
 
     def write_once(self, step: int, metrics: Mapping[str, float], key: str) -> None:
         """`write`, unless the file had a point of this step with the same value of `key`: what a restart repeats."""

@@ -46,7 +46,10 @@ def _load_checkpoint(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(load_model_weights(path))
     except RuntimeError as error:
-        raise UserError(f"{path / MODEL}: not the weights of the model of its state: {error}") from error
+        why = " ".join(str(error).split())
+        raise UserError(
+            f"{path / MODEL}: not the weights of its model: {why}; go on from another checkpoint"
+        ) from error
 
 
 def is_path(source: str) -> bool:

@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -247,6 +249,15 @@ def test_settings_that_change_no_step_may_change(straight: tuple[TrainJob, Path]
     assert train(job, world) == straight[1]
 
 
+def without_sums(path: Path, change: Callable[[dict[str, Any]], Any] = lambda _: None) -> None:
+    """Make a checkpoint one from before sums were kept, and change its state."""
+    state = json.loads((path / checkpoint.STATE).read_text())
+    for key in ("files", "digest"):
+        state.pop(key, None)
+    change(state)
+    (path / checkpoint.STATE).write_text(json.dumps(state))
+
+
 @pytest.mark.parametrize(("value", "goes_on"), [("none", True), ("sqrt", False)], ids=["default", "another value"])
 def test_a_checkpoint_from_before_a_setting_was_there(
     straight: tuple[TrainJob, Path], tmp_path: Path, value: str, goes_on: bool
@@ -254,15 +265,53 @@ def test_a_checkpoint_from_before_a_setting_was_there(
     manifest = _manifest(straight)
     job = make_job(manifest, tmp_path, scale_lr=value)
     shutil.copytree(straight[0].out.checkpoints, job.out.checkpoints)
-    for path in job.out.checkpoints.glob("*/state.json"):
-        state = json.loads(path.read_text())
-        del state["config"]["train"]["scale_lr"], state["files"], state["digest"]
-        path.write_text(json.dumps(state))
+    for path in checkpoint.checkpoints(job.out.checkpoints):
+        without_sums(path, lambda values: values["config"]["train"].pop("scale_lr"))
     if goes_on:
         assert resume_point(job, manifest) is not None
     else:
         with pytest.raises(UserError, match=r"train\.scale_lr: none -> sqrt"):
             resume_point(job, manifest)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"), [("augment", "crop"), ("criterion", "focal_gamma"), ("init", "reset_heads")]
+)
+def test_a_checkpoint_from_before_a_nested_setting_was_there(
+    straight: tuple[TrainJob, Path], tmp_path: Path, section: str, key: str
+) -> None:
+    manifest = _manifest(straight)
+    job = make_job(manifest, tmp_path)
+    shutil.copytree(straight[0].out.checkpoints, job.out.checkpoints)
+    without_sums(job.out.checkpoints / straight[1].name, lambda values: values["config"]["train"][section].pop(key))
+    found = resume_point(job, manifest)
+    assert found is not None
+    assert found[0].name == straight[1].name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda train: train["augment"].update(hue=0.5),
+            "config.train.augment.hue is a setting that",
+        ),
+        (lambda train: train.update(momentum=0.9), "config.train.momentum is a setting that this version does"),
+        (lambda train: train.update(augment=None), "config.train.augment: "),
+        (lambda train: train.update(lr="fast"), "config.train.lr: "),
+    ],
+    ids=["nested", "unknown", "null", "text"],
+)
+def test_settings_that_this_version_cannot_use_are_told_by_name(
+    straight: tuple[TrainJob, Path], tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    manifest = _manifest(straight)
+    job = make_job(manifest, tmp_path)
+    shutil.copytree(straight[0].out.checkpoints, job.out.checkpoints)
+    without_sums(job.out.checkpoints / straight[1].name, lambda values: change(values["config"]["train"]))
+    with pytest.raises(UserError, match=rf"{straight[1].name}/state\.json: {re.escape(message)}") as caught:
+        resume_point(job, manifest)
+    assert "\n" not in str(caught.value)
 
 
 def test_micro_batches_must_be_shared_equally(manifest: Manifest, ranks: Ranks, tmp_path: Path) -> None:
