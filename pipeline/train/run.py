@@ -21,6 +21,7 @@ from pipeline.config.values import differences, plain
 from pipeline.data.manifest import Manifest
 from pipeline.distributed import World, on_rank_zero
 from pipeline.errors import UserError
+from pipeline.files import make_folder
 from pipeline.run_folder import RunFolder
 from pipeline.train.optim import lr_factor
 
@@ -134,7 +135,7 @@ def find_checkpoint(run: Run) -> tuple[Path, State] | None:
     assert job.model.num_classes == run.manifest.labels.num_classes, "num_classes follows from the label map"
 
     def find() -> tuple[Path, State] | None:
-        job.out.checkpoints.mkdir(parents=True, exist_ok=True)
+        make_folder(job.out.checkpoints)
         clean(job.out.checkpoints)
         return resume_point(job, run.manifest)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -113,6 +114,25 @@ def test_a_run_whose_last_checkpoint_is_damaged_is_not_done(trained: TrainJob, w
     for name in (checkpoint.MODEL, checkpoint.OPTIMIZER):  # step 2 was done again, to the same bits
         assert (last / name).read_bytes() == (trained.out.checkpoints / "checkpoint-2" / name).read_bytes()
     assert (job.out.checkpoints / "checkpoint-2.damaged").is_dir()
+
+
+def test_a_half_removed_checkpoint_is_none_and_goes(manifest: Manifest, world: World, tmp_path: Path) -> None:
+    """Killed while an old checkpoint was being removed."""
+    job = make_job(manifest, tmp_path, max_steps=2, checkpoint_epochs=0.1, keep_checkpoints=1)
+    remove = shutil.rmtree
+
+    def killed(path: Path, **options: bool) -> None:
+        if path.name.startswith("checkpoint-1") and not options:
+            (path / checkpoint.MODEL).unlink()
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    with patch("shutil.rmtree", killed), pytest.raises(KeyboardInterrupt):
+        train(job, world)
+    last = job.out.checkpoints / "checkpoint-2"
+    assert checkpoint.checkpoints(job.out.checkpoints) == [last]
+    checkpoint.clean(job.out.checkpoints)
+    assert list(job.out.checkpoints.iterdir()) == [last]
 
 
 def make_pipeline(run: Path) -> Pipeline:
