@@ -10,14 +10,14 @@ from typing import Any
 from jobs.cluster import device_of
 from jobs.console import ProgressDisplay, make_console
 from jobs.tasks import run_tasks
-from pipeline.checkpoint.state import checkpoints
+from pipeline.checkpoint.find import all_whole
 from pipeline.config.sections import METRICS, Config
 from pipeline.config.values import digest, plain
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.evaluate.detect import Detection, detect
 from pipeline.evaluate.report import plot_categories, write_category_table, write_pictures
 from pipeline.evaluate.results import DETECTIONS_FILE, METRICS_FILE, evaluate_checkpoint
-from pipeline.files import make_folder, write_json
+from pipeline.files import disk_told, make_folder, write_json
 from pipeline.log import outcome
 from pipeline.predict.detector import Detector
 from pipeline.tracking.spool import Spool
@@ -46,22 +46,23 @@ def evaluate(config: Config, checkpoint: Path, manifest: Manifest, tracker: Trac
         The metrics of `checkpoint`.
 
     Raises:
-        UserError: the folder holds scores made with other settings, or an input is wrong.
+        UserError: the folder holds scores made with other settings, an input is wrong, or the disk is full.
         TrackingError: the tracking server is away; the points and files are kept, and the next call uploads them.
     """
     out, spool = config.folder.evaluation, config.folder.evaluate_spool
     console = make_console()
-    chosen = checkpoints(checkpoint.parent) if config.evaluate.curve else [checkpoint]
+    chosen = all_whole(checkpoint.parent) if config.evaluate.curve else [checkpoint]
     metrics: dict[str, Any] = {}
     for path in chosen:
-        with _progress(path.name, manifest) as shown:
+        with disk_told(out, "runs"), _progress(path.name, manifest) as shown:
             tasks = _Tasks(config, manifest, shown)
             metrics, is_new = evaluate_checkpoint(path, manifest, config.evaluate, out / path.name, tasks)
         with Spool(spool) as points:
             points.write_once(metrics["step"], _points(metrics), "val/AP")
         scores = f"{path.name}  AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}"
         console.print(outcome("evaluate", scores, is_new=is_new))
-    _report(config, manifest, metrics, out / checkpoint.name, out)
+    with disk_told(out, "runs"):
+        _report(config, manifest, metrics, out / checkpoint.name, out)
     if tracker is not None:
         tracker.drain(tracker.reader(spool), final=True)
         _upload(tracker, out)
@@ -90,11 +91,12 @@ def evaluate_weights(config: Config, weights: Path, manifest: Manifest, out: Pat
     detector = Detector.from_weights(weights, architecture, manifest.labels, config.evaluate)
     folder = out / "detector"
     make_folder(folder)
-    detector.save(folder)
-    with _progress(weights.name, manifest) as shown:
-        tasks = _Tasks(config, manifest, shown)
-        metrics, _ = evaluate_checkpoint(folder, manifest, config.evaluate, folder, tasks)
-    _report(config, manifest, metrics, folder, out)
+    with disk_told(out, "--out"):
+        detector.save(folder)
+        with _progress(weights.name, manifest) as shown:
+            tasks = _Tasks(config, manifest, shown)
+            metrics, _ = evaluate_checkpoint(folder, manifest, config.evaluate, folder, tasks)
+        _report(config, manifest, metrics, folder, out)
     return metrics
 
 

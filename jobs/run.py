@@ -13,6 +13,7 @@ from jobs import evaluate, register, shard, train
 from jobs.cluster import connected
 from jobs.console import ProgressDisplay, make_console
 from jobs.interrupt import Interrupted
+from pipeline.checkpoint.find import newest_whole
 from pipeline.checkpoint.state import latest
 from pipeline.config.load import dump_config
 from pipeline.config.sections import Config
@@ -132,10 +133,10 @@ class Pipeline:
 
     def _last_checkpoint(self) -> Path:
         folder = self.config.folder.checkpoints
-        last = latest(folder)
+        last = newest_whole(folder)
         if last is None:
-            raise UserError(f"{folder}: there is no checkpoint to use; train first with `raydetr train`")
-        return last
+            raise UserError(f"{folder}: there is no whole checkpoint to use; train first with `raydetr train`")
+        return last[0]
 
 
 class TrainingProgress:

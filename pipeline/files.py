@@ -151,6 +151,15 @@ def _holder(file: TextIO) -> str:
         return ""
 
 
+@contextmanager
+def disk_told(path: Path, key: str) -> Iterator[None]:
+    """What the disk refuses is raised as `disk_error` of the path and the key."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(path, error, key) from error
+
+
 def disk_error(path: Path, error: OSError, key: str) -> Exception:
     """The user's error for a full disk or a folder that cannot be written, mended by `key`; others as they are."""
     if error.errno in NO_SPACE:

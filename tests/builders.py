@@ -2,7 +2,7 @@
 
 import json
 import resource
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model import DetrConfig, build_model
 from model.batch import ImageBatch, PixelBatch
-from pipeline.checkpoint.state import MODEL, STATE, State
+from pipeline.checkpoint.state import MODEL, OPTIMIZER, STATE, State
 from pipeline.config.sections import AugmentSection, DatasetSection, OnError, ShardsSection, SplitSection, TrainSection
 from pipeline.config.values import plain
 from pipeline.data.labels import LabelMap
@@ -182,7 +182,10 @@ def make_detector(seed: int = 0, **settings: Any) -> Any:
 
 
 def write_checkpoint(folder: Path, labels: LabelMap, step: int = 5, seed: int = 0) -> Path:
-    """A checkpoint of a small untrained detector below `folder`; it cannot be trained on: it has no optimizer state."""
+    """A checkpoint of a small untrained detector below `folder`, from before sums were kept.
+
+    It cannot be trained on: its optimizer's state is empty.
+    """
     config = DetrConfig(
         backbone="resnet_tiny", backbone_norm="group_norm", num_classes=labels.num_classes, num_queries=8,
         hidden_dim=32, heads=2, encoder_layers=1, decoder_layers=1, ffn_dim=32, points=2, feature_levels=3, dropout=0.0,
@@ -207,8 +210,18 @@ def write_checkpoint(folder: Path, labels: LabelMap, step: int = 5, seed: int = 
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, path / MODEL)
+    save_file({}, path / OPTIMIZER)
     (path / STATE).write_text(json.dumps(asdict(state)))
     return path
+
+
+def without_sums(path: Path, change: Callable[[dict[str, Any]], Any] = lambda _: None) -> None:
+    """Make a checkpoint one from before sums were kept, and change its state."""
+    state = json.loads((path / STATE).read_text())
+    for key in ("files", "digest"):
+        state.pop(key, None)
+    change(state)
+    (path / STATE).write_text(json.dumps(state))
 
 
 @contextmanager

@@ -1,5 +1,10 @@
 """Checkpoints that belong to no world size and no ZeRO stage; this package alone writes and finds them."""
 
+from pipeline.checkpoint.find import (
+    all_whole,
+    newest_whole,
+    set_aside,
+)
 from pipeline.checkpoint.optimizer import (
     MOMENTS,
     gather_moments,
@@ -17,7 +22,10 @@ from pipeline.checkpoint.state import (
     NAME,
     OPTIMIZER,
     STATE,
+    DamagedError,
     State,
+    check_weights,
+    checked_sum,
     checkpoints,
     latest,
     load_model_weights,
@@ -31,15 +39,21 @@ __all__ = [
     "NAME",
     "OPTIMIZER",
     "STATE",
+    "DamagedError",
     "State",
+    "all_whole",
+    "check_weights",
+    "checked_sum",
     "checkpoints",
     "clean",
     "gather_moments",
     "group_settings",
     "latest",
     "load_model_weights",
+    "newest_whole",
     "on_host",
     "read_state",
     "restore_optimizer",
     "save",
+    "set_aside",
 ]

@@ -1,5 +1,7 @@
 """AdamW's state out of a DeepSpeed engine and back, by parameter name, whole whatever the ZeRO stage."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,8 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from pipeline.checkpoint.state import OPTIMIZER, State, load_model_weights
+from pipeline.checkpoint.state import MODEL, OPTIMIZER, STATE, State, load_model_weights
+from pipeline.config.values import differences
 from pipeline.distributed import World
 from pipeline.errors import UserError
 
@@ -70,57 +73,110 @@ def restore_optimizer(engine: Any, world: World, path: Path, state: State) -> No
     The groups must have the learning rates of the checkpoint's last step, to be compared with what was saved.
 
     Raises:
-        UserError: the file is missing or damaged, or not that of this model.
+        UserError: the file is missing or damaged, or not that of this model; it names the file and what differs.
     """
-    try:
-        with safe_open(path / OPTIMIZER, framework="pt") as moments:
-            if engine.zero_optimization_stage() == 0:
-                _restore_whole(engine, moments)
-            else:
-                _restore_partitions(engine, world, moments)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path / OPTIMIZER}: cannot be read ({error}); delete {path} and go on from another"
-        ) from error
-    _check_restored(engine, world, path, state)
+    saved = _Saved(path / OPTIMIZER, state.step)
+    if engine.zero_optimization_stage() == 0:
+        _restore_whole(engine, saved)
+    else:
+        _restore_partitions(engine, world, saved)
+    _check_groups(engine.basic_optimizer, path / STATE, state)
+    _check_weights(engine, path)
+    if engine.zero_optimization_stage() == 1:
+        _check_masters(engine, world)
 
 
-def _restore_whole(engine: Any, moments: Any) -> None:
+class _Saved:
+    """The tensors of a checkpoint's optimizer file, which are checked as they are read."""
+
+    def __init__(self, file: Path, step: int) -> None:
+        self._file, self._step = file, step
+        with self._told():
+            self._tensors: Any = safe_open(file, framework="pt")
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self._file}: cannot be read ({error}); go on from another checkpoint") from error
+
+    def moment(self, name: str, key: str, shape: torch.Size) -> torch.Tensor:
+        """`<name>/<key>`, which must have the shape of the parameter."""
+        with self._told():
+            tensor: torch.Tensor = self._tensors.get_tensor(f"{name}/{key}")
+        if tensor.shape != shape or tensor.dtype != torch.float32:
+            raise UserError(
+                f"{self._file}: {name}/{key} is {tensor.dtype} {list(tensor.shape)}, the model's is "
+                f"{torch.float32} {list(shape)}; go on from another checkpoint"
+            )
+        return tensor
+
+    def step(self, name: str) -> torch.Tensor:
+        """`<name>/step`, which must be that of the state."""
+        with self._told():
+            tensor: torch.Tensor = self._tensors.get_tensor(f"{name}/step")
+        if tensor.numel() != 1 or tensor.item() != self._step:
+            raise UserError(
+                f"{self._file}: {name}/step is {tensor.tolist()}, {STATE} says {self._step}; "
+                "go on from another checkpoint"
+            )
+        return tensor
+
+
+def _restore_whole(engine: Any, saved: _Saved) -> None:
     for group in engine.basic_optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
+            entry = {"step": saved.step(name)} | {key: saved.moment(name, key, parameter.shape) for key in MOMENTS}
             engine.basic_optimizer.state[parameter] = {
-                key: moments.get_tensor(f"{name}/{key}").to(parameter.device) for key in ("step", *MOMENTS)
+                key: tensor.to(parameter.device) for key, tensor in entry.items()
             }
 
 
-def _restore_partitions(engine: Any, world: World, moments: Any) -> None:
+def _restore_partitions(engine: Any, world: World, saved: _Saved) -> None:
     for flat in _flat_groups(engine):
         size = flat.partition.numel()
         first = world.rank * size
-        entry = {"step": moments.get_tensor(f"{flat.members[0][0]}/step").to(flat.partition.device)}
+        steps = [saved.step(name) for name, _, _ in flat.members]
+        entry = {"step": steps[0].to(flat.partition.device)}
         for key in MOMENTS:
             part = torch.zeros(size)
             for name, offset, shape in flat.members:
                 begin, end = max(offset, first), min(offset + shape.numel(), first + size)
                 if begin < end:
-                    whole = moments.get_tensor(f"{name}/{key}").view(-1)
+                    whole = saved.moment(name, key, shape).view(-1)
                     part[begin - first : end - first] = whole[begin - offset : end - offset]
             entry[key] = part.to(flat.partition.device)
         engine.basic_optimizer.state[flat.partition] = entry
 
 
-def _check_restored(engine: Any, world: World, path: Path, state: State) -> None:
-    """What would go wrong in silence: settings of groups, steps, and a master that is not the model."""
-    optimizer = engine.basic_optimizer
-    assert group_settings(optimizer) == state.groups, f"{path}: other parameter groups"
-    assert all(entry["step"] == state.step for entry in optimizer.state.values()), f"{path}: another step"
+def _check_groups(optimizer: torch.optim.Optimizer, file: Path, state: State) -> None:
+    """The groups must have the settings that they were saved with."""
+    own = {f"groups.{number}": group for number, group in enumerate(group_settings(optimizer))}
+    changed = differences({f"groups.{number}": group for number, group in enumerate(state.groups)}, own)
+    if changed:
+        raise UserError(
+            f"{file}: other parameter groups than those of its settings ({'; '.join(changed)}); "
+            "go on from another checkpoint, or with the version that wrote it"
+        )
+
+
+def _check_weights(engine: Any, path: Path) -> None:
+    """The model must have the weights that were saved."""
     weights = load_model_weights(path)
-    for name, parameter in engine.module.state_dict().items():
-        assert torch.equal(parameter.cpu(), weights[name]), f"{path}: {name} of the model is not the saved one"
-    if engine.zero_optimization_stage() == 1:
-        for index, flat in enumerate(_flat_groups(engine)):
-            own = engine.optimizer.parallel_partitioned_bit16_groups[index][world.rank]
-            assert torch.equal(own.float(), flat.partition), f"{path}: the master of group {index} is not the model"
+    own = engine.module.state_dict()
+    differing = [name for name in own if name not in weights or not torch.equal(own[name].cpu(), weights[name])]
+    if differing:
+        raise UserError(
+            f"{path / MODEL}: {', '.join(differing)} of the model is not the saved one; the file has changed meanwhile"
+        )
+
+
+def _check_masters(engine: Any, world: World) -> None:
+    """What would go wrong in silence: a master that is not the model."""
+    for index, flat in enumerate(_flat_groups(engine)):
+        own = engine.optimizer.parallel_partitioned_bit16_groups[index][world.rank]
+        assert torch.equal(own.float(), flat.partition), f"the master of group {index} is not the model"
 
 
 def group_settings(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], ...]:

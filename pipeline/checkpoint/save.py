@@ -5,10 +5,11 @@ whole folder stays.
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import torch
 from safetensors import SafetensorError
 
 from model.weights.files import save_tensors
+from pipeline.checkpoint.find import set_aside
 from pipeline.checkpoint.optimizer import gather_moments, on_host
-from pipeline.checkpoint.state import MODEL, NAME, OPTIMIZER, STATE, State, checkpoints, latest
+from pipeline.checkpoint.state import DIGEST, MODEL, NAME, OPTIMIZER, STATE, State, checkpoints, latest
+from pipeline.config.values import digest
 from pipeline.distributed import World, on_rank_zero
 from pipeline.errors import UserError
 from pipeline.files import sync
@@ -27,12 +30,17 @@ logger = get_logger(__name__)
 
 
 def clean(folder: Path) -> None:
-    """Remove what a killed process left half-written, and folders without a state.json."""
-    whole = set(checkpoints(folder))
-    for path in folder.glob("checkpoint-*"):
-        if path not in whole and NAME.fullmatch(path.name.removesuffix(".tmp")):
+    """Remove what a killed process left half-written or half-removed, and set aside folders without a state.json.
+
+    Raises:
+        UserError: a folder cannot be set aside.
+    """
+    for path in sorted(folder.glob("checkpoint-*")):
+        if path.suffix == ".tmp" and NAME.fullmatch(path.stem):
             logger.warning("removing %s, which was never finished", path)
             shutil.rmtree(path, ignore_errors=True)
+        elif NAME.fullmatch(path.name) and not (path / STATE).is_file():
+            set_aside(path, f"{path / STATE}: is missing")
 
 
 def save(engine: Any, world: World, folder: Path, state: State, keep: int | None) -> Path:
@@ -57,9 +65,8 @@ def save(engine: Any, world: World, folder: Path, state: State, keep: int | None
         weights = {name: on_host(tensor) for name, tensor in engine.module.state_dict().items()}
         path = _write(folder, weights, moments, state)
         for old in checkpoints(folder)[: -keep if keep else 0]:
-            # Without state.json first, so that a half-removed folder is no checkpoint.
-            (old / STATE).unlink()
-            shutil.rmtree(old)
+            # Under this name a half-removed folder is no checkpoint, and `clean` removes the rest.
+            shutil.rmtree(old.rename(old.with_name(f"{old.name}.tmp")))
         return path
 
     return on_rank_zero(world, write)
@@ -73,7 +80,7 @@ def _write(folder: Path, weights: dict[str, torch.Tensor], moments: dict[str, to
         temporary.mkdir(parents=True)
         save_tensors(weights, temporary / MODEL)
         save_tensors(moments, temporary / OPTIMIZER)
-        (temporary / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+        (temporary / STATE).write_text(_state_text(temporary, state), encoding="utf-8")
         for file in (MODEL, OPTIMIZER, STATE):
             sync(temporary / file)
         sync(temporary)
@@ -91,3 +98,13 @@ def _write(folder: Path, weights: dict[str, torch.Tensor], moments: dict[str, to
             f"{path}: cannot be written ({reason}); it needs {size:.1f} MiB. Make room; {intact}"
         ) from error
     return path
+
+
+def _state_text(path: Path, state: State) -> str:
+    """state.json of the files that lie in a folder."""
+    sums = {}
+    for name in (MODEL, OPTIMIZER):
+        with (path / name).open("rb") as file:
+            sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    content = asdict(replace(state, files=sums))
+    return json.dumps({**content, DIGEST: digest(content)}, indent=1)

@@ -25,6 +25,7 @@ from pipeline.evaluate.results import (
     weights_digest,
 )
 from pipeline.evaluate.score import (
+    NEEDS,
     score,
 )
 
@@ -33,6 +34,7 @@ __all__ = [
     "DETECTIONS_FILE",
     "LEAST_SIDE",
     "METRICS_FILE",
+    "NEEDS",
     "PLOTTED",
     "SCORE_SETTINGS",
     "DetectAll",

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.state import MODEL, STATE, read_state
+from pipeline.checkpoint.state import MODEL, STATE, checked_sum, read_state
 from pipeline.config.sections import EvaluateSection, Role, settings_with
 from pipeline.config.values import differences
 from pipeline.data.loader import eval_batches
@@ -39,7 +39,8 @@ def evaluate_checkpoint(
         whether they are new.
 
     Raises:
-        UserError: the folder holds the scores of the same checkpoint under other settings.
+        UserError: the folder holds the scores of the same checkpoint under other settings, or the checkpoint is
+            damaged.
     """
     inputs = {
         "weights": weights_digest(checkpoint),
@@ -60,7 +61,13 @@ def evaluate_checkpoint(
 
 
 def weights_digest(checkpoint: Path) -> str:
-    """Return the sha256 of a checkpoint's weights."""
+    """Return the sha256 of the weights of a checkpoint, which must be as they were written, or of a saved detector.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    if (checkpoint / STATE).is_file():
+        return checked_sum(checkpoint, read_state(checkpoint), MODEL)
     with (checkpoint / MODEL).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

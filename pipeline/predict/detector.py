@@ -25,7 +25,7 @@ from model.build import build_model
 from model.config import DetrConfig
 from model.detections import postprocess
 from model.weights.files import BackboneOnlyError, load_weights, read_weights, save_tensors
-from pipeline.checkpoint.state import STATE, load_model_weights, read_state
+from pipeline.checkpoint.state import MODEL, STATE, check_weights, checked_sum, load_model_weights, read_state
 from pipeline.config.keys import with_keys
 from pipeline.config.sections import EvaluateSection
 from pipeline.data.augment import plan_eval
@@ -74,13 +74,14 @@ class Detector:
         """Load a checkpoint; the sizes are the greatest of its training where `evaluate` is not given.
 
         Raises:
-            UserError: the folder is not a whole checkpoint.
+            UserError: the folder is not a whole checkpoint, or its weights are not as they were written.
         """
         state = read_state(checkpoint)
+        checked_sum(checkpoint, state, MODEL)
         if evaluate is None:
-            augment = state.config["train"]["augment"]
-            evaluate = EvaluateSection(short_side=max(augment["short_sides"]), max_side=augment["max_side"])
-        config = state.detr_config()
+            short_side, max_side = state.sizes(checkpoint / STATE)
+            evaluate = EvaluateSection(short_side=short_side, max_side=max_side)
+        config = state.detr_config(checkpoint / STATE)
         model = _with_weights(config, load_model_weights(checkpoint), checkpoint)
         return cls(model, config, LabelMap.from_json(state.labels), evaluate, device)
 
@@ -99,6 +100,7 @@ class Detector:
             UserError: they cannot be read, or are not those of the architecture.
         """
         try:
+            check_weights(source)
             weights = read_weights(source)
             classes = weights.with_classes_of(config).num_classes
             if classes != config.num_classes:

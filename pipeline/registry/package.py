@@ -47,6 +47,7 @@ SERVED = (
     "run_folder.py",
     "config/sections.py",
     "config/keys.py",
+    "config/values.py",
     "data/labels.py",
     "data/images.py",
     "data/augment.py",

@@ -11,6 +11,7 @@ from pipeline.tracking.server import (
 )
 from pipeline.tracking.spool import (
     SAME,
+    SETTING,
     Spool,
     SpoolReader,
     SpoolRecord,
@@ -29,6 +30,7 @@ __all__ = [
     "PARAM_LENGTH",
     "RETRY_SECONDS",
     "SAME",
+    "SETTING",
     "Spool",
     "SpoolReader",
     "SpoolRecord",

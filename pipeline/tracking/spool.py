@@ -8,13 +8,17 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.files import disk_told
 from pipeline.log import get_logger
 
 logger = get_logger(__name__)
 
+SETTING = "runs"
+"""Key of the configuration by which spools are written elsewhere."""
 SAME = 1e-3
 """Relative difference of two values of one step that counts as none: another world size rounds otherwise."""
 
@@ -41,22 +45,27 @@ class Spool:
     Args:
         path: the file; made with its folder when missing. A torn last line of a killed writer is cut off.
         clock: gives the time stamps, in seconds since the epoch.
+
+    Raises:
+        UserError: here and in `write`: the disk is full, or the file cannot be written.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_torn_line(path)
         self.path = path
         self._clock = clock
-        self._known = {record.step: record for record in SpoolReader(path).read()}
-        self._file = path.open("a", encoding="utf-8")
+        with disk_told(path, SETTING):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _cut_torn_line(path)
+            self._known = {record.step: record for record in SpoolReader(path).read()}
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float], kind: str = "metrics") -> None:
         """Append the values that were measured at `step`."""
         values = {name: float(value) for name, value in metrics.items()}
         record = {"time": self._clock(), "step": int(step), "metrics": values, "kind": kind}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with disk_told(self.path, SETTING):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
     def write_once(self, step: int, metrics: Mapping[str, float], key: str) -> None:
         """`write`, unless the file had a point of this step with the same value of `key`: what a restart repeats."""
@@ -66,7 +75,8 @@ class Spool:
 
     def close(self) -> None:
         """Close the file; further writes are errors."""
-        self._file.close()
+        with suppress(OSError):  # every write is flushed: what fails here failed and was told before
+            self._file.close()
 
     def __enter__(self) -> "Spool":
         return self

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config.sections import TrainSection
+from pipeline.errors import UserError
 from pipeline.log import get_logger
 from pipeline.tracking.spool import Spool
 
@@ -16,12 +17,17 @@ logger = get_logger(__name__)
 class Curves:
     """The points of the training curves, which rank 0 appends to the spool: each once, whatever is restarted.
 
+    A point that cannot be written is kept as `error`, for the ranks to agree on: rank 0 alone must not give up.
+
     Args:
         spool: the file; None on the other ranks, which write nothing.
         train: how often a point is due, and the images of a step.
         total: steps of the schedule.
         epochs: gives the epochs that so many steps make.
         first: step that training begins or goes on with.
+
+    Raises:
+        UserError: the spool cannot be opened.
     """
 
     def __init__(
@@ -30,6 +36,7 @@ class Curves:
         self._train, self._total, self._epochs = train, total, epochs
         self._spool = Spool(spool) if spool is not None else None
         self._done, self._since = first, time.perf_counter()
+        self.error: Exception | None = None
 
     def step_done(self, step: int, values: dict[str, float], optimizer: torch.optim.Optimizer) -> None:
         """Write a point after `step` if one is due: every `log_steps`, and after the first and the last step."""
@@ -41,7 +48,10 @@ class Curves:
         self._done, self._since = done, now
         point = {**values, "epoch": self._epochs(done), "images_per_second": rate}
         point |= {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
-        self._spool.write_once(done, {f"train/{name}": value for name, value in point.items()}, "train/loss")
+        try:
+            self._spool.write_once(done, {f"train/{name}": value for name, value in point.items()}, "train/loss")
+        except (OSError, UserError) as error:
+            self.error = error
         logger.info(
             "step %d/%d  epoch %.2f  loss %.4f  gradient %.3f  %.1f images/s",
             *(done, self._total, point["epoch"], values["loss"], values["grad_norm"], rate),

@@ -9,7 +9,7 @@ from torch import nn
 from model.build import build_model
 from model.recompute import recompute_activations
 from model.weights.files import load_backbone, load_weights
-from pipeline.checkpoint.state import State, latest, load_model_weights
+from pipeline.checkpoint.state import MODEL, State, check_weights, latest, load_model_weights
 from pipeline.config.keys import with_keys
 from pipeline.config.sections import InitSection
 from pipeline.distributed import World, gather_objects, on_rank_zero, together
@@ -25,20 +25,33 @@ def make_model(job: TrainJob, found: tuple[Path, State] | None, world: World) ->
     torch.manual_seed(job.train.seed)
     model = build_model(job.model)
     if found is not None:
-        weights = together(world, lambda: load_model_weights(found[0]))
-        model.load_state_dict(weights)
+        together(world, lambda: _load_checkpoint(model, found[0]))
     elif job.train.init.backbone is not None or job.train.init.weights is not None:
         on_rank_zero(world, lambda: _load_initial_weights(model, job.train.init, job.root))
         for tensor in model.state_dict().values():
             if world.size > 1:
                 torch.distributed.broadcast(tensor, src=0, group=world.host_group)
     digests = gather_objects(world, _digest(model))
-    assert len(set(digests)) == 1, f"the ranks begin with different weights: {digests}"
+    if len(set(digests)) > 1:
+        raise UserError(
+            f"the ranks begin with different weights ({', '.join(digests)}) of "
+            f"{found[0] / MODEL if found else 'train.init'}: does every host see the same disk?"
+        )
     model.backbone.freeze(job.train.freeze_backbone)
     recompute_activations(model, job.train.activation_checkpointing)
     if job.train.compile:
         model.transformer.compile(dynamic=True)  # one graph; after too many odd sizes torch goes on without
     return model.train()
+
+
+def _load_checkpoint(model: nn.Module, path: Path) -> None:
+    try:
+        model.load_state_dict(load_model_weights(path))
+    except RuntimeError as error:
+        why = " ".join(str(error).split())
+        raise UserError(
+            f"{path / MODEL}: not the weights of its model: {why}; go on from another checkpoint"
+        ) from error
 
 
 def is_path(source: str) -> bool:
@@ -52,6 +65,7 @@ def _load_initial_weights(model: nn.Module, init: InitSection, root: Path) -> No
             report = load_backbone(model, root / init.backbone if is_path(init.backbone) else init.backbone)
             logger.info("train.init.backbone: %s", report)
         if init.weights is not None:
+            check_weights(root / init.weights)
             report = load_weights(model, root / init.weights, reset_heads=init.reset_heads)
             logger.info("train.init.weights: %s", with_keys(str(report), "model"))
             if init.reset_heads and not report.reset:

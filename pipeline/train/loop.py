@@ -66,9 +66,9 @@ def train(job: TrainJob, world: World, stop: StopRequest | None = None) -> Path:
     engine = make_engine(run, found)
     criterion = Criterion(job.train.criterion, job.model.class_loss)
     spool = job.out.train_spool if world.rank == 0 else None
-    curves = Curves(spool, job.train, run.total, run.epochs, first)
+    curves = together(world, lambda: Curves(spool, job.train, run.total, run.epochs, first))
     try:
-        for step, num_boxes, unreadable in _global_steps(run, first, stop or StopRequest(job.out.stop)):
+        for step, num_boxes, unreadable in _global_steps(run, first, stop or StopRequest(job.out.stop), curves):
             set_learning_rates(engine.basic_optimizer, run.factor(step.step))
             losses = _forward_backward(engine, criterion, step, num_boxes, run)
             values = _agree_on_finite(losses, gradient_norm(engine), step, run)
@@ -78,6 +78,7 @@ def train(job: TrainJob, world: World, stop: StopRequest | None = None) -> Path:
             done = step.step + 1
             if run.saves_after(step.step):
                 path = _save(engine, run, done, skipped)
+        raise_together(world, curves.error)
         if done < run.total:
             raise StoppedError(
                 path if done == first or run.saves_after(done - 1) else _save(engine, run, done, skipped)
@@ -97,17 +98,17 @@ def _save(engine: Any, run: Run, done: int, skipped: int) -> Path:
     return path
 
 
-def _global_steps(run: Run, first: int, stop: StopRequest) -> Iterator[tuple[Step, float, int]]:
+def _global_steps(run: Run, first: int, stop: StopRequest, curves: Curves) -> Iterator[tuple[Step, float, int]]:
     """This rank's part of every step from `first`, the boxes and the unreadable samples of the whole step.
 
-    What stops the loader of one rank stops all ranks, before any of them waits for the other's gradients; so does a
-    request to end, which ends the steps here.
+    What stops the loader of one rank stops all ranks, before any of them waits for the other's gradients; so do a point
+    of the step before that could not be written, and a request to end, which ends the steps here.
     """
     job, world, manifest = run.job, run.world, run.manifest
     order = SampleOrder(manifest.digest, manifest.shard_sizes, job.train.seed, job.train.window)
     steps = iter(TrainLoader(manifest, order, job.train, world.rank, world.size, first, run.total, job.on_error))
     for _ in range(first, run.total):
-        error: Exception | None = None
+        error = curves.error
         boxes = skipped = 0
         try:
             step = next(steps)

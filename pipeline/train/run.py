@@ -12,14 +12,16 @@ from typing import Any
 import torch
 
 from model.config import DetrConfig
+from pipeline.checkpoint.find import newest_whole
 from pipeline.checkpoint.optimizer import group_settings
 from pipeline.checkpoint.save import clean
-from pipeline.checkpoint.state import State, latest, read_state
+from pipeline.checkpoint.state import STATE, State
 from pipeline.config.sections import OnError, Role, TrainSection, settings_with
 from pipeline.config.values import differences, plain
 from pipeline.data.manifest import Manifest
 from pipeline.distributed import World, on_rank_zero
 from pipeline.errors import UserError
+from pipeline.files import make_folder
 from pipeline.run_folder import RunFolder
 from pipeline.train.optim import lr_factor
 
@@ -108,17 +110,18 @@ class Run:
 
 
 def resume_point(job: TrainJob, manifest: Manifest) -> tuple[Path, State] | None:
-    """The newest checkpoint of a run and its state, or None where training begins; only reads.
+    """The newest whole checkpoint of a run and its state, or None where training begins.
+
+    Damaged ones that are newer are set aside, so one process at a time may call this.
 
     Raises:
-        UserError: the checkpoint is of another run: its settings or its data differ, or it is beyond the schedule.
+        UserError: the checkpoint is of another run: its settings or its data differ, or it is beyond the schedule; or
+            this version does not know its settings.
     """
-    path = latest(job.out.checkpoints)
-    if path is None:
-        return None
-    state = read_state(path)
-    _check_same_run(job, manifest, state, path)
-    return path, state
+    found = newest_whole(job.out.checkpoints)
+    if found is not None:
+        _check_same_run(job, manifest, found[1], found[0])
+    return found
 
 
 def find_checkpoint(run: Run) -> tuple[Path, State] | None:
@@ -132,7 +135,7 @@ def find_checkpoint(run: Run) -> tuple[Path, State] | None:
     assert job.model.num_classes == run.manifest.labels.num_classes, "num_classes follows from the label map"
 
     def find() -> tuple[Path, State] | None:
-        job.out.checkpoints.mkdir(parents=True, exist_ok=True)
+        make_folder(job.out.checkpoints)
         clean(job.out.checkpoints)
         return resume_point(job, run.manifest)
 
@@ -140,9 +143,8 @@ def find_checkpoint(run: Run) -> tuple[Path, State] | None:
 
 
 def _check_same_run(job: TrainJob, manifest: Manifest, state: State, path: Path) -> None:
-    # A setting that is newer than the checkpoint had the effect of its default.
-    defaults = {"model": plain(DetrConfig()), "train": plain(TrainSection())}
-    trained = {section: defaults[section] | values for section, values in state.config.items()}
+    file = path / STATE
+    trained = {"model": plain(state.detr_config(file)), "train": plain(state.train_section(file))}
     lines = differences(trained, job.config)
     changed = [line for line in lines if line.split(":", 1)[0] not in MAY_DIFFER]
     if state.data_digest != manifest.digest:

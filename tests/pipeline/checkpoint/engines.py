@@ -62,7 +62,8 @@ def step(engine: Any, world: World, number: int) -> None:
 def make_state(step: int, engine: Any = None, **changes: Any) -> State:
     state = State(
         step=step, epoch=0, samples=2 * step, skipped=0, seeds={"train": 0}, world_size=1, zero_stage=0,
-        config={"model": {"num_classes": 4}, "train": {"lr": 1e-2}}, labels={"kind": "contiguous"}, data_digest="d",
+        config={"model": {"num_classes": 4}, "train": {"lr": 1e-2}},
+        labels={"kind": "contiguous", "categories": []}, data_digest="d",
         groups=() if engine is None else checkpoint.group_settings(engine.basic_optimizer),
     )  # fmt: skip
     return dataclasses.replace(state, **changes)

@@ -27,12 +27,16 @@ def test_a_checkpoint_holds_everything_by_name(saved: Path) -> None:
     assert all(moments[f"{name}/step"] == STEPS for name in trainable)
 
 
-def test_cleaning_removes_what_was_never_finished(tmp_path: Path) -> None:
+def test_cleaning_removes_what_was_never_finished_and_sets_aside_what_lost_its_state(tmp_path: Path) -> None:
     kept = [make_folder(tmp_path, "checkpoint-9"), make_folder(tmp_path, "checkpoint-best", state=False)]
     make_folder(tmp_path, "checkpoint-11", state=False)
     make_folder(tmp_path, "checkpoint-12.tmp")
     checkpoint.clean(tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted(kept)
+    aside = tmp_path / "checkpoint-11.damaged"
+    assert sorted(tmp_path.iterdir()) == sorted([*kept, aside])
+    assert (aside / checkpoint.MODEL).read_bytes() == b"weights"
+    checkpoint.clean(tmp_path)
+    assert aside.is_dir()
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(1, [4]), (2, [3, 4]), (None, [1, 2, 3, 4])], ids=["1", "2", "all"])

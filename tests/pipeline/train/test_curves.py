@@ -1,13 +1,23 @@
 """The training curves: which steps have a point, each once."""
 
+import re
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from pipeline.config.sections import TrainSection
-from pipeline.tracking.spool import SpoolReader
+from pipeline.data.manifest import Manifest
+from pipeline.distributed import World
+from pipeline.errors import UserError
+from pipeline.tracking.spool import Spool, SpoolReader
 from pipeline.train.curves import Curves
+from pipeline.train.loop import train
+from pipeline.train.run import TrainJob
+from tests.builders import disk_of, make_varied_manifest
+from tests.pipeline.train.test_loop import make_job, train_on
+from tests.ranks import Ranks
 
 TRAIN = TrainSection(global_batch=4, micro_batch=2, log_steps=3)
 
@@ -44,3 +54,47 @@ def test_a_step_that_is_done_again_has_one_point(tmp_path: Path, loss: float, st
 def test_another_rank_writes_nothing(tmp_path: Path) -> None:
     write_steps(None, 0, 8)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return make_varied_manifest(tmp_path_factory.mktemp("data"), 20, max_samples=6)
+
+
+def train_on_a_disk_of(world: World, job: TrainJob, size: int) -> Path:
+    with disk_of(size):
+        return train(job, world)
+
+
+def test_a_full_disk_stops_all_ranks(manifest: Manifest, ranks: Ranks, tmp_path: Path) -> None:
+    """The first point has room, the second has not; rank 1 writes nothing, and DeepSpeed small files alone."""
+    job = make_job(manifest, tmp_path, checkpoint_epochs=99)
+    with Spool(job.out.train_spool) as spool:
+        spool.write(0, {"x" * 100_000: 0.0})
+    outcomes = ranks.outcomes(train_on_a_disk_of, job, job.out.train_spool.stat().st_size + 600)
+    assert [str(outcome) for outcome in outcomes] == [
+        f"{job.out.train_spool}: no space left (File too large); free some, or write elsewhere with runs"
+    ] * 2
+    assert all(isinstance(outcome, UserError) for outcome in outcomes)
+    assert [record.step for record in SpoolReader(job.out.train_spool).read()] == [0, 1]
+
+
+def test_a_spool_that_cannot_be_opened_stops_all_ranks(manifest: Manifest, ranks: Ranks, tmp_path: Path) -> None:
+    job = make_job(manifest, tmp_path)
+    job.out.train_spool.parent.touch()
+    outcomes = ranks.outcomes(train_on, job)
+    assert all(isinstance(outcome, UserError) for outcome in outcomes)
+    assert str(outcomes[0]) == str(outcomes[1])
+    assert re.search(r"spool: cannot be written \(.*\); set runs", str(outcomes[0]))
+
+
+def train_without_points(world: World, job: TrainJob) -> Path:
+    with patch.object(Spool, "write_once", side_effect=UserError("no room for a point")):
+        return train(job, world)
+
+
+def test_the_point_of_the_last_step_is_told_on_all_ranks(manifest: Manifest, ranks: Ranks, tmp_path: Path) -> None:
+    job = make_job(manifest, tmp_path, max_steps=1)
+    outcomes = ranks.outcomes(train_without_points, job)
+    assert [str(outcome) for outcome in outcomes] == ["no room for a point"] * 2
+    assert (job.out.checkpoints / "checkpoint-1").is_dir()

@@ -1,13 +1,16 @@
 """A run: its settings, and where it goes on."""
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from model import DetrConfig
+from pipeline import checkpoint
 from pipeline.config.sections import TrainSection
 from pipeline.config.values import flatten
 from pipeline.data.manifest import Manifest
@@ -15,7 +18,7 @@ from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.train.loop import train
 from pipeline.train.run import MAY_DIFFER, Run, TrainJob, resume_point
-from tests.builders import make_varied_manifest
+from tests.builders import make_varied_manifest, without_sums
 from tests.pipeline.train.runs import SAMPLES, SETTINGS, make_job, train_on
 from tests.ranks import Ranks
 
@@ -69,15 +72,55 @@ def test_a_checkpoint_from_before_a_setting_was_there(
 ) -> None:
     job = make_job(manifest, tmp_path, scale_lr=value)
     shutil.copytree(straight[0].out.checkpoints, job.out.checkpoints)
-    for path in job.out.checkpoints.glob("*/state.json"):
-        state = json.loads(path.read_text())
-        del state["config"]["train"]["scale_lr"]
-        path.write_text(json.dumps(state))
+    for path in checkpoint.checkpoints(job.out.checkpoints):
+        without_sums(path, lambda values: values["config"]["train"].pop("scale_lr"))
     if goes_on:
         assert resume_point(job, manifest) is not None
     else:
         with pytest.raises(UserError, match=r"train\.scale_lr: none -> sqrt"):
             resume_point(job, manifest)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"), [("augment", "crop"), ("criterion", "focal_gamma"), ("init", "reset_heads")]
+)
+def test_a_checkpoint_from_before_a_nested_setting_was_there(
+    manifest: Manifest, straight: tuple[TrainJob, Path], tmp_path: Path, section: str, key: str
+) -> None:
+    job = make_job(manifest, tmp_path)
+    shutil.copytree(straight[0].out.checkpoints, job.out.checkpoints)
+    without_sums(job.out.checkpoints / straight[1].name, lambda values: values["config"]["train"][section].pop(key))
+    found = resume_point(job, manifest)
+    assert found is not None
+    assert found[0].name == straight[1].name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda train: train["augment"].update(hue=0.5),
+            "config.train.augment.hue is a setting that",
+        ),
+        (lambda train: train.update(momentum=0.9), "config.train.momentum is a setting that this version does"),
+        (lambda train: train.update(augment=None), "config.train.augment: "),
+        (lambda train: train.update(lr="fast"), "config.train.lr: "),
+    ],
+    ids=["nested", "unknown", "null", "text"],
+)
+def test_settings_that_this_version_cannot_use_are_told_by_name(
+    manifest: Manifest,
+    straight: tuple[TrainJob, Path],
+    tmp_path: Path,
+    change: Callable[[dict[str, Any]], Any],
+    message: str,
+) -> None:
+    job = make_job(manifest, tmp_path)
+    shutil.copytree(straight[0].out.checkpoints, job.out.checkpoints)
+    without_sums(job.out.checkpoints / straight[1].name, lambda values: change(values["config"]["train"]))
+    with pytest.raises(UserError, match=rf"{straight[1].name}/state\.json: {re.escape(message)}") as caught:
+        resume_point(job, manifest)
+    assert "\n" not in str(caught.value)
 
 
 def test_micro_batches_must_be_shared_equally(manifest: Manifest, ranks: Ranks, tmp_path: Path) -> None:
