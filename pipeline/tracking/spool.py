@@ -45,7 +45,7 @@ class Spool:
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_torn_line(path)
+        cut_torn_line(path)
         self.path = path
         self._clock = clock
         self._known = {record.step: record for record in SpoolReader(path).read()}
@@ -75,7 +75,8 @@ class Spool:
         self.close()
 
 
-def _cut_torn_line(path: Path) -> None:
+def cut_torn_line(path: Path) -> None:
+    """Cut off a last line that a killed process did not finish."""
     if not path.exists():
         return
     content = path.read_bytes()

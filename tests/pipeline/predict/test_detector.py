@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jobs.predict import predict
 from PIL import Image
 
+from jobs.predict import predict
 from model import DetrConfig, ImageBatch
 from pipeline.config.sections import EvaluateSection
 from pipeline.data.labels import Category, LabelMap
