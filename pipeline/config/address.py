@@ -44,9 +44,10 @@ def sqlite_uri(path: Path) -> str:
 
 
 def sqlite_path(uri: str) -> Path:
-    """The file that a `sqlite:///` address means: the path as it is written where its folder is there, else decoded."""
+    """The file that a `sqlite:///` address means: the decoded path, or as written where only that has its folder."""
     text = uri.removeprefix(SQLITE)
     path, _, query = text.partition("?")
-    written = Path(text if "/" in query else path)
-    is_literal = "/" in query or (written.parent.is_dir() and unquote(written.name) == written.name)
-    return (written if is_literal else Path(unquote(path))).resolve()
+    written = Path(text if "/" in query else path)  # what comes after the file has no folders
+    decoded = Path(unquote(path))
+    is_literal = "/" in query or (written.parent.is_dir() and not decoded.parent.is_dir())
+    return (written if is_literal else decoded).resolve()

@@ -63,10 +63,10 @@ def _acquire(client: Any, name: str, owner: str) -> None:
 def _take_away(client: Any, name: str, holder: Any) -> None:
     """Remove a lock that was left, but not the one of somebody who was faster: it is put aside, looked at, put back."""
     aside = f"{name}.{holder.creation_timestamp}"
-    taken = _unless_gone(lambda: client.rename_registered_model(name, aside))
-    if taken is None:
+    _unless_gone(lambda: client.rename_registered_model(name, aside))
+    found = _unless_gone(lambda: client.get_registered_model(aside))
+    if found is None:
         return
-    found = client.get_registered_model(aside)
     if found.tags.get(OWNER_TAG) != holder.tags.get(OWNER_TAG):
         client.rename_registered_model(aside, name)
     else:

@@ -205,8 +205,8 @@ def _link(tracker: Tracker, operation: Operation, version: Any) -> None:
     client.set_tag(run_id, "raydetr.registered", f"models:/{version.name}/{version.version}")
     links = json.loads(client.get_logged_model(model_id).tags.get("mlflow.modelVersions", "[]"))
     link = {"name": version.name, "version": str(version.version)}
-    if link not in links:
-        # As `mlflow.register_model` sets it.
+    if (version.name, str(version.version)) not in [(each["name"], str(each["version"])) for each in links]:
+        # As `mlflow.register_model` and some servers set it.
         client.set_logged_model_tags(model_id, {"mlflow.modelVersions": json.dumps([*links, link])})
     for model in own_models(tracker, operation.body["key"]):
         if model.model_id != model_id and "mlflow.modelVersions" not in model.tags:

@@ -55,18 +55,18 @@ def connect(uri: str) -> "MlflowClient":
         Exception: one of `server_errors`, where a database cannot be opened.
     """
     prepare_mlflow()
+    import mlflow.store.db.utils as databases
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+
+    databases.MAX_RETRY_COUNT = 1  # else it tries for minutes; whoever calls tries again
+    databases._make_parent_dirs_if_sqlite = lambda uri: None  # it does not decode the address, and makes other folders
 
     address, secret = for_client(uri), credentials(uri)
     if secret is not None:
         os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = secret
     if address.startswith(SQLITE):
         _make_database(sqlite_path(address))
-    elif not address.startswith(HTTP):
-        import mlflow.store.db.utils as databases
-
-        databases.MAX_RETRY_COUNT = 1  # else it tries for minutes; whoever calls tries again
     try:
         use_server(address)
         return MlflowClient(tracking_uri=address, registry_uri=address)
