@@ -33,7 +33,7 @@ def make_version(tracker: Tracker, name: str, model_id: str, tags: Mapping[str, 
         if error_code(error) != "RESOURCE_ALREADY_EXISTS":
             raise
     return tracker.client.create_model_version(
-        name, f"models:/{model_id}", tracker.run_id, tags=dict(tags), model_id=model_id
+        name, f"models:/{model_id}", tracker.run_id, tags=dict(tags), model_id=model_id, await_creation_for=0
     )
 
 

@@ -136,7 +136,6 @@ class TestServer:
         again = open_run(mlflow_server.uri, tmp_path)
         again.settle(patience=0)
         check(again, "outage")
-        assert (again.client.get_logged_model(again.client.get_model_version("outage", "1").model_id)) is not None
 
 
 @pytest.mark.usefixtures("light")
