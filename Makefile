@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check fix sanitize bench clean lock
+.PHONY: setup demo test test-clusters check fix sanitize bench clean lock
 
 setup: $(STAMP)  ## .venv from requirements.lock, and the project in it
 
@@ -22,6 +22,9 @@ demo: setup  ## the main job on drawn images: no network service, no GPU
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-clusters: setup  ## what takes minutes: runs that are ended, cut and lost
+	$(BIN)/python -m pytest tests/clusters
 
 check: setup
 	$(BIN)/ruff check .

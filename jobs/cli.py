@@ -158,7 +158,7 @@ def predict(
     from pipeline.config.sections import default_tracking_uri
 
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri()
-    count = predict_pictures(
+    drawn = predict_pictures(
         model,
         images,
         out,
@@ -167,7 +167,13 @@ def predict(
         show_attention=top if show_attention else 0,
         queries=query or (),
     )
-    typer.echo(f"{count} pictures with their detections in {out}")
+    best = f", best {drawn.best:.2f}" if drawn.detections == 0 and drawn.best is not None else ""
+    typer.echo(f"{drawn.pictures} pictures, {drawn.detections} detections at {score_threshold:g}{best}, in {out}")
+    if drawn.unusable:
+        sys.stderr.write(
+            f"error: {len(drawn.unusable)} of {len(drawn.unusable) + drawn.pictures} pictures cannot be used\n"
+        )
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: raydetr synth data/shapes --train-images 1000 --val-images 250")
@@ -183,7 +189,7 @@ def synth(
     from pipeline.shard.synthetic import draw_dataset
 
     draw_dataset(
-        out, SyntheticSection(train_images=train_images, val_images=val_images, image_size=image_size, seed=seed)
+        out, SyntheticSection(train_images=train_images, val_images=val_images, image_size=image_size, seed=seed), "OUT"
     )
     typer.echo(f"{train_images} + {val_images} images in {out}")
 
@@ -280,6 +286,14 @@ def _pipeline(path: Path, overrides: list[str] | None, *, works_on_run: bool = T
     return Pipeline(settings, works_on_run=works_on_run)
 
 
+def _end_now(last_line: str, exit_code: int) -> None:
+    """End without what Ray's client does at an exit: it waits for its cluster, which is gone, and then aborts."""
+    sys.stdout.flush()
+    sys.stderr.write(f"{last_line}\n")
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
 def _with_example(error: TyperException) -> str:
     """What is wrong with the words of a command, and how they are right."""
     message, context = error.format_message(), getattr(error, "ctx", None)
@@ -297,12 +311,11 @@ def main() -> None:
         sys.exit(2)
     except Interrupted as interrupted:
         told = "".join(f"; {note}" for note in getattr(interrupted, "__notes__", ()))
-        sys.stderr.write(f"interrupted ({interrupted}){told}. The same command goes on where this one stood.\n")
-        sys.exit(interrupted.exit_code)
+        _end_now(
+            f"interrupted ({interrupted}){told}. The same command goes on where this one stood.", interrupted.exit_code
+        )
     except RayLostError as error:
-        sys.stderr.write(f"error: {error}. The same command goes on where this one stood.\n")
-        sys.stderr.flush()
-        os._exit(1)  # Ray's client would wait for its cluster, and then abort
+        _end_now(f"error: {error}. The same command goes on where this one stood.", 1)
     except (UserError, TrackingError) as error:
         if "--debug" in sys.argv:
             traceback.print_exc()

@@ -4,22 +4,26 @@ import logging
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import chdir, closing, contextmanager
 from pathlib import Path
 
 import ray
 
-from jobs.interrupt import RayLostError, end_descendants, held_back
+from jobs.interrupt import Interrupted, RayLostError, end_descendants, held_back
 from pipeline.config.sections import ClusterSection
 from pipeline.errors import UserError
 from pipeline.log import get_logger
 
 logger = get_logger(__name__)
 
-# Every worker uses the packages that the driver runs, whatever is installed on its host.
-PACKAGES = [str(Path(__file__).resolve().parents[1] / name) for name in ("jobs", "model", "pipeline")]
+HOME = Path(__file__).resolve().parents[1]
+"""Holds the packages that the driver runs. Every worker uses them, whatever is installed on its host."""
+LEAVE_SECONDS = 2.0
+"""Longest wait for Ray to stop when the command is to end; what is still there then is killed."""
+PACKAGES = [str(HOME / name) for name in ("jobs", "model", "pipeline")]
 
 
 @contextmanager
@@ -33,11 +37,20 @@ def connected(cluster: ClusterSection) -> Iterator[None]:
         yield
         return
     try:
-        with held_back():  # cut while it starts, Ray would leave processes behind
+        # Cut while it starts, Ray would leave processes behind; and the folder that it starts in comes first where
+        # workers look for modules: a user's may hold a `model.py`.
+        with held_back(), chdir(HOME):
             _connect(cluster)
         _check_size(cluster)
         yield
     except RayLostError:
+        end_descendants()
+        raise
+    except Interrupted:
+        # On a busy machine Ray takes longer than the user, or the one who stops the machine, waits.
+        leaving = threading.Thread(target=ray.shutdown, daemon=True)
+        leaving.start()
+        leaving.join(LEAVE_SECONDS)
         end_descendants()
         raise
     except BaseException:
@@ -69,7 +82,7 @@ def _leave() -> None:
 def _connect(cluster: ClusterSection) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    address = cluster.address or os.environ.get("RAY_ADDRESS") or None
     if cluster.address is None and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         ray.init(**quiet)  # inside a submitted job: its cluster, with the working directory it was submitted with
     elif address is None:
@@ -79,9 +92,16 @@ def _connect(cluster: ClusterSection) -> None:
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         cpus = _local_cpus(cluster)
         logger.info("starting Ray on this machine")
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+        try:
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+        except Exception as error:  # Ray tells it in many kinds: a slow disk, a path too long for a socket, no memory
+            told = " ".join(str(error).split())
+            raise UserError(
+                f"Ray cannot be started on this machine ({told[:300]}); if it is slow or low on memory, try again, "
+                "and if the path of its files is too long, set RAY_TMPDIR to a short one such as /tmp"
+            ) from error
     else:
-        _join(address, quiet)
+        _join(address, "cluster.address" if cluster.address else "RAY_ADDRESS", quiet)
 
 
 def device_of(cluster: ClusterSection) -> str:
@@ -99,19 +119,21 @@ def _local_cpus(cluster: ClusterSection) -> int:
     return have
 
 
-def _join(address: str, quiet: dict[str, int | bool]) -> None:
-    mend = "start one with `ray start --head`, or remove cluster.address to start Ray here"
+def _join(address: str, key: str, quiet: dict[str, int | bool]) -> None:
+    mend = f"start one with `ray start --head`, or remove {key} to start Ray here"
     host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address != "auto" and (not host or not port.isdigit() or "/" in host):
+        raise UserError(f"{key} {address}: must be host:port, ray://host:port or auto, such as head:6379")
     if address != "auto":
         try:
-            with closing(socket.create_connection((host, int(port)), timeout=5)):
+            with closing(socket.create_connection((host.strip("[]"), int(port)), timeout=5)):
                 pass
-        except (OSError, ValueError) as error:
-            raise UserError(f"cluster.address {address}: no Ray answers ({error}); {mend}") from error
+        except OSError as error:
+            raise UserError(f"{key} {address}: no Ray answers ({error}); {mend}") from error
     try:
         ray.init(address=address, runtime_env={"py_modules": PACKAGES}, **quiet)
     except (ConnectionError, RuntimeError) as error:
-        raise UserError(f"cluster.address {address}: no Ray answers ({error}); {mend}") from error
+        raise UserError(f"{key} {address}: no Ray answers ({error}); {mend}") from error
 
 
 def _too_few_cpus(cluster: ClusterSection, have: str) -> str:

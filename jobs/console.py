@@ -11,7 +11,7 @@ PLAIN_SECONDS = 10
 
 def make_console() -> Console:
     """A console whose lines are left as they are."""
-    return Console(highlight=False, soft_wrap=True)
+    return Console(highlight=False, soft_wrap=True, markup=False)
 
 
 class ProgressDisplay:
@@ -26,8 +26,13 @@ class ProgressDisplay:
 
     def __init__(self, console: Console, label: str, total: int, unit: str = "") -> None:
         self._console, self._label, self._total, self._unit = console, label, total, unit
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        text = TextColumn("{task.fields[text]}")
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        text = TextColumn("{task.fields[text]}", markup=False)
         self._progress = Progress(*columns, text, console=console, disable=not console.is_terminal, transient=True)
         self._task = self._progress.add_task(label, total=total, text="")
         self._done = 0

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.predict.draw import draw_pictures, find_pictures
+from pipeline.errors import UserError
+from pipeline.predict.draw import Drawn, draw_pictures, find_pictures
 from pipeline.registry.versions import open_detector
 
 
@@ -19,7 +20,7 @@ def predict(
     show_attention: int = 0,
     queries: Sequence[int] = (),
     device: str | None = None,
-) -> int:
+) -> Drawn:
     """Draw a model's detections on pictures, and write them to `<out>/detections.json`.
 
     Args:
@@ -33,12 +34,16 @@ def predict(
         device: where the network runs; a GPU where there is one when None.
 
     Returns:
-        How many pictures were drawn.
+        How many pictures were drawn, with how many detections, and the pictures that could not be used.
 
     Raises:
-        UserError: naming the model or the picture that cannot be used, or `out` if it cannot be made.
+        UserError: naming the model that cannot be used, `out` if it cannot be made or is the pictures' folder, or a
+            picture if none can be used.
     """
     paths = find_pictures(images)
+    if any(path.is_dir() and out.exists() and path.samefile(out) for path in images):
+        raise UserError(f"{out}: is the folder of the pictures; give another --out")
     detector = open_detector(model, tracking_uri, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    draw_pictures(detector, paths, out, score_threshold=score_threshold, show_attention=show_attention, queries=queries)
-    return len(paths)
+    return draw_pictures(
+        detector, paths, out, score_threshold=score_threshold, show_attention=show_attention, queries=queries
+    )

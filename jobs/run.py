@@ -57,7 +57,7 @@ class Pipeline:
             if self._works_on_run:
                 check_init(self.config.train.init, self.config.folder.checkpoints)
                 name = f"the run {self.config.name}"
-                self._stack.enter_context(held(self.config.folder.lock, name, wait=self._wait))
+                self._stack.enter_context(held(self.config.folder.lock, name, wait=self._wait, mend="set runs"))
                 check_resume(self.config)
             self._ray = self._stack.enter_context(ExitStack())
             self._ray.enter_context(connected(self.config.cluster))

@@ -47,7 +47,8 @@ def shard(
     root = Path(config.dataset.root).absolute()
     if config.dataset.synthetic is not None:
         draw_dataset(root, config.dataset.synthetic)
-    sources = {split: _open(root, getattr(config.dataset, split)) for split in splits}
+    outside = config.dataset.allow_outside
+    sources = {split: _open(root, getattr(config.dataset, split), outside) for split in splits}
     if len(sources) == 2:
         check_same_categories(sources["train"], sources["val"])
     out = config.shards_folder
@@ -61,6 +62,7 @@ def shard(
             config.dataset,
             config.shards,
             verify=verify,
+            needs_objects=split == "train",
             write_all=_write_with_ray(split, config.shards.workers),
         )
         if verify and found:
@@ -68,8 +70,8 @@ def shard(
     return manifests
 
 
-def _open(root: Path, split: SplitSection) -> Source:
-    return open_source(root / split.annotations, root / split.images)
+def _open(root: Path, split: SplitSection, allow_outside: bool) -> Source:
+    return open_source(root / split.annotations, root / split.images, allow_outside=allow_outside)
 
 
 def _write_with_ray(split: str, workers: int | None) -> WriteAll:

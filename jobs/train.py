@@ -30,6 +30,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.log import get_logger, outcome
 from pipeline.run_folder import RunFolder
+from pipeline.tracking.spool import SpoolReader
 from pipeline.train.run import TrainJob, resume_point
 
 logger = get_logger(__name__)
@@ -38,6 +39,8 @@ POLL_SECONDS = 1.0
 """Seconds between two calls of `on_poll`."""
 STOP_SECONDS = 4.5
 """Longest wait, when the command is to end, for the step in flight and its checkpoint."""
+START_SECONDS = 30.0
+"""Workers without a point of the curves count as starting for so long: there is no step in flight to wait for."""
 STOP_POLL_SECONDS = 0.1
 """Seconds between two looks for that checkpoint."""
 
@@ -152,21 +155,25 @@ def _fit(trainer: TorchTrainer, on_poll: Callable[[], None], run: RunFolder) -> 
             future.set_exception(error)
 
     run.stop.unlink(missing_ok=True)
+    began = time.monotonic()
+    points = SpoolReader(run.train_spool, run.train_spool.stat().st_size if run.train_spool.exists() else 0)
     threading.Thread(target=fit, name="ray-train", daemon=True).start()
     try:
         while not wait([future], POLL_SECONDS).done:
             on_poll()
             check_alive()
     except Interrupted as interrupted:
-        interrupted.add_note(_stop_workers(future, run))
+        # A run that goes on writes no points of the steps that it does again.
+        has_begun = bool(points.read()) or time.monotonic() - began > START_SECONDS
+        interrupted.add_note(_stop_workers(future, run, has_begun=has_begun))
         raise
     result: dict[str, str] = future.result().return_value
     return result
 
 
-def _stop_workers(future: "Future[Any]", run: RunFolder) -> str:
+def _stop_workers(future: "Future[Any]", run: RunFolder, *, has_begun: bool) -> str:
     """Ask the workers for a checkpoint after the step in flight; where training goes on, for people."""
-    before, end = latest(run.checkpoints), time.monotonic() + STOP_SECONDS
+    before, end = latest(run.checkpoints), time.monotonic() + (STOP_SECONDS if has_begun else 0)
     run.stop.touch()
     while latest(run.checkpoints) == before and time.monotonic() < end and not wait([future], STOP_POLL_SECONDS).done:
         pass

@@ -19,8 +19,12 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 logger = get_logger(__name__)
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: Path, mend: str = "choose another name") -> None:
     """Make a folder that the user named for results, with those above it, unless it is there.
+
+    Args:
+        path: the folder.
+        mend: what to do where it cannot be made, for the message.
 
     Raises:
         UserError: it cannot be made, or nothing can be written in it.
@@ -28,9 +32,9 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot be made a folder ({error.strerror}); choose another name") from error
+        raise UserError(f"{path}: cannot be made a folder ({error.strerror}); {mend}") from error
     if not os.access(path, os.W_OK):
-        raise UserError(f"{path}: nothing can be written in this folder; choose another one")
+        raise UserError(f"{path}: nothing can be written in this folder; {mend}")
 
 
 def read_json(path: Path, what: str) -> Any:
@@ -91,18 +95,19 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def held(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+def held(path: Path, what: str, *, wait: bool = False, mend: str = "choose another name") -> Iterator[None]:
     """Hold a lock that says who holds it, and that a second process is refused; it ends with its process.
 
     Args:
         path: the file; made with its folder when missing. It may lie on a disk that several hosts share.
         what: is held, for messages.
         wait: wait for the lock instead.
+        mend: what to do where its folder cannot be made, for the message.
 
     Raises:
         UserError: another process holds it, named by host, process and time.
     """
-    file = _lock(path, what, wait)
+    file = _lock(path, what, wait, mend)
     with file:
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}))
         file.flush()
@@ -114,10 +119,10 @@ def held(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
                 path.parent.rmdir()
 
 
-def _lock(path: Path, what: str, wait: bool) -> TextIO:
+def _lock(path: Path, what: str, wait: bool, mend: str) -> TextIO:
     """The locked file, empty."""
     while True:
-        make_folder(path.parent)
+        make_folder(path.parent, mend)
         file = path.open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -7,6 +7,8 @@ by rank 0 alone, warnings and errors by every rank, with its number.
 import logging
 import sys
 
+from pipeline.errors import printable
+
 ROOT = "raydetr"
 
 
@@ -25,11 +27,19 @@ class _RankFilter(logging.Filter):
         return self.rank == 0 or record.levelno >= logging.WARNING
 
 
+class _Formatter(logging.Formatter):
+    """Names of the user's cannot steer the terminal that a message is printed on."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802, logging's own name
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
 def set_up_logging(rank: int = 0, level: int = logging.INFO) -> None:
     """Print to stderr from now on; calling it again replaces the rank and the level."""
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_RankFilter(rank))
-    handler.setFormatter(logging.Formatter("%(asctime)s %(rank)s%(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(_Formatter("%(asctime)s %(rank)s%(message)s", datefmt="%H:%M:%S"))
     root = logging.getLogger(ROOT)
     root.handlers[:] = [handler]
     root.setLevel(level)

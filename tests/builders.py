@@ -148,6 +148,16 @@ def make_varied_manifest(root: Path, count: int, max_samples: int = 1000) -> Man
     return make_manifest(root, images, annotations, max_samples=max_samples)
 
 
+def spoil(manifest: Manifest, *image_ids: int) -> None:
+    """Overwrite images in the shards by zeros."""
+    for sample in manifest.samples:
+        if sample.image_id in image_ids:
+            offset, size = sample.members[sample.extension]
+            with (manifest.folder / manifest.shards[sample.shard].name).open("r+b") as file:
+                file.seek(offset)
+                file.write(bytes(size))
+
+
 def make_target(count: int, num_classes: int = 5, seed: int = 0) -> dict[str, Tensor]:
     """The targets of an image: {"labels": int64 [count], "boxes": float32 [count, 4] cxcywh inside 0..1}."""
     generator = torch.Generator().manual_seed(seed)

@@ -18,7 +18,7 @@ import pytest
 from model import ops
 from model.ops.operator import kernels
 from tests.builders import make_varied_manifest
-from tests.pipeline.train.test_loop import MODEL, SETTINGS
+from tests.pipeline.train.runs import MODEL, SETTINGS
 
 PROJECT = Path(__file__).resolve().parents[1]
 SOURCES = ["LICENSE", "README.md", "pyproject.toml", "setup.py", "csrc", "jobs", "model", "pipeline"]

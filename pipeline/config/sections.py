@@ -58,7 +58,7 @@ class SyntheticSection(Section):
     """Images of the validation split."""
     image_size: int = Field(128, ge=64)
     """Side of the square images, in pixels."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the drawing."""
 
 
@@ -73,6 +73,8 @@ class DatasetSection(Section):
     """Logits numbered 0..n-1 in the order of the category ids, or by the raw category id (91 logits)."""
     on_error: OnError = "fail"
     """What an unusable image or annotation does: stop with an error, or be left out and counted."""
+    allow_outside: bool = False
+    """Let file names of images lead out of the images' folder: by `..`, absolute, or through symbolic links."""
     synthetic: SyntheticSection | None = None
     """Draw the dataset instead of reading one."""
 
@@ -175,7 +177,7 @@ class TrainSection(Section):
     compile: bool = False
     """Compile the transformer with torch.compile, which needs a C++ compiler on every worker and takes minutes in the
     first step; other image sizes use the same code. Dropout draws other numbers than without."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the initial weights, the order, the augmentation and the dropout."""
     window: int = Field(8, ge=1)
     """Shards whose samples are shuffled together."""

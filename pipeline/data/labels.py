@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 from pipeline.config.sections import LabelKind
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 
 COCO91_LOGITS = 91
 
@@ -31,12 +31,14 @@ class LabelMap:
     categories: tuple[Category, ...]
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(LabelKind):
+            raise ValueError(f"the label map is of the kind {self.kind!r}, not one of {get_args(LabelKind)}")
         object.__setattr__(self, "categories", tuple(sorted(self.categories, key=lambda category: category.id)))
         if self.kind == "coco91":
             for category in self.categories:
                 if not 1 <= category.id < COCO91_LOGITS:
                     raise UserError(
-                        f"category {category.id} ({category.name}) is not in 1..{COCO91_LOGITS - 1}, "
+                        f"category {category.id} ({shown(category.name)}) is not in 1..{COCO91_LOGITS - 1}, "
                         "as dataset.labels: coco91 needs; set dataset.labels: contiguous"
                     )
 

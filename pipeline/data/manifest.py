@@ -6,21 +6,24 @@ the offsets of the index; nothing is unpacked.
 
 import hashlib
 import json
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.data.labels import LabelMap
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 from pipeline.files import write_whole
 
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"
 OPEN_FILES = 128
+
+Value = TypeVar("Value")
 
 
 class UnreadableSampleError(Exception):
@@ -159,25 +162,40 @@ class ShardReader:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder of shards.
+    """The manifest of a folder of shards, whose tars are all there.
 
     Raises:
-        UserError: there is none, or it is not one that this version reads.
+        UserError: there is none, it is not one that this version reads, or a tar is missing or of another size.
     """
     path = folder / MANIFEST_NAME
+    again = f"delete {folder} and shard again"
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such manifest; write the shards first with `raydetr shard`") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}; delete {folder} and shard again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}; {again}") from None
     version = content.get("format") if isinstance(content, dict) else None
     if version != FORMAT:
         raise UserError(f"{path}: its format is {version!r}, this version reads {FORMAT}; delete it and shard again")
     try:
-        return _from_json(folder, content)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a manifest ({error!r}); delete {folder} and shard again") from None
+        manifest = _from_json(folder, content)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: not a manifest ({shown(repr(error))}); {again}") from None
+    for shard in manifest.shards:
+        _refuse_other_size(folder / shard.name, shard.bytes, again)
+    return manifest
+
+
+def _refuse_other_size(path: Path, size: int, again: str) -> None:
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: this shard cannot be read ({error.strerror}); {again}") from error
+    if found != size:
+        raise UserError(f"{path}: this shard has {found} bytes, the manifest says {size}; {again}")
 
 
 def write_manifest(manifest: Manifest) -> Path:
@@ -193,25 +211,46 @@ def read_image_bytes(manifest: Manifest, sample: Sample) -> bytes:
 
 
 def read_annotations(manifest: Manifest, sample: Sample) -> dict[str, Any]:
-    """The JSON member of a sample: image_id, file_name, width, height, annotations. Raises `UnreadableSampleError`."""
+    """The JSON member of a sample: image_id, file_name, width, height, annotations.
+
+    Raises:
+        UnreadableSampleError: it cannot be read, is of another image, or an annotation is not one that is written.
+    """
     try:
         content = json.loads(_member(manifest, sample, "json"))
-        matches = content["image_id"] == sample.image_id and isinstance(content["annotations"], list)
-    except (ValueError, KeyError, TypeError):
+        told = (content["image_id"], content["width"], content["height"])
+        matches = told == (sample.image_id, sample.width, sample.height) and isinstance(content["file_name"], str)
+        known = manifest.labels.names
+        matches = matches and all(_is_annotation(entry, known) for entry in content["annotations"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         matches = False
     if not matches:
         raise UnreadableSampleError(f"{describe(manifest, sample)}: its JSON member is damaged")
     return dict(content)
 
 
+def _is_annotation(entry: Mapping[str, Any], categories: Mapping[int, str]) -> bool:
+    box, area = entry["bbox"], entry["area"]
+    numbers = [*box, area]
+    return (
+        entry["category_id"] in categories
+        and entry["iscrowd"] in (0, 1)
+        and len(box) == 4
+        and all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+    )
+
+
 def describe(manifest: Manifest, sample: Sample) -> str:
     """Where a sample is, for messages."""
     shard = manifest.folder / manifest.shards[sample.shard].name
-    return f"{shard}: sample {sample.key} (image id {sample.image_id})"
+    return f"{shard}: sample {shown(sample.key)} (image id {sample.image_id})"
 
 
 def ground_truth(manifest: Manifest) -> dict[str, Any]:
-    """The split as a COCO document: images, annotations with iscrowd and area, categories."""
+    """The split as a COCO document: images, annotations with iscrowd and area, categories.
+
+    The annotations are numbered from 1, whatever their ids were: a match with id 0 counts as none in pycocotools.
+    """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for sample in manifest.samples:
@@ -219,16 +258,10 @@ def ground_truth(manifest: Manifest) -> dict[str, Any]:
             content = read_annotations(manifest, sample)
         except UnreadableSampleError as error:
             raise UserError(f"{error}; delete {manifest.folder} and shard again") from None
-        images.append(
-            {
-                "id": sample.image_id,
-                "file_name": content["file_name"],
-                "width": content["width"],
-                "height": content["height"],
-            }
-        )
+        images.append({"id": sample.image_id} | {key: content[key] for key in ("file_name", "width", "height")})
         annotations.extend(content["annotations"])
-    return {"images": images, "annotations": annotations, "categories": manifest.labels.to_json()["categories"]}
+    numbered = [{**annotation, "id": number} for number, annotation in enumerate(annotations, start=1)]
+    return {"images": images, "annotations": numbered, "categories": manifest.labels.to_json()["categories"]}
 
 
 def _member(manifest: Manifest, sample: Sample, extension: str) -> bytes:
@@ -247,31 +280,47 @@ def _canonical(value: Mapping[str, Any]) -> bytes:
 
 
 def _from_json(folder: Path, content: Mapping[str, Any]) -> Manifest:
-    shards = tuple(
-        Shard(
-            name=shard["name"],
-            bytes=shard["bytes"],
-            sha256=shard["sha256"],
-            samples=tuple(
-                Sample(
-                    key=entry["key"],
-                    image_id=entry["image_id"],
-                    width=entry["width"],
-                    height=entry["height"],
-                    shard=number,
-                    members={name: (place[0], place[1]) for name, place in entry["members"].items()},
-                )
-                for entry in shard["index"]
-            ),
-        )
-        for number, shard in enumerate(content["shards"])
-    )
+    shards = tuple(_shard(number, shard) for number, shard in enumerate(content["shards"]))
+    if not shards:
+        raise ValueError("it has no shards")
     return Manifest(
         folder=folder,
-        split=content["split"],
+        split=_expect(content["split"], str),
         labels=LabelMap.from_json(content["label_map"]),
-        source_digest=content["source_digest"],
-        settings=content["settings"],
+        source_digest=_expect(content["source_digest"], str),
+        settings=_expect(content["settings"], dict),
         shards=shards,
-        problems=content["problems"],
+        problems={_expect(rule, str): _at_least(0, count) for rule, count in content["problems"].items()},
     )
+
+
+def _shard(number: int, shard: Mapping[str, Any]) -> Shard:
+    name = _expect(shard["name"], str)
+    if os.path.basename(name) != name or name in ("", ".", "..") or not name.isprintable():
+        raise ValueError(f"the shard name {shown(repr(name))} is not one of a file in its folder")
+    size = _at_least(0, shard["bytes"])
+    samples = tuple(_sample(number, size, entry) for entry in shard["index"])
+    return Shard(name, size, _expect(shard["sha256"], str), samples)
+
+
+def _sample(shard: int, shard_bytes: int, entry: Mapping[str, Any]) -> Sample:
+    members = {name: (_at_least(0, offset), _at_least(0, size)) for name, (offset, size) in entry["members"].items()}
+    key = _expect(entry["key"], str)
+    if len(members) != 2 or "json" not in members:
+        raise ValueError(f"sample {shown(key)} has the members {shown(list(members))}, not an image and json")
+    if any(offset + size > shard_bytes for offset, size in members.values()):
+        raise ValueError(f"sample {shown(key)} lies beyond the {shard_bytes} bytes of its shard")
+    image_id, width, height = _at_least(0, entry["image_id"]), entry["width"], entry["height"]
+    return Sample(key, image_id, _at_least(1, width), _at_least(1, height), shard, members)
+
+
+def _expect(value: Any, kind: type[Value]) -> Value:
+    if not isinstance(value, kind):
+        raise TypeError(f"{shown(repr(value))} is not of the type {kind.__name__}")
+    return value
+
+
+def _at_least(least: int, value: Any) -> int:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{shown(repr(value))} is not a whole number of at least {least}")
+    return value

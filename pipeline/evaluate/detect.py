@@ -13,7 +13,7 @@ from pipeline.config.sections import EvaluateSection, OnError
 from pipeline.data.labels import LabelMap
 from pipeline.data.loader import EvalLoader
 from pipeline.data.manifest import Manifest
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 from pipeline.predict.detector import detector_in
 
 Detection = dict[str, Any]
@@ -66,7 +66,7 @@ def detect(
 
 def _told(labels: LabelMap) -> str:
     names = list(labels.names.values())
-    return f"{len(names)}, {labels.kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+    return f"{len(names)}, {labels.kind}: {shown(', '.join(names[:5]), 400)}{', ...' if len(names) > 5 else ''}"
 
 
 def sort_detections(detections: list[Detection]) -> list[Detection]:

@@ -12,10 +12,16 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from pipeline.data.manifest import Manifest, Sample, read_annotations
+from pipeline.data.manifest import Manifest, Sample, UnreadableSampleError, read_annotations
 from pipeline.data.samples import load_image
+from pipeline.errors import shown
+from pipeline.log import get_logger
+from pipeline.predict.attention import MOST_NAME
 from pipeline.predict.draw import draw_boxes
+
+logger = get_logger(__name__)
 
 LEAST_SIDE = 400
 """Smaller pictures are enlarged to this long side, in pixels, so that names can be read."""
@@ -45,12 +51,16 @@ def write_pictures(
         least_score: least score of a detection that is drawn.
 
     Returns:
-        The pictures' paths.
+        The pictures' paths; an image that cannot be read is left out with a warning.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for sample in choose_samples(manifest, count):
-        pixels = load_image(manifest, sample)
+        try:
+            pixels = load_image(manifest, sample)
+        except UnreadableSampleError as error:
+            logger.warning("not drawn: %s", error)
+            continue
         own = [d for d in detections if d["image_id"] == sample.image_id and d["score"] >= least_score]
         truth = read_annotations(manifest, sample)["annotations"]
         halves = [draw_boxes(pixels, entries, manifest.labels.names, LEAST_SIDE) for entries in (own, truth)]
@@ -86,7 +96,7 @@ def plot_categories(metrics: Mapping[str, Any], path: Path) -> Path:
     rows = np.arange(len(ranked))
     axes.barh(rows, [known[name]["AP50"] for name in ranked], height=0.75, color="#c6dbef", label="AP50")
     axes.barh(rows, [known[name]["AP"] for name in ranked], height=0.45, color="#2171b5", label="AP")
-    axes.set_yticks(rows, ranked)
+    axes.set_yticks(rows, [shown(name, MOST_NAME) for name in ranked], parse_math=False)
     axes.set_xlim(0, 1)
     axes.set_xlabel("average precision")
     axes.set_title(f"AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f} over {len(known)} categories")
@@ -113,7 +123,9 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
     for column in COLUMNS:
         table.add_column(column, justify="right")
     for name, values in (*metrics["per_category"].items(), ("all", metrics)):
-        table.add_row(name, *(f"{values[column]:.4f}" if values[column] >= 0 else "-" for column in COLUMNS))
+        table.add_row(
+            Text(shown(name)), *(f"{values[column]:.4f}" if values[column] >= 0 else "-" for column in COLUMNS)
+        )
     text = io.StringIO()
     Console(file=text, width=110, color_system=None).print(table)
     return text.getvalue().rstrip("\n")

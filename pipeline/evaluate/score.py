@@ -2,7 +2,8 @@
 
 import contextlib
 import io
-import math
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,28 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from pipeline.config.sections import METRICS, Metric
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 from pipeline.evaluate.detect import Detection
-from pipeline.files import read_json
 from pipeline.log import get_logger
+from pipeline.shard.document import (
+    anything,
+    check_document,
+    check_entry,
+    crowd,
+    identifier,
+    is_finite,
+    read_document,
+    text,
+)
 
 logger = get_logger(__name__)
+
+NEEDS = {
+    "images": {"id": identifier},
+    "annotations": {"id": identifier, "image_id": identifier, "category_id": identifier, "bbox": anything},
+    "categories": {"id": identifier},
+}
+"""What an entry of the ground truth must have."""
 
 _AREAS = {"s": "small", "m": "medium", "l": "large"}
 _DETECTIONS = 100
@@ -29,7 +46,7 @@ def score(truth: dict[str, Any] | Path, detections: list[Detection] | Path) -> d
 
     Args:
         truth: a COCO document, or its file. An annotation without `iscrowd` is no crowd, one without `area` has
-            that of its box.
+            that of its box. Ids are whole numbers, or all of them text.
         detections: entries of COCO's result format, or their file.
 
     Returns:
@@ -87,9 +104,10 @@ def _metric(evaluation: COCOeval, categories: slice, name: Metric) -> float:
 def _category_names(document: dict[str, Any]) -> list[str]:
     """Return the names in the order of the ids; one that several categories have is followed by the id."""
     categories = sorted(document["categories"], key=lambda category: category["id"])
-    names = [str(category.get("name", category["id"])) for category in categories]
+    names = [str(category.get("name") or category["id"]) for category in categories]
+    counts = Counter(names)
     return [
-        f"{name} ({category['id']})" if names.count(name) > 1 else name
+        f"{name} ({category['id']})" if counts[name] > 1 else name
         for name, category in zip(names, categories, strict=True)
     ]
 
@@ -97,35 +115,48 @@ def _category_names(document: dict[str, Any]) -> list[str]:
 def _ground_truth(source: dict[str, Any] | Path) -> dict[str, Any]:
     """Return a copy of the document with what pycocotools needs, as it writes into the annotations."""
     where = str(source) if isinstance(source, Path) else "ground truth"
-    document = read_json(source, "annotation file") if isinstance(source, Path) else source
-    if not isinstance(document, dict) or not all(isinstance(document.get(k), list) for k in ("images", "categories")):
-        raise UserError(f"{where}: not a COCO annotation file: it needs the lists `images` and `categories`")
-    for section in ("images", "categories"):
-        ids = [entry.get("id") if isinstance(entry, dict) else None for entry in document[section]]
-        if None in ids or len(set(ids)) < len(ids):
-            raise UserError(f"{where}: `{section}` has an entry without an id or two with the same")
-    images = {image["id"] for image in document["images"]}
-    categories = {category["id"] for category in document["categories"]}
-    annotations, seen = [], set()
-    for index, entry in enumerate(document.get("annotations", [])):
-        name = f"{where}: annotation {entry.get('id') if isinstance(entry, dict) else None} (entry {index})"
-        _check_entry(name, entry, ("id", "image_id", "category_id", "bbox"), images, categories)
-        if entry["id"] in seen:
-            raise UserError(f"{name}: another annotation has the same id; ids must be unique")
-        seen.add(entry["id"])
+    document = read_document(source, "annotation file")[1] if isinstance(source, Path) else source
+    check_document(where, document, NEEDS, may_lack=("annotations",))
+    known = {name: _ids(where, name, document.get(name, ())) for name in NEEDS}
+    for index, entry in enumerate(document["categories"]):
+        if entry.get("name") and isinstance(entry["name"], str):
+            check_entry(where, f"categories[{index}]", entry, {"name": text})
+    annotations = []
+    for index, entry in enumerate(document.get("annotations", ())):
+        name = f"{where}: annotation {shown(entry['id'])} (entry {index})"
+        _check_values(name, entry, known["images"], known["categories"])
+        is_crowd = crowd(entry.get("iscrowd"))
+        if is_crowd is None:
+            raise UserError(f"{name}: iscrowd is {shown(repr(entry['iscrowd']))}, it must be 0 or 1")
         area = entry.get("area", entry["bbox"][2] * entry["bbox"][3])
-        if not _is_number(area):
-            raise UserError(f"{name}: area is {area!r}, it must be a finite number of square pixels")
-        annotations.append({**entry, "area": area, "iscrowd": entry.get("iscrowd", 0)})
-    if 0 in seen:
+        if not is_finite(area):
+            raise UserError(f"{name}: area is {shown(repr(area))}, it must be a finite number of square pixels")
+        wanted = {key: entry[key] for key in ("id", "image_id", "category_id", "bbox")}
+        annotations.append({**wanted, "area": area, "iscrowd": is_crowd})
+    if 0 in known["annotations"]:
         logger.warning("%s: annotation id 0: pycocotools counts a match with it as none; number from 1", where)
     return {"images": document["images"], "categories": document["categories"], "annotations": annotations}
+
+
+def _ids(where: str, name: str, entries: Sequence[dict[str, Any]]) -> set[Any]:
+    """The ids of a list of the document: all different, and all numbers or all text."""
+    ids: set[Any] = set()
+    for entry in entries:
+        if entry["id"] in ids:
+            raise UserError(f"{where}: `{name}` has the id {shown(repr(entry['id']))} twice; ids must be unique")
+        ids.add(entry["id"])
+    texts = [value for value in ids if isinstance(value, str)]
+    if texts and len(texts) < len(ids):
+        raise UserError(f"{where}: `{name}` has ids of numbers and of text ({shown(repr(texts[0]))}); use one of them")
+    if name == "annotations" and texts:
+        raise UserError(f"{where}: `annotations` has the id {shown(repr(texts[0]))}; it must be a whole number")
+    return ids
 
 
 def _detections(source: list[Detection] | Path, document: dict[str, Any]) -> list[Detection]:
     """Return the checked entries as the annotations that pycocotools makes of results."""
     where = str(source) if isinstance(source, Path) else "detections"
-    entries = read_json(source, "detections file") if isinstance(source, Path) else source
+    entries = read_document(source, "detections file")[1] if isinstance(source, Path) else source
     if not isinstance(entries, list):
         raise UserError(f"{where}: must be a list of detections (COCO's result format), not {type(entries).__name__}")
     images = {image["id"] for image in document["images"]}
@@ -133,9 +164,11 @@ def _detections(source: list[Detection] | Path, document: dict[str, Any]) -> lis
     results = []
     for index, entry in enumerate(entries):
         name = f"{where}: entry {index}"
-        _check_entry(name, entry, ("image_id", "category_id", "bbox", "score"), images, categories)
-        if not _is_number(entry["score"]):
-            raise UserError(f"{name} (image {entry['image_id']}): score is {entry['score']!r}, it must be finite")
+        _check_keys(name, entry, ("image_id", "category_id", "bbox", "score"))
+        _check_values(name, entry, images, categories)
+        if not is_finite(entry["score"]):
+            image, value = shown(entry["image_id"]), shown(repr(entry["score"]))
+            raise UserError(f"{name} (image {image}): score is {value}, it must be finite")
         box = entry["bbox"]
         results.append(
             {
@@ -151,22 +184,22 @@ def _detections(source: list[Detection] | Path, document: dict[str, Any]) -> lis
     return results
 
 
-def _check_entry(name: str, entry: Any, keys: tuple[str, ...], images: set[Any], categories: set[Any]) -> None:
+def _check_keys(name: str, entry: Any, keys: tuple[str, ...]) -> None:
     if not isinstance(entry, dict):
         raise UserError(f"{name}: must be an object with {', '.join(keys)}, not {type(entry).__name__}")
     missing = [key for key in keys if key not in entry]
     if missing:
         raise UserError(f"{name}: `{missing[0]}` is missing")
+
+
+def _check_values(name: str, entry: dict[str, Any], images: set[Any], categories: set[Any]) -> None:
     for key, known in (("image_id", images), ("category_id", categories)):
         value = entry[key]
-        if not isinstance(value, int | str) or value not in known:
-            raise UserError(f"{name}: {key} {value!r} is not in the annotation file; are the two of the same dataset?")
-    box = entry["bbox"]
-    if not isinstance(box, list | tuple) or len(box) != 4 or not all(_is_number(value) for value in box):
-        raise UserError(f"{name} (image {entry['image_id']}): bbox is {box!r}, it must be 4 finite numbers x, y, w, h")
+        if identifier(value) is not None or value not in known:
+            told = shown(repr(value))
+            raise UserError(f"{name}: {key} {told} is not in the annotation file; are the two of the same dataset?")
+    box, image = entry["bbox"], shown(entry["image_id"])
+    if not isinstance(box, list | tuple) or len(box) != 4 or not all(is_finite(value) for value in box):
+        raise UserError(f"{name} (image {image}): bbox is {shown(repr(box))}, it must be 4 finite numbers x, y, w, h")
     if box[2] < 0 or box[3] < 0:
-        raise UserError(f"{name} (image {entry['image_id']}): bbox {box!r} has a negative width or height")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        raise UserError(f"{name} (image {image}): bbox {shown(repr(box))} has a negative width or height")

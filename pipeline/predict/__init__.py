@@ -8,6 +8,7 @@ from pipeline.predict.detector import (
     read_picture,
 )
 from pipeline.predict.draw import (
+    Drawn,
     category_color,
     draw_boxes,
     draw_pictures,
@@ -17,6 +18,7 @@ from pipeline.predict.draw import (
 __all__ = [
     "Detection",
     "Detector",
+    "Drawn",
     "answer",
     "category_color",
     "detector_in",

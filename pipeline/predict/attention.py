@@ -17,8 +17,11 @@ from PIL import Image
 
 from model.deformable_detr import DeformableDetr
 from model.sampling import Sampling, record_sampling
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 from pipeline.predict.detector import Detector
+
+MOST_NAME = 60
+"""Characters of a category's name that are drawn."""
 
 MOST_SIDE = 1200
 """Larger pictures are made this many pixels long before they are drawn in panels."""
@@ -153,7 +156,8 @@ def draw_look(pixels: NDArray[np.uint8], seen: Look) -> Figure:
     dots = _draw_panel(whole, picture, seen, levels, (0, 0, width, height))
     left, top, right, bottom = window = _window(seen)
     whole.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color="white", linestyle="--"))
-    whole.set_title(f"query {seen.query}: {seen.category} {seen.score:.2f}", fontsize=10)
+    title = f"query {seen.query}: {shown(seen.category, MOST_NAME)} {seen.score:.2f}"
+    whole.set_title(title, fontsize=10, parse_math=False)
     for level, axes in zip(levels, parts, strict=False):
         _draw_panel(axes, picture, seen, [level], window)
         stride, cells_y, cells_x = seen.levels[level]

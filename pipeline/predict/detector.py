@@ -8,7 +8,6 @@
 `answer` is what the registered model's `predict` does. `predict` draws the detections of a model on pictures.
 """
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -31,7 +29,7 @@ from pipeline.checkpoint.state import STATE, load_model_weights, read_state
 from pipeline.config.keys import with_keys
 from pipeline.config.sections import EvaluateSection
 from pipeline.data.augment import plan_eval
-from pipeline.data.images import decode_image
+from pipeline.data.images import BadImageError, decode_image, shown_size
 from pipeline.data.labels import LabelMap
 from pipeline.errors import UserError
 from pipeline.files import write_json
@@ -39,7 +37,6 @@ from pipeline.files import write_json
 FORMAT = 1
 SETTINGS = "detector.json"
 WEIGHTS = "model.safetensors"
-EXIF_ORIENTATION = 0x0112
 
 Detection = dict[str, Any]
 """category_id, category, score, bbox (xywh pixels of the picture, not clipped)."""
@@ -234,20 +231,15 @@ def _with_weights(config: DetrConfig, weights: dict[str, torch.Tensor], source: 
 
 
 def read_picture(content: bytes) -> NDArray[np.uint8]:
-    """Decode a picture to RGB [height, width, 3], turned as its EXIF says: as a viewer shows it.
+    """Decode a picture to RGB [height, width, 3], turned as its EXIF says: as a viewer shows it, and as in training.
 
     Raises:
-        UserError: it is not a picture, or cut off.
+        UserError: it is not a picture of a format that training takes, cut off, or damaged.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            if image.format in ("JPEG", "PNG") and image.getexif().get(EXIF_ORIENTATION, 1) == 1:
-                return decode_image(content, *image.size)
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except UnidentifiedImageError as error:
-        raise UserError("these bytes are not a picture") from error
-    except Exception as error:  # Pillow's plugins raise many kinds for damaged files
-        raise UserError(f"the picture cannot be decoded: {error}") from error
+        return decode_image(content, *shown_size(content))
+    except BadImageError as error:
+        raise UserError(f"these bytes are not a picture that can be used: {error}") from error
 
 
 def answer(detector: Detector, images: Sequence[bytes], score_threshold: float) -> list[str]:

@@ -3,16 +3,20 @@
 import colorsys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.errors import UserError
+from pipeline.data.images import BadImageError, read_image_file
+from pipeline.errors import UserError, shown
 from pipeline.files import make_folder, write_json
-from pipeline.predict.attention import check_samples, look, save_look
+from pipeline.log import get_logger
+from pipeline.predict.attention import MOST_NAME, check_samples, look, save_look
 from pipeline.predict.detector import Detector, read_picture
+
+logger = get_logger(__name__)
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -38,7 +42,7 @@ def draw_boxes(
     for entry in sorted(entries, key=lambda entry: entry.get("score", 1.0)):
         x, y, width, height = (value * scale for value in entry["bbox"])
         color = category_color(entry["category_id"])
-        text = names.get(entry["category_id"], str(entry["category_id"]))
+        text = shown(names.get(entry["category_id"], entry["category_id"]), MOST_NAME)
         if "score" in entry:
             text += f" {entry['score']:.2f}"
         if entry.get("iscrowd"):
@@ -66,16 +70,25 @@ def find_pictures(images: Sequence[Path]) -> list[Path]:
     """
     paths: list[Path] = []
     for path in images:
-        if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
-            if not inside:
-                raise UserError(f"{path}: no picture in this folder ({', '.join(PICTURES)})")
-            paths += inside
-        elif path.is_file():
-            paths.append(path)
-        else:
-            raise UserError(f"{path}: no such picture or folder")
+        try:
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES) if path.is_dir() else []
+        except OSError as error:
+            raise UserError(f"{path}: this folder cannot be read: {error.strerror}") from error
+        if path.is_dir() and not inside:
+            raise UserError(f"{path}: no picture in this folder ({', '.join(PICTURES)})")
+        if not inside and not path.is_file():
+            raise UserError(f"{shown(path, 400)}: no such picture or folder")
+        paths += inside or [path]
     return paths
+
+
+class Drawn(NamedTuple):
+    """What came of drawing: how many pictures, their detections, the best score of any, and who could not be used."""
+
+    pictures: int
+    detections: int
+    best: float | None
+    unusable: tuple[str, ...]
 
 
 def draw_pictures(
@@ -86,8 +99,10 @@ def draw_pictures(
     score_threshold: float,
     show_attention: int = 0,
     queries: Sequence[int] = (),
-) -> None:
+) -> Drawn:
     """Draw a detector's answers on pictures, and write them to `<out>/detections.json`.
+
+    A picture that cannot be used is named, and the others are drawn. No picture that was given is written over.
 
     Args:
         detector: answers.
@@ -97,29 +112,65 @@ def draw_pictures(
         show_attention: for how many of the best detections, whatever their score, to draw what they looked at as well.
         queries: the queries to draw that for instead.
 
+    Returns:
+        What came of it.
+
     Raises:
-        UserError: naming the picture that cannot be used, or `out` if it cannot be made.
+        UserError: none of the pictures can be used, or `out` is their folder or cannot be made.
     """
     looks_wanted = bool(show_attention or queries)
     if looks_wanted:
         check_samples(detector)
     make_folder(out)
+    names = _Names(out, paths)
     found: list[dict[str, Any]] = []
-    taken: set[str] = set()
+    unusable: list[str] = []
+    scores: list[float] = []
     for path in paths:
         try:
-            pixels = read_picture(path.read_bytes())
-        except (OSError, UserError) as error:
-            raise UserError(f"{path}: {error}") from error
-        detections = detector(pixels, score_threshold)
-        name = path.stem
-        while name in taken:
-            name += "_"
-        taken.add(name)
+            pixels = read_picture(read_image_file(path))
+        except (OSError, BadImageError, UserError) as error:
+            unusable.append(f"{shown(path, 400)}: {getattr(error, 'strerror', None) or error}")
+            logger.warning("left out: %s", unusable[-1])
+            continue
+        everything = detector(pixels)
+        scores += [entry["score"] for entry in everything]
+        detections = [entry for entry in everything if entry["score"] >= score_threshold]
+        name = names.new(path.stem)
         draw_boxes(pixels, detections, detector.labels.names).save(out / f"{name}.png")
         found.append({"file_name": str(path), "drawn": f"{name}.png", "detections": detections})
         if looks_wanted:
             looks = look(detector, pixels, queries, show_attention)
-            drawn = [save_look(pixels, seen, out / f"{name}_query{seen.query}.png").name for seen in looks]
-            found[-1]["attention"] = drawn
+            paths_of_looks = [(seen, out / f"{names.new(f'{name}_query{seen.query}')}.png") for seen in looks]
+            found[-1]["attention"] = [save_look(pixels, seen, place).name for seen, place in paths_of_looks]
+    if not found:
+        raise UserError(f"{unusable[0]}; none of the {len(paths)} pictures can be used")
     write_json(out / "detections.json", found)
+    count = sum(len(entry["detections"]) for entry in found)
+    return Drawn(len(found), count, max(scores, default=None), tuple(unusable))
+
+
+class _Names:
+    """New names of drawn pictures: each is given once, and none is that of a picture that was given."""
+
+    def __init__(self, out: Path, paths: Sequence[Path]) -> None:
+        self._out = out
+        self._taken: set[str] = set()
+        self._given = {_identity(path) for path in paths}
+
+    def new(self, stem: str) -> str:
+        """The stem, with as many _ behind it as it takes."""
+        name = stem
+        while name in self._taken or _identity(self._out / f"{name}.png") in self._given:
+            name += "_"
+        self._taken.add(name)
+        return name
+
+
+def _identity(path: Path) -> tuple[int, int] | Path:
+    """What tells a file from all others, whatever its name."""
+    try:
+        status = path.stat()
+    except OSError:
+        return path
+    return status.st_dev, status.st_ino

@@ -31,6 +31,7 @@ REQUIREMENTS = (
     "safetensors",
     "pillow",
     "opencv-python-headless",
+    "simplejpeg",
     "pydantic",
     "pyyaml",
     "pandas",

@@ -120,13 +120,16 @@ def register_version(tracker: Tracker, operation: Operation) -> Registration:
     use_server(tracker.uri)
     kept = _kept(tracker, key)
     checkpoint = kept if (kept / STATE).is_file() else tracker.outbox.path(body["checkpoint"])
-    upload = partial(log_model, tracker, key, checkpoint, EvaluateSection(**body["evaluate"]), metadata)
+    upload = partial(
+        log_model, tracker, _model_key(operation), checkpoint, EvaluateSection(**body["evaluate"]), metadata
+    )
     model_id = "" if find_version(tracker, name, key) else upload()  # which takes long: others need not wait for it
     with registry_lock(tracker, name):
         version = find_version(tracker, name, key)
         is_new = version is None
         if version is None:
-            version = make_version(tracker, name, model_id or upload(), _tags(key, metadata))
+            number = make_version(tracker, name, model_id or upload(), _tags(key, metadata))
+            version = tracker.client.get_model_version(name, str(number))
         note = _settle_champion(tracker, name, version, metadata, body["metric"])
         champion = find_champion(tracker, name)
     is_champion = champion is not None and champion.version == version.version
@@ -141,6 +144,11 @@ def _key(checkpoint: Path, state: State, metrics: Mapping[str, Any], val_digest:
     sizes = [getattr(evaluate, name) for name in settings_with(EvaluateSection, Role.SERVES)]
     numbers = {name: metrics[name] for name in METRICS}
     return digest([weights, state.labels, state.config["model"], state.data_digest, val_digest, sizes, numbers])
+
+
+def _model_key(operation: Operation) -> str:
+    """Key of the logged model of a version: each registered model has its own."""
+    return digest([operation.subject, operation.body["key"]])
 
 
 def _kept(tracker: Tracker, key: str) -> Path:
@@ -208,7 +216,7 @@ def _link(tracker: Tracker, operation: Operation, version: Any) -> None:
     if (version.name, str(version.version)) not in [(each["name"], str(each["version"])) for each in links]:
         # As `mlflow.register_model` and some servers set it.
         client.set_logged_model_tags(model_id, {"mlflow.modelVersions": json.dumps([*links, link])})
-    for model in own_models(tracker, operation.body["key"]):
+    for model in own_models(tracker, _model_key(operation)):
         if model.model_id != model_id and "mlflow.modelVersions" not in model.tags:
             client.delete_logged_model(model.model_id)
 

@@ -25,16 +25,21 @@ def find_version(tracker: Tracker, name: str, key: str) -> Any | None:
     return min(found, key=lambda version: int(version.version), default=None)
 
 
-def make_version(tracker: Tracker, name: str, model_id: str, tags: Mapping[str, str]) -> Any:
-    """Make a version of a logged model, with its tags at once, and the registered model where it is the first."""
+def make_version(tracker: Tracker, name: str, model_id: str, tags: Mapping[str, str]) -> int:
+    """Make a version of a logged model, with its tags at once, and the registered model where it is the first.
+
+    Returns:
+        The number of the version.
+    """
     try:
         tracker.client.create_registered_model(name)
     except server_errors() as error:
         if error_code(error) != "RESOURCE_ALREADY_EXISTS":
             raise
-    return tracker.client.create_model_version(
+    made = tracker.client.create_model_version(
         name, f"models:/{model_id}", tracker.run_id, tags=dict(tags), model_id=model_id, await_creation_for=0
     )
+    return int(made.version)
 
 
 def find_champion(tracker: Tracker, name: str) -> Any | None:

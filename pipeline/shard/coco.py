@@ -6,17 +6,30 @@ What a rule of `RULES` finds stops the reading with one `UserError` (on_error="f
 """
 
 import hashlib
-import json
-import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.data.images import EXIF_ASSUMED, EXIF_IGNORED, BadImageError, refuse_odd_file
 from pipeline.data.labels import Category
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
+from pipeline.shard.document import (
+    anything,
+    check_document,
+    crowd,
+    image_id,
+    is_finite,
+    is_number,
+    is_whole,
+    pixels,
+    read_document,
+    text,
+    whole,
+)
 
 OnError = Literal["fail", "skip"]
 
@@ -30,7 +43,9 @@ RULES: dict[str, str] = {
     "image_unreadable": "leave the image out",
     "image_size_mismatch": "leave the image out",
     "duplicate_image_id": "keep the first one",
-    "duplicate_annotation_id": "keep the first one",
+    "image_under_two_ids": "give its objects to the first id",
+    "annotation_id_missing": "give it a new id",
+    "duplicate_annotation_id": "give it a new id",
     "annotation_of_unknown_image": "leave the annotation out",
     "annotation_of_unknown_category": "leave the annotation out",
     "box_malformed": "leave the annotation out",
@@ -39,8 +54,22 @@ RULES: dict[str, str] = {
     "box_outside_image": "leave the annotation out",
     "box_partly_outside_image": "clip the box",
     "area_not_finite": "use the area of the box",
+    "crowd_unclear": "leave the annotation out",
 }
 """Every rule for input that is wrong and can be cleaned, with what `dataset.on_error: skip` does."""
+
+NOTES: dict[str, str] = {
+    EXIF_ASSUMED: "EXIF turns them and the size cannot tell: taken as turned, as viewers show them",
+    EXIF_IGNORED: "EXIF turns them and the annotation file has the stored size: taken as stored",
+}
+"""What is counted and told, whatever `dataset.on_error` says: the input may be right."""
+
+NEEDS = {
+    "images": {"id": image_id, "file_name": text, "width": pixels, "height": pixels},
+    "annotations": {"image_id": whole, "category_id": whole, "bbox": anything},
+    "categories": {"id": whole, "name": text},
+}
+"""What an entry must have; the annotations' ids have rules of their own."""
 
 
 class Findings:
@@ -55,6 +84,11 @@ class Findings:
         if self.on_error == "fail":
             raise UserError(f"{message}. Mend the data, or set dataset.on_error: skip to {RULES[rule]}.")
         self.counts[rule] += 1
+
+    def note(self, note: str | None) -> None:
+        """Counts one of `NOTES`."""
+        if note is not None:
+            self.counts[note] += 1
 
 
 @dataclass(frozen=True)
@@ -96,13 +130,31 @@ class Source:
     digest: str
 
 
-def open_source(annotations: Path, images: Path) -> Source:
-    """Parses the annotation file and takes the digest of the source; judges only the structure."""
-    content = _read(annotations)
-    document = _parse(annotations, content)
+def open_source(annotations: Path, images: Path, *, allow_outside: bool = False) -> Source:
+    """Parses the annotation file and takes the digest of the source; judges only the structure.
+
+    Args:
+        annotations: COCO JSON file, packed by gzip or not.
+        images: folder of the images.
+        allow_outside: let names of files lead out of that folder.
+
+    Raises:
+        UserError: the file is not COCO, there is no such folder, or a file's name leads out of it.
+    """
+    mend = "; set dataset.root or the split's annotations to a COCO JSON file"
+    if not annotations.exists():
+        raise UserError(f"{annotations}: no such annotation file{mend}")
+    content, document = read_document(annotations, "annotation file", mend)
+    check_document(str(annotations), document, NEEDS)
+    for name in ("images", "categories"):
+        if not document[name]:
+            raise UserError(f"{annotations}: `{name}` is empty; a split needs at least one entry")
     if not images.is_dir():
         raise UserError(f"{images}: no such folder of images; set dataset.root or the split's images")
-    sizes = _file_sizes(images, {image["file_name"] for image in document["images"]})
+    names = {image["file_name"] for image in document["images"]}
+    if not allow_outside:
+        _refuse_outside(annotations, images, names)
+    sizes = {name: _file_size(images / name) for name in names}
     return Source(annotations, document, sizes, images, source_digest(content, sizes))
 
 
@@ -118,8 +170,11 @@ def clean(source: Source, on_error: OnError) -> CocoSplit:
     """Applies the rules to a source: everything but the content of the image files, which `shards` checks."""
     findings = Findings(on_error)
     categories = _categories(source)
-    declared, images = _images(source, findings)
-    annotations = _annotations(source, declared, {category.id for category in categories}, findings)
+    declared = _declared(source, findings)
+    merged = _merged(source, declared, findings)
+    images = _present(source, declared, merged, findings)
+    annotations = _annotations(source, declared, merged, {category.id for category in categories}, findings)
+    _refuse_fractions(source, annotations.values())
     split = tuple(
         CocoImage(
             id=image_id,
@@ -137,72 +192,33 @@ def clean(source: Source, on_error: OnError) -> CocoSplit:
     return CocoSplit(source.path, source.digest, categories, split, dict(sorted(findings.counts.items())))
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such annotation file; set dataset.root or the split's annotations to a COCO JSON file"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _parse(path: Path, content: bytes) -> dict[str, Any]:
-    """The document, when it has COCO's lists and every entry has the keys that the rules rely on."""
-    try:
-        document = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}; it must be a COCO instances file") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: not COCO: the top is a {type(document).__name__}, not an object with `images`")
-    required: dict[str, dict[str, str]] = {
-        "images": {"id": "index", "file_name": "text", "width": "size", "height": "size"},
-        "annotations": {"id": "integer", "image_id": "integer", "category_id": "integer", "bbox": "any"},
-        "categories": {"id": "integer", "name": "text"},
-    }
-    for name, keys in required.items():
-        if not isinstance(document.get(name), list):
-            state = "missing" if name not in document else "not a list"
-            raise UserError(f"{path}: not COCO: the list `{name}` is {state}; it must be a COCO instances file")
-        for position, entry in enumerate(document[name]):
-            _check_entry(path, f"{name}[{position}]", entry, keys)
-    for name in ("images", "categories"):
-        if not document[name]:
-            raise UserError(f"{path}: `{name}` is empty; a split needs at least one entry")
-    return document
-
-
-def _check_entry(path: Path, where: str, entry: Any, keys: Mapping[str, str]) -> None:
-    if not isinstance(entry, dict):
-        raise UserError(f"{path}: not COCO: {where} is a {type(entry).__name__}, not an object")
-    for key, kind in keys.items():
-        if key not in entry:
-            raise UserError(f"{path}: not COCO: {where} has no `{key}`")
-        value = entry[key]
-        if kind == "any" or (kind == "text" and isinstance(value, str) and value):
-            continue
-        if kind == "text":
-            raise UserError(f"{path}: not COCO: {where} has `{key}` {value!r}, it must be text")
-        whole = type(value) is int or (isinstance(value, float) and value.is_integer())
-        if not whole:
-            raise UserError(f"{path}: not COCO: {where} has `{key}` {value!r}, it must be a whole number")
-        if kind == "size" and value < 1:
-            raise UserError(f"{path}: {where} has `{key}` {value}, it must be at least 1 pixel")
-        if kind == "index" and not 0 <= value < 10**12:
-            raise UserError(f"{path}: {where} has `{key}` {value}, it must be in 0..10^12-1 (12 digits name a sample)")
-
-
-def _file_sizes(folder: Path, names: set[str]) -> dict[str, int | None]:
-    sizes: dict[str, int | None] = {}
+def _refuse_outside(annotations: Path, images: Path, names: Iterable[str]) -> None:
+    """A foreign annotation file must not have other files of this machine copied into shards."""
+    root = os.path.realpath(images)
+    real_folders: dict[str, str] = {}
     for name in names:
-        try:
-            status = os.stat(folder / name)
-        except (OSError, ValueError):
-            sizes[name] = None
-        else:
-            sizes[name] = status.st_size
-    return sizes
+        path = os.path.join(root, name)
+        folder = os.path.dirname(path)
+        if folder not in real_folders:
+            real_folders[folder] = os.path.realpath(folder)
+        real = os.path.join(real_folders[folder], os.path.basename(path))
+        if os.path.islink(path) or os.path.basename(path) == "..":
+            real = os.path.realpath(path)
+        if not real.startswith(os.path.join(root, "")):
+            raise UserError(
+                f"{annotations}: the file_name {shown(repr(name))} leads out of {images}; mend it, or set "
+                "dataset.allow_outside: true if you trust this file"
+            )
+
+
+def _file_size(path: Path) -> int | None:
+    """Bytes of a regular file of a size that an image can have; None for all else."""
+    try:
+        status = os.stat(path)
+        refuse_odd_file(status)
+    except (OSError, ValueError, BadImageError):
+        return None
+    return status.st_size
 
 
 def _categories(source: Source) -> tuple[Category, ...]:
@@ -211,83 +227,157 @@ def _categories(source: Source) -> tuple[Category, ...]:
         category_id = int(entry["id"])
         if category_id in names:
             raise UserError(
-                f"{source.path}: category id {category_id} is given twice ({names[category_id]}, {entry['name']}); "
+                f"{source.path}: category id {category_id} is given twice ({shown(names[category_id])}, "
+                f"{shown(entry['name'])}); "
                 "give each category its own id"
             )
         names[category_id] = entry["name"]
     return tuple(Category(category_id, names[category_id]) for category_id in sorted(names))
 
 
-def _images(source: Source, findings: Findings) -> tuple[dict[int, Any], dict[int, Any]]:
-    """All images by id, and those whose file is there."""
+def _declared(source: Source, findings: Findings) -> dict[int, Any]:
+    """The images by id, whether or not their files are there."""
     declared: dict[int, Any] = {}
     for image in source.document["images"]:
-        image_id = int(image["id"])
-        if image_id in declared:
-            findings.report(
-                "duplicate_image_id",
-                f"{source.path}: image id {image_id} is given twice "
-                f"({declared[image_id]['file_name']}, {image['file_name']})",
-            )
+        number = int(image["id"])
+        if number in declared:
+            names = f"{shown(declared[number]['file_name'])}, {shown(image['file_name'])}"
+            findings.report("duplicate_image_id", f"{source.path}: image id {number} is given twice ({names})")
             continue
-        declared[image_id] = image
+        declared[number] = image
+    return declared
+
+
+def _merged(source: Source, declared: Mapping[int, Any], findings: Findings) -> dict[int, int]:
+    """The ids of pictures that an id before them has, too, with that one: each has but a part of the objects."""
+    first: dict[str, int] = {}
+    merged: dict[int, int] = {}
+    for number, image in declared.items():
+        same = first.setdefault(os.path.normpath(image["file_name"]), number)
+        if same != number:
+            findings.report(
+                "image_under_two_ids",
+                f"{source.path}: {shown(image['file_name'])} is given under the image ids {same} and {number}",
+            )
+            merged[number] = same
+    return merged
+
+
+def _present(
+    source: Source, declared: Mapping[int, Any], merged: Mapping[int, int], findings: Findings
+) -> dict[int, Any]:
+    """The images whose file is there, each under one id."""
     present: dict[int, Any] = {}
-    for image_id, image in declared.items():
-        if source.sizes[image["file_name"]] is None:
-            findings.report(
-                "image_missing", f"{source.images / image['file_name']}: image {image_id} of {source.path} is missing"
-            )
+    for number, image in declared.items():
+        name = image["file_name"]
+        if number in merged:
             continue
-        present[image_id] = image
-    return declared, present
+        if source.sizes[name] is None:
+            rule, told = _missing(source.images / name)
+            findings.report(rule, f"{shown(source.images / name, 400)}: image {number} of {source.path} {told}")
+            continue
+        present[number] = image
+    return present
+
+
+def _missing(path: Path) -> tuple[str, str]:
+    """The rule that a file without a size breaks, and its message."""
+    try:
+        refuse_odd_file(os.stat(path))
+    except BadImageError as error:
+        return error.rule, f"cannot be read: {error}"
+    except (OSError, ValueError):
+        pass
+    return "image_missing", "is missing"
 
 
 def _annotations(
-    source: Source, images: Mapping[int, Any], category_ids: set[int], findings: Findings
+    source: Source,
+    images: Mapping[int, Any],
+    merged: Mapping[int, int],
+    category_ids: set[int],
+    findings: Findings,
 ) -> dict[int, list[dict[str, Any]]]:
     """The cleaned annotations by image id, in the order of the file."""
     cleaned: dict[int, list[dict[str, Any]]] = {}
-    seen: set[int] = set()
-    for entry in source.document["annotations"]:
-        annotation_id, image_id = int(entry["id"]), int(entry["image_id"])
-        where = f"{source.path}: annotation {annotation_id} of image {image_id}"
-        if annotation_id in seen:
-            findings.report("duplicate_annotation_id", f"{where}: its id is given twice")
-            continue
-        seen.add(annotation_id)
-        image = images.get(image_id)
+    ids = _AnnotationIds(source.document["annotations"], findings)
+    for position, entry in enumerate(source.document["annotations"]):
+        number = int(entry["image_id"])
+        own = entry.get("id")
+        name = f"annotation {int(own)}" if is_whole(own) else f"annotations[{position}]"
+        where = f"{source.path}: {name} of image {number}"
+        image = images.get(number)
         if image is None:
             findings.report("annotation_of_unknown_image", f"{where}: there is no image with this id")
             continue
-        where = f"{where} ({image['file_name']})"
+        where = f"{where} ({shown(image['file_name'])})"
         if int(entry["category_id"]) not in category_ids:
             findings.report("annotation_of_unknown_category", f"{where}: there is no category {entry['category_id']}")
             continue
         annotation = _annotation(entry, int(image["width"]), int(image["height"]), where, findings)
         if annotation is not None:
-            cleaned.setdefault(image_id, []).append(annotation)
+            number = merged.get(number, number)
+            annotation = {"id": ids.unique(own, where), "image_id": number, **annotation}
+            cleaned.setdefault(number, []).append(annotation)
     return cleaned
+
+
+class _AnnotationIds:
+    """Keeps annotations' ids unique: an object whose id is missing or taken is an object all the same."""
+
+    def __init__(self, annotations: list[dict[str, Any]], findings: Findings) -> None:
+        known = [int(entry["id"]) for entry in annotations if is_whole(entry.get("id"))]
+        self._new = count(max(known, default=0) + 1)
+        self._taken: set[int] = set()
+        self._findings = findings
+
+    def unique(self, value: Any, where: str) -> int:
+        """The id, or a new one."""
+        if not is_whole(value):
+            told = "it has no id" if value is None else f"its id is {shown(repr(value))}, not a whole number"
+            self._findings.report("annotation_id_missing", f"{where}: {told}")
+            return next(self._new)
+        if int(value) in self._taken:
+            self._findings.report("duplicate_annotation_id", f"{where}: its id is given twice")
+            return next(self._new)
+        self._taken.add(int(value))
+        return int(value)
+
+
+def _refuse_fractions(source: Source, annotations: Iterable[list[dict[str, Any]]]) -> None:
+    """Boxes in 0..1 would be trained on as objects below a pixel."""
+    boxes = [annotation["bbox"] for own in annotations for annotation in own]
+    below = sum(width < 1 and height < 1 for _, _, width, height in boxes)
+    if 2 * below > len(boxes):
+        raise UserError(
+            f"{source.path}: {below} of its {len(boxes)} boxes are smaller than a pixel: COCO's bbox is "
+            "[x, y, width, height] in pixels; if these are fractions of the image, multiply them by its size"
+        )
 
 
 def _annotation(
     entry: Mapping[str, Any], width: int, height: int, where: str, findings: Findings
 ) -> dict[str, Any] | None:
+    """What an annotation holds but its ids; None when it has to go."""
     box = _box(entry["bbox"], width, height, where, findings)
     if box is None:
+        return None
+    is_crowd = crowd(entry.get("iscrowd"))
+    if is_crowd is None:
+        told = shown(repr(entry["iscrowd"]))
+        findings.report("crowd_unclear", f"{where}: its iscrowd is {told}, it must be 0 or 1")
         return None
     clipped = box != entry["bbox"]
     box_area = box[2] * box[3]
     area = entry.get("area", box_area)
-    if not _is_number(area) or not math.isfinite(area):
-        findings.report("area_not_finite", f"{where}: its area is {area!r}")
+    if not is_finite(area) or area < 0:
+        findings.report("area_not_finite", f"{where}: its area is {shown(repr(area))}")
         area = box_area
     annotation = {
-        "id": int(entry["id"]),
-        "image_id": int(entry["image_id"]),
         "category_id": int(entry["category_id"]),
         "bbox": box,
         "area": min(area, box_area) if clipped else area,
-        "iscrowd": int(bool(entry.get("iscrowd", 0))),
+        "iscrowd": is_crowd,
     }
     if entry.get("segmentation"):
         annotation["segmentation"] = entry["segmentation"]
@@ -296,27 +386,25 @@ def _annotation(
 
 def _box(box: Any, width: int, height: int, where: str, findings: Findings) -> list[Any] | None:
     """The box xywh, clipped to the image when it sticks out by more than the slack; None when it has to go."""
-    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
-        findings.report("box_malformed", f"{where}: its bbox {box!r} is not [x, y, width, height] in pixels")
+    if not isinstance(box, list) or len(box) != 4 or not all(is_number(value) for value in box):
+        findings.report("box_malformed", f"{where}: its bbox {shown(repr(box))} is not [x, y, width, height] in pixels")
         return None
-    if not all(math.isfinite(value) for value in box):
-        findings.report("box_not_finite", f"{where}: its bbox {box} is not finite")
+    if not all(is_finite(value) for value in box):
+        findings.report("box_not_finite", f"{where}: its bbox {shown(box)} is not finite")
         return None
     x, y, box_width, box_height = box
     if box_width <= 0 or box_height <= 0:
-        findings.report("box_without_area", f"{where}: its bbox {box} has no area")
+        findings.report("box_without_area", f"{where}: its bbox {shown(box)} has no area")
         return None
     left, top = max(x, 0), max(y, 0)
     right, bottom = min(x + box_width, width), min(y + box_height, height)
     if right <= left or bottom <= top:
-        findings.report("box_outside_image", f"{where}: its bbox {box} is outside the image of {width}x{height}")
+        findings.report("box_outside_image", f"{where}: its bbox {shown(box)} is outside the image of {width}x{height}")
         return None
     overhang = max(-x, -y, x + box_width - width, y + box_height - height)
     if overhang <= BORDER_SLACK:
         return box
-    findings.report("box_partly_outside_image", f"{where}: its bbox {box} sticks out of the image of {width}x{height}")
+    findings.report(
+        "box_partly_outside_image", f"{where}: its bbox {shown(box)} sticks out of the image of {width}x{height}"
+    )
     return [left, top, right - left, bottom - top]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -52,23 +52,28 @@ Mask = NDArray[np.bool_]
 logger = get_logger(__name__)
 
 
-def draw_dataset(root: Path, settings: SyntheticSection) -> Path:
+def draw_dataset(root: Path, settings: SyntheticSection, key: str = "dataset.root") -> Path:
     """Draws both splits into `root` unless they are there already.
 
     The same settings give the same bytes. All is drawn into a hidden folder beside `root`, then renamed.
+
+    Args:
+        root: the dataset's folder.
+        settings: what is drawn.
+        key: what to set for another folder, for messages.
 
     Raises:
         UserError: `root` holds something else, or there is no space.
     """
     wanted = {"format": FORMAT, **settings.model_dump()}
-    if _is_drawn(root, wanted):
+    if _is_drawn(root, wanted, key):
         logger.info(outcome("synthetic dataset", f"in {root}", is_new=False))
         return root
     unfinished = root.with_name(f".{root.name}.partial")
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         with locked(root.with_name(f".{root.name}.lock")):
-            if _is_drawn(root, wanted):
+            if _is_drawn(root, wanted, key):
                 return root
             shutil.rmtree(unfinished, ignore_errors=True)
             for number, (split, images, annotations) in enumerate(SPLITS):
@@ -78,7 +83,7 @@ def draw_dataset(root: Path, settings: SyntheticSection) -> Path:
             os.replace(unfinished, root)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise disk_error(root, error, "dataset.root") from error
+        raise disk_error(root, error, key) from error
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -86,15 +91,17 @@ def draw_dataset(root: Path, settings: SyntheticSection) -> Path:
     return root
 
 
-def _is_drawn(root: Path, wanted: dict[str, Any]) -> bool:
+def _is_drawn(root: Path, wanted: dict[str, Any], key: str) -> bool:
     """Whether the dataset with these settings is there; refuses anything else in the folder."""
     try:
         found = json.loads((root / SETTINGS_NAME).read_text())
+    except PermissionError as error:
+        raise disk_error(root, error, key) from error
     except (FileNotFoundError, NotADirectoryError):
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise UserError(
                 f"{root}: not a synthetic dataset and not empty, so nothing is drawn there; choose another folder "
-                "(dataset.root)"
+                f"({key})"
             ) from None
         return False
     except ValueError:
@@ -103,7 +110,7 @@ def _is_drawn(root: Path, wanted: dict[str, Any]) -> bool:
         changes = [f"{key} was {found.get(key)!r}, now {value!r}" for key, value in wanted.items()
                    if found.get(key) != value]  # fmt: skip
         raise UserError(
-            f"{root}: drawn with other settings ({'; '.join(changes)}); set another dataset.root, or delete the folder"
+            f"{root}: drawn with other settings ({'; '.join(changes)}); set another {key}, or delete the folder"
         )
     return True
 

@@ -1,8 +1,9 @@
 """Writes a split as WebDataset tars with a manifest.
 
-A sample is `<image id, 12 digits>.<jpg|png>`, the source's bytes untouched, followed by `<same key>.json`. What stands
-in which shard is planned from the annotation file and the files' sizes, so the bytes do not depend on who writes them;
-each shard is one task. All is written into a hidden folder beside the final one, the manifest last, then renamed.
+A sample is `<image id, 12 digits>.<jpg|png|webp|bmp|tif>`, the source's bytes untouched, followed by `<same key>.json`.
+What stands in which shard is planned from the annotation file and the files' sizes, so the bytes do not depend on who
+writes them; each shard is one task. All is written into a hidden folder beside the final one, the manifest last, then
+renamed.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO
 import webdataset
 
 from pipeline.config.sections import DatasetSection, OnError, ShardsSection
-from pipeline.data.images import BadImageError, decode_image, inspect_image
+from pipeline.data.images import BadImageError, decode_image, inspect_image, read_image_file
 from pipeline.data.labels import LabelMap
 from pipeline.data.manifest import (
     MANIFEST_NAME,
@@ -33,10 +34,10 @@ from pipeline.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 from pipeline.files import disk_error, locked, sync
 from pipeline.log import get_logger, outcome
-from pipeline.shard.coco import CocoImage, CocoSplit, Findings, Source, clean
+from pipeline.shard.coco import NOTES, CocoImage, CocoSplit, Findings, Source, clean
 
 TAR_BLOCK = 512
 
@@ -83,6 +84,7 @@ def shard_split(
     shards: ShardsSection,
     *,
     verify: bool = False,
+    needs_objects: bool = False,
     write_all: WriteAll = write_in_a_row,
 ) -> Manifest:
     """Writes `<out>/<split>` unless it is there already.
@@ -94,6 +96,7 @@ def shard_split(
         dataset: for `labels` and `on_error`.
         shards: for the sizes and `segmentations`.
         verify: decode every image fully before it is written.
+        needs_objects: refuse a split without an object to train on.
         write_all: runs the tasks.
 
     Returns:
@@ -104,20 +107,21 @@ def shard_split(
     """
     folder = out / split
     settings = _settings(dataset, shards)
+    if (folder / MANIFEST_NAME).exists():  # nothing is written: a disk that is only read will do
+        return _found(folder, source, settings, dataset.on_error)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out / f".{split}.lock"):
             if (folder / MANIFEST_NAME).exists():
-                manifest = read_manifest(folder)
-                _refuse_other(manifest, source, settings, dataset.on_error)
-                logger.info(outcome("shard", _summary(manifest), is_new=False))
-                return manifest
+                return _found(folder, source, settings, dataset.on_error)
             _refuse_foreign(folder)
             cleaned = clean(source, dataset.on_error)
+            if needs_objects:
+                _refuse_no_objects(cleaned)
             return _write_split(cleaned, folder, LabelMap(dataset.labels, cleaned.categories), settings,
                                 dataset.on_error, verify, write_all)  # fmt: skip
     except OSError as error:
-        raise disk_error(out, error, "shards.out") from error
+        raise disk_error(out, error, "shards.out" if shards.out else "runs or shards.out") from error
 
 
 def plan_shards(split: CocoSplit, max_samples: int, max_bytes: int, *, segmentations: bool = False) -> list[ShardPlan]:
@@ -222,15 +226,20 @@ def check_same_categories(train: Source, val: Source) -> None:
     different = sorted(named(train) ^ named(val))
     if different:
         raise UserError(
-            f"{train.path} and {val.path} differ in their categories (id, name): {different[:5]}; "
+            f"{train.path} and {val.path} differ in their categories (id, name): "
+            f"{shown(different[:5], 400)}; "
             "give both files the same list"
         )
 
 
 def report_problems(split: str, manifest: Manifest) -> None:
-    """Says what was cleaned, if anything was."""
-    if manifest.problems:
-        logger.warning("%s: cleaned: %s", split, _told(manifest.problems))
+    """Says what was cleaned, and what may be right or wrong, if anything was."""
+    cleaned = _cleaned(manifest.problems)
+    if cleaned:
+        logger.warning("%s: cleaned: %s", split, _told(cleaned))
+    for note, meaning in NOTES.items():
+        if note in manifest.problems:
+            logger.warning("%s: %d images: %s (%s)", split, manifest.problems[note], meaning, note)
 
 
 def _write_split(
@@ -307,9 +316,9 @@ def _write_samples(plan: ShardPlan, sink: _HashingFile, findings: Findings, veri
 
 def _image_content(image: CocoImage, findings: Findings, verify: bool) -> tuple[bytes, str | None]:
     """The file's bytes and the extension of its member; None when the image has to be left out."""
-    where = f"{image.path}: image {image.id}"
+    where = f"{shown(image.path, 400)}: image {image.id}"
     try:
-        content = image.path.read_bytes()
+        content = read_image_file(image.path)
         header = inspect_image(content, image.width, image.height)
         if verify:
             decode_image(content, image.width, image.height)
@@ -320,6 +329,7 @@ def _image_content(image: CocoImage, findings: Findings, verify: bool) -> tuple[
     except BadImageError as error:
         findings.report(error.rule, f"{where}: {error}")
     else:
+        findings.note(header.note)
         return content, header.extension
     return b"", None
 
@@ -375,8 +385,9 @@ def _refuse_other(manifest: Manifest, source: Source, settings: dict[str, Any], 
         differences.insert(
             0, f"the source ({source.path}, or its images) was {manifest.source_digest[:12]}, now {source.digest[:12]}"
         )
-    if on_error == "fail" and manifest.problems:
-        differences.append(f"dataset.on_error was 'skip' and cleaned {_told(manifest.problems)}, now 'fail'")
+    cleaned = _cleaned(manifest.problems)
+    if on_error == "fail" and cleaned:
+        differences.append(f"dataset.on_error was 'skip' and cleaned {_told(cleaned)}, now 'fail'")
     if differences:
         raise UserError(
             f"{manifest.folder} holds other shards: {'; '.join(differences)}. "
@@ -384,11 +395,32 @@ def _refuse_other(manifest: Manifest, source: Source, settings: dict[str, Any], 
         )
 
 
+def _found(folder: Path, source: Source, settings: dict[str, Any], on_error: OnError) -> Manifest:
+    """The manifest of a split that is written already, if it is that of this source and these settings."""
+    manifest = read_manifest(folder)
+    _refuse_other(manifest, source, settings, on_error)
+    logger.info(outcome("shard", _summary(manifest), is_new=False))
+    return manifest
+
+
+def _refuse_no_objects(split: CocoSplit) -> None:
+    entries = [annotation for image in split.images for annotation in image.annotations]
+    if all(annotation["iscrowd"] for annotation in entries):
+        crowds = (
+            f"its {len(entries)} annotations are crowd regions, which are not trained on" if entries else "it has none"
+        )
+        raise UserError(f"{split.source}: there is no object to train on: {crowds}; check dataset.train.annotations")
+
+
 def _refuse_foreign(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise UserError(
             f"{folder}: it has no {MANIFEST_NAME} and is not empty; set another shards.out, or delete that folder"
         )
+
+
+def _cleaned(problems: dict[str, int]) -> dict[str, int]:
+    return {rule: count for rule, count in problems.items() if rule not in NOTES}
 
 
 def _told(problems: dict[str, int]) -> str:

@@ -9,6 +9,11 @@ from pipeline.train.engine import (
     import_deepspeed,
     make_engine,
 )
+from pipeline.train.initial import (
+    check_init,
+    is_path,
+    make_model,
+)
 from pipeline.train.loop import (
     dropout_seed,
 )
@@ -27,21 +32,32 @@ from pipeline.train.run import (
     find_checkpoint,
     resume_point,
 )
+from pipeline.train.stop import (
+    LOOK_SECONDS,
+    StoppedError,
+    StopRequest,
+)
 
 __all__ = [
+    "LOOK_SECONDS",
     "MAY_DIFFER",
     "SAMPLING_MODULES",
     "Curves",
     "Run",
+    "StopRequest",
+    "StoppedError",
     "TrainJob",
+    "check_init",
     "dropout_seed",
     "engine_config",
     "find_checkpoint",
     "gradient_norm",
     "group_of",
     "import_deepspeed",
+    "is_path",
     "lr_factor",
     "make_engine",
+    "make_model",
     "make_optimizer",
     "parameter_groups",
     "resume_point",

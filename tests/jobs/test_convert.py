@@ -12,7 +12,7 @@ from model import DetrConfig, build_model
 from model.deformable_detr import DeformableDetr
 from model.weights.files import export_weights, load_weights, read_tensors, read_weights
 from model.weights.names import to_foreign
-from pipeline.config.sections import InitSection
+from pipeline.config.sections import InitSection, TrainSection
 from pipeline.data.labels import Category, LabelMap
 from pipeline.distributed import World
 from pipeline.errors import UserError
@@ -21,7 +21,7 @@ from pipeline.train.loop import train
 from pipeline.train.run import TrainJob
 from tests.builders import make_varied_manifest, write_checkpoint
 from tests.jobs.test_cli import raydetr
-from tests.pipeline.train.test_loop import SETTINGS, TrainSection, losses
+from tests.pipeline.train.runs import SETTINGS, losses
 
 SMALL: dict[str, Any] = {
     "backbone": "resnet18", "hidden_dim": 64, "heads": 4, "ffn_dim": 64, "num_queries": 10, "encoder_layers": 1,
@@ -151,5 +151,5 @@ def test_fine_tuning_from_published_weights(tmp_path: Path, world: World) -> Non
     assert torch.equal(weights["backbone.conv1.weight"], given["backbone.conv1.weight"])  # frozen
     moved = (weights["transformer.level_embed"] - given["transformer.level_embed"]).abs().max()
     assert 0 < moved < 0.02
-    values = list(losses(tuned).values())
+    values = list(losses(tuned.out).values())
     assert sum(values[-3:]) < 0.92 * sum(values[:3])

@@ -22,6 +22,14 @@ def started(code: str) -> subprocess.Popen[str]:
     return process
 
 
+def rest(process: subprocess.Popen[str]) -> str:
+    """What it prints from now on, until it has ended."""
+    assert process.stdout is not None
+    output = process.stdout.read()
+    process.wait(20)
+    return output
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 class TestSignals:
     def test_the_first_ends_in_order_and_the_second_at_once(self, number: signal.Signals) -> None:
@@ -57,8 +65,7 @@ class TestSignals:
             "    print(interrupted, flush=True)\n"
         )
         process.send_signal(number)
-        output, _ = process.communicate(timeout=20)
-        assert output.split() == ["whole", number.name]
+        assert rest(process).split() == ["whole", number.name]
 
 
 def test_an_exit_that_a_foreign_handler_makes_of_a_signal_is_the_signal() -> None:
@@ -75,8 +82,7 @@ def test_an_exit_that_a_foreign_handler_makes_of_a_signal_is_the_signal() -> Non
         "    print(interrupted, flush=True)\n"
     )
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=20)
-    assert output.split() == ["SIGTERM"]
+    assert rest(process).split() == ["SIGTERM"]
 
 
 def test_what_lost_its_parent_is_ended_too() -> None:
@@ -91,7 +97,7 @@ def test_what_lost_its_parent_is_ended_too() -> None:
         "print(orphan, flush=True)\n"
         "end_descendants()\n"
     )
-    output, _ = process.communicate(timeout=20)
+    output = rest(process)
     end = time.monotonic() + 5
     while psutil.pid_exists(int(output)) and time.monotonic() < end:
         time.sleep(0.05)

@@ -1,6 +1,5 @@
 """Training under Ray Train: the same numbers, also when a worker is killed."""
 
-import json
 import os
 import signal
 import socket
@@ -15,7 +14,6 @@ import ray
 
 import jobs.train
 from jobs.cluster import connected
-from jobs.run import run_pipeline
 from jobs.train import interface_of, train
 from pipeline import checkpoint
 from pipeline.config.sections import ClusterSection, Config
@@ -26,7 +24,7 @@ from pipeline.run_folder import RunFolder
 from pipeline.train.loop import train as train_here
 from pipeline.train.run import TrainJob
 from tests.builders import make_varied_manifest
-from tests.pipeline.train.test_loop import MODEL, SETTINGS, assert_same_weights
+from tests.pipeline.train.runs import MODEL, SETTINGS, assert_same_weights, losses
 
 STEPS = 30
 
@@ -53,12 +51,6 @@ def make_config(runs: Path, name: str = "ray", cluster: dict[str, object] | None
         "cluster": {"workers": 2, "device": "cpu", "require_compiled": False, **(cluster or {})},
     }
     return Config.model_validate(sections)
-
-
-def losses(spool: Path) -> dict[int, float]:
-    records = [json.loads(line) for line in spool.read_text().splitlines()]
-    assert len({record["step"] for record in records}) == len(records), "a point was written twice"
-    return {record["step"]: record["metrics"]["train/loss"] for record in records}
 
 
 def descendants(process: int) -> dict[int, str]:
@@ -98,7 +90,7 @@ def test_ray_workers_train_like_one_process(
     assert calls >= 1
     job = TrainJob(config.model_for(manifest.labels.num_classes), config.train, manifest.folder, RunFolder(tmp_path))
     train_here(job, world)
-    assert losses(config.folder.train_spool) == pytest.approx(losses(job.out.train_spool), rel=1e-5)
+    assert losses(config.folder) == pytest.approx(losses(job.out), rel=1e-5)
 
 
 def test_a_finished_run_is_not_trained_again(trained: tuple[Config, Path, int], manifest: Manifest) -> None:
@@ -117,7 +109,7 @@ def test_a_killed_worker_changes_nothing(trained: tuple[Config, Path, int], mani
             if spool.exists() and len(spool.read_text().splitlines()) >= 4:
                 workers = [pid for pid, command in descendants(os.getpid()).items() if "RayTrainWorker" in command]
                 os.kill(workers[-1], signal.SIGKILL)
-                killed.append(len(losses(spool)))
+                killed.append(len(losses(config.folder)))
 
     with ThreadPoolExecutor(1) as pool:
         killing = pool.submit(kill_one)
@@ -129,7 +121,7 @@ def test_a_killed_worker_changes_nothing(trained: tuple[Config, Path, int], mani
     assert killed, "no worker was killed"
     assert killed[0] < STEPS, "it was not killed in time"
     assert_same_weights(last, trained[1])
-    assert losses(spool) == losses(trained[0].folder.train_spool)
+    assert losses(config.folder) == losses(trained[0].folder)
 
 
 def test_wrong_input_of_a_worker_is_told_to_the_driver(manifest: Manifest, tmp_path: Path) -> None:
@@ -137,14 +129,6 @@ def test_wrong_input_of_a_worker_is_told_to_the_driver(manifest: Manifest, tmp_p
     config = make_config(tmp_path, init={"weights": str(tmp_path / "text.safetensors")})
     with pytest.raises(UserError, match=r"train\.init: .*text\.safetensors: damaged"):
         train(config, manifest)
-
-
-@pytest.mark.parametrize("key", ["backbone", "weights"])
-def test_initial_weights_that_are_not_there_are_told_at_once(key: str, tmp_path: Path) -> None:
-    config = make_config(tmp_path, init={key: "none.pth"})
-    with pytest.raises(UserError, match=rf"train\.init\.{key}: none\.pth: there is no such file or folder"):
-        run_pipeline(config)
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_compiled_operator_may_be_required(

@@ -1,20 +1,12 @@
 """The logger and its rank."""
 
 import logging
-from collections.abc import Iterator
 
 import pytest
 
-from pipeline.log import ROOT, get_logger, set_up_logging
+from pipeline.log import get_logger, set_up_logging
 
-
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    root = logging.getLogger(ROOT)
-    before = (root.handlers[:], root.level, root.propagate)
-    yield
-    root.handlers[:], root.propagate = before[0], before[2]
-    root.setLevel(before[1])
+pytestmark = pytest.mark.usefixtures("restored_logging")
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,30 @@
-"""pipeline/config.py: strict sections, overrides, clear errors."""
+"""The sections: the shipped configurations, roles of settings, and what follows from them."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import pytest
 import torch
+from pydantic import Field
 
 from model import DetrConfig, build_model
-from pipeline.config.keys import with_keys
-from pipeline.config.load import ConfigError, dump_config, load_config, parse_config
-from pipeline.config.values import differences, digest, flatten
+from pipeline.config.load import dump_config, load_config, parse_config
+from pipeline.config.sections import (
+    METRICS,
+    AugmentSection,
+    Config,
+    DatasetSection,
+    EvaluateSection,
+    Role,
+    Section,
+    ShardsSection,
+    TrackingSection,
+    TrainSection,
+    default_tracking_uri,
+    settings_with,
+)
 
 CONFIGS = sorted((Path(__file__).resolve().parents[3] / "jobs" / "configs").glob("*.yaml"))
-
-
-def write(folder: Path, text: str) -> Path:
-    path = folder / "config.yaml"
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -103,93 +110,59 @@ def test_published_architectures_are_the_papers() -> None:
         assert model.num_queries == (100 if model.class_loss == "softmax" else 300)
 
 
-def test_detr_on_its_own_says_what_to_set(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"set model\.feature_levels: 1, or model\.arch: deformable_detr"):
-        load_config(write(tmp_path, "name: a\nmodel: {arch: detr}\n"))
-
-
-def test_overrides_are_yaml(tmp_path: Path) -> None:
-    path = write(tmp_path, "name: a\ntrain: {epochs: 5}\n")
-    config = load_config(
-        path, ["train.epochs=3", "train.lr=5e-4", "tracking.uri=null", "train.augment.short_sides=[64, 96]"]
-    )
-    assert (config.train.epochs, config.train.lr, config.tracking.uri) == (3, 5e-4, None)
-    assert config.train.augment.short_sides == (64, 96)
-
-
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("train.epoch=3", ["unknown key `train.epoch`", "`train.epochs`"]),
-        ("model.hiden_dim=3", ["unknown key `model.hiden_dim`", "`model.hidden_dim`"]),
-        ("register.modl_name=x", ["unknown key `register.modl_name`", "`register.model_name`"]),
-        ("train.criterion.giou=1", ["`train.criterion.giou_weight`"]),
-        ("trian.epochs=3", ["unknown key `trian`", "`train`"]),
-        ("train.lr=fast", ["`train.lr` is 'fast'"]),
-        ("train.lr=.inf", ["`train.lr` is inf"]),
-        ("train.lr_drop_epochs=[-1]", ["`train.lr_drop_epochs", "-1"]),
-        ("register.metric=mAP", ["`register.metric` is 'mAP'", "'AP50'"]),
-        ("model.heads=7", ["model.hidden_dim 256 is not a multiple of model.heads 7"]),
-        ("model.num_queries=0", [": model.num_queries is 0, it must be at least 1"]),
-        ("model.backbone=resnet5", ["`model.backbone` is 'resnet5'"]),
-        ("train.criterion.giou_weight=-1", [": train.criterion.giou_weight is -1", "must not be negative"]),
-        ("model.two_stage=true", [": model.two_stage needs model.with_box_refine: the proposals"]),
-        ("train.augment.crop_min=700", [": train.augment.crop_min 700 is more than train.augment.crop_max 600"]),
-        ("model.num_classes=3", ["model.num_classes follows from dataset.labels"]),
-        ("train.global_batch=15", ["train.global_batch 15 is not a multiple of train.micro_batch 2"]),
-        ("cluster.workers=5", ["5 cluster.workers cannot share equally"]),
-        ("name=a/b", ["`name`"]),
-        ("train.epochs", ["section.key=value"]),
-        ("name.x=1", ["name is a value, not a section"]),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_wrong_override_is_one_clear_error(tmp_path: Path, override: str, words: list[str]) -> None:
-    path = write(tmp_path, "name: a\n")
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, [override])
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
-
-
-@pytest.mark.parametrize(
-    "text", ["- a\n- b\n", "name: [\n", "", "runs: x\n"], ids=["list", "broken", "empty", "no name"]
-)
-def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str) -> None:
-    path = write(tmp_path, text)
-    with pytest.raises(ConfigError, match=str(path)):
-        load_config(path)
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
-        load_config(tmp_path / "nowhere.yaml")
-
-
-def test_total_steps_covers_every_sample(tmp_path: Path) -> None:
-    train = load_config(write(tmp_path, "name: a\ntrain: {epochs: 3, global_batch: 4}\n")).train
+def test_total_steps_covers_every_sample() -> None:
+    train = TrainSection(epochs=3, global_batch=4)
     assert train.total_steps(samples=10) == 8  # 30 samples in steps of 4
     assert train.model_copy(update={"max_steps": 5}).total_steps(samples=10) == 5
 
 
-def test_settings_in_a_message_go_by_their_keys() -> None:
-    said = "/data/heads: 91 class heads; set heads: 4, points: 8 and reset_heads: true, or model.arch: detr"
-    assert with_keys(said, "model", "train.init") == (
-        "/data/heads: 91 class heads; set model.heads: 4, model.points: 8 and train.init.reset_heads: true, "
-        "or model.arch: detr"
+def test_shards_are_shared_by_the_runs_of_a_dataset() -> None:
+    config = Config(name="a", dataset=DatasetSection(root="data/birds"))
+    assert config.shards_folder == Path("runs/shards/birds").absolute()
+    assert config.model_copy(update={"shards": ShardsSection(out="/x/y")}).shards_folder == Path("/x/y")
+
+
+def test_the_tracking_server_is_embedded_unless_one_is_named(tmp_path: Path) -> None:
+    embedded = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert default_tracking_uri(tmp_path) == embedded
+    assert (
+        default_tracking_uri("runs") == default_tracking_uri() == f"sqlite:///{Path('runs').absolute() / 'mlflow.db'}"
     )
+    assert Config(name="a", runs=str(tmp_path)).tracking_uri == embedded
+    named = TrackingSection(uri="http://127.0.0.1:5000")
+    assert Config(name="a", runs=str(tmp_path), tracking=named).tracking_uri == "http://127.0.0.1:5000"
 
 
-def test_digest_and_differences() -> None:
-    old, new = {"a": {"b": 1, "c": [1]}, "d": None}, {"a": {"b": 2, "c": [1]}, "e": 3}
-    assert differences(old, new) == ["a.b: 1 -> 2", "d: None -> (absent)", "e: (absent) -> 3"]
-    assert digest({"x": 1, "y": 2}) == digest({"y": 2, "x": 1}) != digest({"x": 1, "y": 3})
-    assert flatten(old) == {"a.b": 1, "a.c": [1], "d": None}
+@pytest.mark.parametrize(
+    ("section", "role", "settings"),
+    [
+        (
+            TrainSection,
+            Role.MAY_DIFFER,
+            (
+                *("epochs", "max_steps", "zero_stage", "activation_checkpointing", "loader_workers"),
+                *("checkpoint_epochs", "keep_checkpoints", "log_steps", "max_restarts"),
+            ),
+        ),
+        (EvaluateSection, Role.SCORES, ("batch_size", "short_side", "max_side", "max_detections")),
+        (EvaluateSection, Role.SERVES, ("short_side", "max_side", "max_detections")),
+        (AugmentSection, Role.MAY_DIFFER, ()),
+    ],
+    ids=["may differ", "scores", "serves", "none"],
+)
+def test_settings_have_the_roles(section: type[Section], role: Role, settings: tuple[str, ...]) -> None:
+    assert settings_with(section, role) == settings
 
 
-def test_shards_are_shared_by_the_runs_of_a_dataset(tmp_path: Path) -> None:
-    path = write(tmp_path, "name: a\ndataset: {root: data/birds}\n")
-    assert load_config(path).shards_folder == Path("runs/shards/birds").absolute()
-    assert load_config(path, ["shards.out=/x/y"]).shards_folder == Path("/x/y")
+def test_a_role_is_found_beside_other_metadata() -> None:
+    class Some(Section):
+        first: Annotated[int, Role.SCORES, Role.SERVES] = Field(1, ge=1)
+        second: Annotated[int, Field(ge=1), Role.SERVES] = 1
+        third: int = 1
+
+    assert settings_with(Some, Role.SERVES) == ("first", "second")
+    assert settings_with(Some, Role.SCORES) == ("first",)
+
+
+def test_the_metrics_are_coco_s_twelve() -> None:
+    assert METRICS == ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")

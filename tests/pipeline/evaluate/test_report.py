@@ -1,4 +1,4 @@
-"""Pictures, tables and plots."""
+"""Pictures, tables and plots of an evaluation."""
 
 import csv
 from pathlib import Path
@@ -16,8 +16,7 @@ from pipeline.evaluate.report import (
     write_category_table,
     write_pictures,
 )
-from pipeline.predict.draw import category_color, draw_boxes
-from tests.builders import make_annotation, make_image, make_manifest
+from tests.builders import make_annotation, make_manifest
 
 
 def make_metrics(**categories: float) -> dict[str, object]:
@@ -54,15 +53,6 @@ class TestPictures:
     def test_more_pictures_than_images(self, split: Manifest) -> None:
         assert len(choose_samples(split, 50)) == 6
         assert choose_samples(split, 0) == []
-
-    def test_box_is_where_it_belongs(self) -> None:
-        drawn = np.array(draw_boxes(make_image(200, 100), [{"bbox": [20, 40, 60, 30], "category_id": 7}], {7: "cup"}))
-        for x, y in ((20, 60), (80, 60), (50, 40), (50, 70)):
-            assert tuple(drawn[y, x]) == category_color(7)
-        assert (drawn[50:65, 30:75] == make_image(200, 100)[50:65, 30:75]).all()
-
-    def test_colors_differ(self) -> None:
-        assert len({category_color(category_id) for category_id in range(1, 91)}) > 80
 
 
 def test_category_table(tmp_path: Path) -> None:

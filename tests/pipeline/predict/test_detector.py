@@ -1,4 +1,4 @@
-"""The detector from a checkpoint and from its own folder, and the drawing of predictions."""
+"""The detector from a checkpoint and from its own folder."""
 
 import io
 import json
@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.predict import predict
 from model import DetrConfig, ImageBatch
 from pipeline.config.sections import EvaluateSection
 from pipeline.data.labels import Category, LabelMap
@@ -145,49 +144,3 @@ class TestReadPicture:
     def test_not_a_picture(self, content: bytes | None) -> None:
         with pytest.raises(UserError, match="picture"):
             read_picture(encoded(make_image(200, 200))[:300] if content is None else content)
-
-
-class TestPredict:
-    def test_pictures_and_detections(self, checkpoint: Path, tmp_path: Path) -> None:
-        write_image(tmp_path / "in" / "a.jpg", 40, 30)
-        write_image(tmp_path / "in" / "b.png", 30, 40)
-        (tmp_path / "in" / "notes.txt").write_text("not a picture")
-        write_image(tmp_path / "a.png", 20, 20)
-        out = tmp_path / "out"
-        images = [tmp_path / "in", tmp_path / "a.png"]
-        assert predict(str(checkpoint), images, out, tracking_uri="", score_threshold=0.0) == 3
-        assert {path.name for path in out.iterdir()} == {"a.png", "a_.png", "b.png", "detections.json"}
-        found = json.loads((out / "detections.json").read_text())
-        assert [Path(entry["file_name"]).name for entry in found] == ["a.jpg", "b.png", "a.png"]
-        assert found[0]["detections"][0].keys() == {"category_id", "category", "score", "bbox"}
-        assert Image.open(out / "a.png").size == (40, 30)
-
-    def test_attention(self, checkpoint: Path, tmp_path: Path) -> None:
-        image, out = write_image(tmp_path / "a.png", 40, 30), tmp_path / "out"
-        predict(str(checkpoint), [image], out, tracking_uri="", score_threshold=1.0, show_attention=2)
-        (best,) = json.loads((out / "detections.json").read_text())
-        assert len(best["attention"]) == 2
-        predict(str(checkpoint), [image], out, tracking_uri="", show_attention=1, queries=[5])
-        (chosen,) = json.loads((out / "detections.json").read_text())
-        assert chosen["attention"] == ["a_query5.png"]
-        drawn = {*best["attention"], "a_query5.png", "a.png", "detections.json"}
-        assert {path.name for path in out.iterdir()} == drawn
-
-    @pytest.mark.parametrize(
-        ("name", "message"),
-        [
-            pytest.param("none.jpg", "none.jpg: no such picture", id="missing"),
-            pytest.param("empty", "empty: no picture in this folder", id="empty folder"),
-            pytest.param("text.jpg", "text.jpg: these bytes are not a picture", id="not a picture"),
-        ],
-    )
-    def test_bad_pictures(self, name: str, message: str, checkpoint: Path, tmp_path: Path) -> None:
-        (tmp_path / "empty").mkdir()
-        (tmp_path / "text.jpg").write_text("text")
-        with pytest.raises(UserError, match=message):
-            predict(str(checkpoint), [tmp_path / name], tmp_path / "out", tracking_uri="")
-
-    def test_no_model(self, tmp_path: Path) -> None:
-        image = write_image(tmp_path / "a.jpg")
-        with pytest.raises(UserError, match="neither a checkpoint"):
-            predict(str(tmp_path), [image], tmp_path / "out", tracking_uri="")

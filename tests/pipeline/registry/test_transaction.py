@@ -4,13 +4,13 @@ import json
 import shutil
 import threading
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
 from pipeline.config.sections import METRICS, EvaluateSection, RegisterSection
 from pipeline.data.labels import Category, LabelMap
-from pipeline.registry import lock, package
+from pipeline.registry import package
 from pipeline.registry.register import VERSION, Registration, register, register_version
 from pipeline.tracking import tracker as tracking
 from pipeline.tracking.tracker import Tracker
@@ -61,9 +61,8 @@ def check(tracker: Tracker, name: str) -> None:
     assert float(version.tags["raydetr.metric.AP"]) == 0.5
     assert version.tags["raydetr.champion"] != "undecided"
     model_id = version.source.removeprefix("models:/")
-    key = version.tags["raydetr.key"]
     experiment = client.get_experiment_by_name(EXPERIMENT)
-    models = client.search_logged_models([experiment.experiment_id], f"tags.`raydetr.key` = '{key}'")
+    models = client.search_logged_models([experiment.experiment_id])
     models = [model for model in models if model.source_run_id == version.run_id]
     assert [(model.model_id, str(model.status)) for model in models] == [(model_id, "READY")]
     assert json.loads(models[0].tags["mlflow.modelVersions"]) in (
@@ -196,49 +195,3 @@ class TestTwoRuns:
         assert sorted(versions) == [0.1, 0.3, 0.5, 0.9]
         assert len(client.search_model_versions("name='rush'")) == 4
         assert client.get_model_version_by_alias("rush", "champion").version == versions[0.9].version
-
-
-class TestLock:
-    @pytest.fixture
-    def two(self, mlflow_uri: str, tmp_path: Path) -> list[Tracker]:
-        return [open_run(mlflow_uri, tmp_path / name) for name in ("first", "second")]
-
-    def test_one_holds_it_at_a_time_and_the_same_run_enters_again(self, two: list[Tracker]) -> None:
-        inside = threading.Event()
-        with lock.registry_lock(two[0], "locked"):
-            with lock.registry_lock(two[0], "locked"):
-                pass
-            with lock.registry_lock(two[0], "locked"):
-
-                def enter() -> None:
-                    with lock.registry_lock(two[1], "locked"):
-                        inside.set()
-
-                other = threading.Thread(target=enter)
-                other.start()
-                assert not inside.wait(1)
-        other.join(20)
-        assert inside.is_set()
-
-    def test_one_that_was_left_is_taken_after_its_lease(
-        self, two: list[Tracker], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(lock, "LEASE", 1.0)
-        holding = lock.registry_lock(two[0], "left")
-        holding.__enter__()
-        with lock.registry_lock(two[1], "left"):
-            pass
-        client = two[0].client
-        assert not [each.name for each in client.search_registered_models() if each.name.startswith("raydetr.lock")]
-
-    def test_the_lock_of_somebody_faster_is_put_back(self, two: list[Tracker]) -> None:
-        with lock.registry_lock(two[0], "put back"):
-            client = two[0].client
-            (held,) = [each for each in client.search_registered_models() if each.name.startswith("raydetr.lock")]
-
-            class Gone:
-                creation_timestamp = held.creation_timestamp
-                tags: ClassVar[dict[str, str]] = {lock.OWNER_TAG: "somebody"}
-
-            lock._take_away(client, held.name, Gone)
-            assert client.get_registered_model(held.name).tags[lock.OWNER_TAG] == two[0].run_id

@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.labels import Category, LabelMap
 from pipeline.errors import UserError
 from pipeline.shard.coco import open_source
-from tests.builders import CATEGORIES, CocoFiles, make_annotation, read_coco, write_coco
+from tests.builders import CocoFiles, make_annotation, read_coco, write_coco
 
 NAN, INF = math.nan, math.inf
 
@@ -24,7 +23,7 @@ RULES_OF_ANNOTATIONS = [
     pytest.param({"bbox": [1, 2, "3", 4]}, "box_malformed", "is not [x, y, width, height]", id="text among numbers"),
     pytest.param({"image_id": 77}, "annotation_of_unknown_image", "no image with this id", id="unknown image"),
     pytest.param({"category_id": 2}, "annotation_of_unknown_category", "no category 2", id="unknown category"),
-    pytest.param({"id": 1}, "duplicate_annotation_id", "given twice", id="duplicate id"),
+    pytest.param({"iscrowd": "no"}, "crowd_unclear", "iscrowd is 'no'", id="crowd as text"),
 ]
 
 
@@ -81,6 +80,31 @@ class TestBoxesAtTheBorder:
         split = read_coco(*write_coco(tmp_path, annotations=[make_annotation(5, 2, box, area=77.25)]), "fail")
         assert split.images[1].annotations[0]["bbox"] == box
         assert split.images[1].annotations[0]["area"] == 77.25
+
+
+class TestAnnotationIds:
+    @pytest.mark.parametrize(
+        ("bad", "rule", "told"),
+        [
+            pytest.param({"id": 1}, "duplicate_annotation_id", "annotation 1 of image 2 .*given twice", id="duplicate"),
+            pytest.param({"id": None}, "annotation_id_missing", r"annotations\[1\] of image 2 .*has no id", id="null"),
+            pytest.param({"id": "a7"}, "annotation_id_missing", "its id is 'a7', not a whole number", id="text"),
+        ],
+    )
+    def test_the_object_is_kept_under_a_new_id(self, tmp_path: Path, bad: Any, rule: str, told: str) -> None:
+        files = with_bad_annotation(tmp_path, bad)
+        with pytest.raises(UserError, match=told):
+            read_coco(*files, "fail")
+        split = read_coco(*files, "skip")
+        assert split.problems == {rule: 1}
+        assert [annotation["id"] for image in split.images for annotation in image.annotations] == [1, 2]
+
+    def test_new_ids_are_those_of_no_other(self, tmp_path: Path) -> None:
+        missing = make_annotation(0, 1)
+        del missing["id"]
+        files = write_coco(tmp_path, annotations=[missing, make_annotation(1, 2), make_annotation(9, 3), missing])
+        split = read_coco(*files, "skip")
+        assert [[entry["id"] for entry in image.annotations] for image in split.images] == [[10, 11], [1], [9]]
 
 
 class TestAnnotationValues:
@@ -226,39 +250,6 @@ class TestDigest:
         digest = open_source(*files).digest
         (files.images / "000000000001.jpg").unlink()
         assert open_source(*files).digest != digest
-
-
-class TestLabelMap:
-    categories = tuple(Category(entry["id"], entry["name"]) for entry in CATEGORIES)
-
-    def test_contiguous_follows_the_ids(self) -> None:
-        labels = LabelMap("contiguous", self.categories[::-1])
-        assert labels.num_classes == 3
-        assert [labels.label(category_id) for category_id in (1, 3, 90)] == [0, 1, 2]
-        assert [labels.category(label) for label in range(4)] == [1, 3, 90, None]
-        assert labels.names == {1: "cat", 3: "dog", 90: "toothbrush"}
-
-    def test_coco91_uses_the_ids(self) -> None:
-        labels = LabelMap("coco91", self.categories)
-        assert labels.num_classes == 91
-        assert labels.label(90) == 90
-        assert labels.category(90) == 90
-        assert labels.category(0) is None
-        assert labels.category(2) is None
-
-    @pytest.mark.parametrize("category_id", [0, 91])
-    def test_coco91_refuses_other_ids(self, category_id: int) -> None:
-        with pytest.raises(UserError, match=rf"category {category_id} \(x\) is not in 1\.\.90.*contiguous"):
-            LabelMap("coco91", (Category(category_id, "x"),))
-
-    @pytest.mark.parametrize("kind", ["contiguous", "coco91"])
-    def test_survives_json(self, kind: Any) -> None:
-        labels = LabelMap(kind, self.categories)
-        assert LabelMap.from_json(json.loads(json.dumps(labels.to_json()))) == labels
-
-    def test_unknown_category_is_an_error(self) -> None:
-        with pytest.raises(KeyError):
-            LabelMap("contiguous", self.categories).label(2)
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,15 @@
-"""The spool and the tracker, with a real MLflow on SQLite."""
+"""The tracker, with a real MLflow on SQLite."""
 
 import json
 import logging
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import TrackingError, UserError
-from pipeline.tracking.server import metric_name
-from pipeline.tracking.spool import Spool, SpoolReader
+from pipeline.tracking.spool import Spool
 from pipeline.tracking.tracker import Tracker
 
 
@@ -27,58 +23,10 @@ def tracker(uri: str, tmp_path: Path) -> Tracker:
     return Tracker(uri, "experiment", tmp_path.name, tmp_path / "mlflow.json")
 
 
-@pytest.fixture
-def clock() -> Callable[[], float]:
-    ticks = iter(range(1_700_000_000, 1_800_000_000))
-    return lambda: float(next(ticks))
-
-
 def history(tracker: Tracker, name: str) -> list[tuple[int, float, int]]:
     """All points of a curve: (step, value, milliseconds)."""
     points = tracker.client.get_metric_history(tracker.run_id, name)
     return sorted((point.step, point.value, point.timestamp) for point in points)
-
-
-class TestSpool:
-    def test_reader_sees_new_whole_lines_only(self, tmp_path: Path, clock: Callable[[], float]) -> None:
-        spool, reader = Spool(tmp_path / "a" / "spool.jsonl", clock), SpoolReader(tmp_path / "a" / "spool.jsonl")
-        spool.write(1, {"loss": 2.5})
-        assert [(r.step, r.metrics, r.time, r.kind) for r in reader.read()] == [(1, {"loss": 2.5}, 1.7e9, "metrics")]
-        spool.path.open("a").write('{"time": 1')
-        assert reader.read() == []
-
-    def test_missing_file_is_empty(self, tmp_path: Path) -> None:
-        assert SpoolReader(tmp_path / "none").read() == []
-
-    def test_a_torn_last_line_is_cut_when_writing_goes_on(self, tmp_path: Path) -> None:
-        path = tmp_path / "spool"
-        Spool(path).write(1, {"loss": 1.0})
-        with path.open("a") as file:
-            file.write('{"time": 17, "step": 2, "met')
-        Spool(path).write(2, {"loss": 0.5})
-        assert [record.step for record in SpoolReader(path).read()] == [1, 2]
-
-    def test_a_line_that_is_no_record_is_left_out(self, tmp_path: Path) -> None:
-        path = tmp_path / "spool"
-        path.write_text('nonsense\n{"step": 3}\n')
-        Spool(path).write(4, {"loss": 1.0})
-        assert [record.step for record in SpoolReader(path).read()] == [4]
-
-    def test_limit_and_offset(self, tmp_path: Path) -> None:
-        spool = Spool(tmp_path / "spool")
-        for step in range(5):
-            spool.write(step, {"a": 1.0, "b": 2.0})
-        reader = SpoolReader(spool.path)
-        assert [record.step for record in reader.read(limit=3)] == [0, 1]
-        assert [record.step for record in SpoolReader(spool.path, reader.offset).read()] == [2, 3, 4]
-
-    def test_lines_of_a_killed_process_are_there(self, tmp_path: Path) -> None:
-        code = (
-            "import os, signal, sys; from pathlib import Path; from pipeline.tracking import Spool\n"
-            "Spool(Path(sys.argv[1])).write(7, {'loss': 1.0}); os.kill(os.getpid(), signal.SIGKILL)"
-        )
-        assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "spool")]).returncode == -9
-        assert [record.step for record in SpoolReader(tmp_path / "spool").read()] == [7]
 
 
 class TestTracker:
@@ -185,22 +133,3 @@ class TestOutage:
         back.settle(patience=0)
         assert [step for step, _, _ in history(back, "loss")] == [1, 2]
         assert back.client.get_run(back.run_id).data.params == {"a": "1"}
-
-
-def test_telemetry_is_off(tracker: Tracker) -> None:
-    code = (
-        "import os; from pathlib import Path; import sys\n"
-        "from pipeline.tracking import connect\n"
-        "assert 'mlflow' not in sys.modules, 'importing the module imports mlflow'\n"
-        "connect(sys.argv[1])\n"
-        "from mlflow.telemetry.utils import is_telemetry_disabled\n"
-        "from mlflow.telemetry.client import get_telemetry_client\n"
-        "assert is_telemetry_disabled() and get_telemetry_client() is None"
-    )
-    clean = {key: value for key, value in os.environ.items() if key not in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK")}
-    clean.pop("PYTEST_CURRENT_TEST", None)
-    subprocess.run([sys.executable, "-c", code, tracker.uri], check=True, env=clean | {"CI": ""})
-
-
-def test_metric_name() -> None:
-    assert metric_name("AP/traffic light (3)") == "AP/traffic light _3_"

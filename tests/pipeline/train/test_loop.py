@@ -1,107 +1,27 @@
 """Training: the same numbers at any world size, after any interruption."""
 
-import json
 import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file
-from torch._dynamo.utils import counters
 
-from model import DetrConfig, build_model
+from model import build_model
 from pipeline import checkpoint
-from pipeline.config.sections import TrainSection
 from pipeline.data.loader import MicroBatch, Step
-from pipeline.data.manifest import Manifest, read_image_bytes
+from pipeline.data.manifest import Manifest, read_image_bytes, read_manifest
 from pipeline.distributed import World, close, init_world
 from pipeline.errors import UserError
-from pipeline.run_folder import RunFolder
-from pipeline.train.__main__ import main
-from pipeline.train.engine import engine_config
 from pipeline.train.loop import _agree_on_finite, dropout_seed, train
-from pipeline.train.run import Run, TrainJob, resume_point
-from tests.builders import make_varied_manifest
+from pipeline.train.run import Run, TrainJob
+from tests.builders import spoil
+from tests.pipeline.train.runs import SAMPLES, assert_same_weights, losses, make_job, points, train_on
 from tests.ranks import Ranks, processes
-
-MODEL = {
-    "backbone": "resnet_tiny",
-    "backbone_norm": "group_norm",
-    "hidden_dim": 32,
-    "heads": 4,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "ffn_dim": 32,
-    "num_queries": 10,
-    "dropout": 0.1,
-}
-SETTINGS: dict[str, Any] = {
-    "epochs": 100,
-    "global_batch": 8,
-    "micro_batch": 4,
-    "lr": 5e-4,
-    "lr_backbone": 5e-4,
-    "freeze_backbone": "none",
-    "loader_workers": 0,
-    "log_steps": 1,
-    "max_steps": 8,
-    "lr_drop_epochs": (2.0,),
-    "checkpoint_epochs": 1.0,
-    "augment": {
-        "short_sides": (56, 64), "max_side": 80, "crop_short_sides": (64,), "crop_min": 40, "crop_max": 64,
-    },
-}  # fmt: skip
-SAMPLES = 20
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    return make_varied_manifest(tmp_path_factory.mktemp("data"), SAMPLES, max_samples=6)
-
-
-def make_job(manifest: Manifest, out: Path, on_error: Any = "fail", **settings: Any) -> TrainJob:
-    model = DetrConfig(num_classes=manifest.labels.num_classes, **MODEL)
-    return TrainJob(
-        model, TrainSection.model_validate({**SETTINGS, **settings}), manifest.folder, RunFolder(out), on_error
-    )
-
-
-def train_on(world: World, job: TrainJob) -> Path:
-    return train(job, world)
-
-
-def points(job: TrainJob) -> dict[int, dict[str, float]]:
-    """The points of the curves by step."""
-    records = [json.loads(line) for line in job.out.train_spool.read_text().splitlines()]
-    assert len({record["step"] for record in records}) == len(records), "a point was written twice"
-    return {record["step"]: record["metrics"] for record in records}
-
-
-def losses(job: TrainJob) -> dict[int, float]:
-    return {step: point["train/loss"] for step, point in points(job).items()}
-
-
-def assert_same_weights(left: Path, right: Path) -> None:
-    for name in (checkpoint.MODEL, checkpoint.OPTIMIZER):
-        ours, theirs = load_file(left / name), load_file(right / name)
-        assert ours.keys() == theirs.keys()
-        assert not [key for key, tensor in ours.items() if not torch.equal(tensor, theirs[key])]
-
-
-@pytest.fixture(scope="module")
-def straight(manifest: Manifest, world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainJob, Path]:
-    """A run of one rank that nothing disturbed, and its last checkpoint."""
-    job = make_job(manifest, tmp_path_factory.mktemp("straight"))
-    return job, train(job, world)
 
 
 def test_a_run_leaves_checkpoints_and_curves(straight: tuple[TrainJob, Path], manifest: Manifest) -> None:
@@ -115,7 +35,7 @@ def test_a_run_leaves_checkpoints_and_curves(straight: tuple[TrainJob, Path], ma
     assert state.labels == manifest.labels.to_json()
     assert state.data_digest == manifest.digest
     assert checkpoint.load_model_weights(last).keys() == build_model(job.model).state_dict().keys()
-    curve = points(job)
+    curve = points(job.out)
     assert list(curve) == list(range(1, 9))
     assert [curve[step]["train/lr_main"] for step in (1, 5, 6, 8)] == pytest.approx([5e-4, 5e-4, 5e-5, 5e-5])
     assert curve[8]["train/lr_sampling"] == pytest.approx(5e-6)
@@ -123,22 +43,20 @@ def test_a_run_leaves_checkpoints_and_curves(straight: tuple[TrainJob, Path], ma
     assert {"train/loss_ce", "train/loss_bbox", "train/loss_giou", "train/grad_norm"} <= curve[1].keys()
 
 
-def test_the_same_seed_gives_the_same_bits(straight: tuple[TrainJob, Path], world: World, tmp_path: Path) -> None:
-    again = make_job(_manifest(straight), tmp_path)
+def test_the_same_seed_gives_the_same_bits(
+    manifest: Manifest, straight: tuple[TrainJob, Path], world: World, tmp_path: Path
+) -> None:
+    again = make_job(manifest, tmp_path)
     assert_same_weights(train(again, world), straight[1])
-    assert losses(again) == losses(straight[0])
+    assert losses(again.out) == losses(straight[0].out)
 
 
-def test_another_seed_gives_other_losses(straight: tuple[TrainJob, Path], world: World, tmp_path: Path) -> None:
-    other = make_job(_manifest(straight), tmp_path, seed=1, max_steps=1)
+def test_another_seed_gives_other_losses(
+    manifest: Manifest, straight: tuple[TrainJob, Path], world: World, tmp_path: Path
+) -> None:
+    other = make_job(manifest, tmp_path, seed=1, max_steps=1)
     train(other, world)
-    assert losses(other)[1] != losses(straight[0])[1]
-
-
-def _manifest(straight: tuple[TrainJob, Path]) -> Manifest:
-    from pipeline.data.manifest import read_manifest
-
-    return read_manifest(straight[0].shards)
+    assert losses(other.out)[1] != losses(straight[0].out)[1]
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +64,7 @@ def twenty(manifest: Manifest, world: World, tmp_path_factory: pytest.TempPathFa
     """Losses of 20 steps of one rank."""
     job = make_job(manifest, tmp_path_factory.mktemp("twenty"), max_steps=20)
     train(job, world)
-    return losses(job)
+    return losses(job.out)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -155,7 +73,7 @@ def test_one_and_two_ranks_agree(
 ) -> None:
     job = make_job(manifest, tmp_path, max_steps=20, zero_stage=stage)
     ranks.run(train_on, job)
-    assert losses(job) == pytest.approx(twenty, rel=1e-5)
+    assert losses(job.out) == pytest.approx(twenty, rel=1e-5)
     assert len(twenty) == 20
 
 
@@ -164,20 +82,28 @@ def test_one_and_two_ranks_agree(
     ids=lambda value: "{} rank(s) stage {}".format(*value),
 )  # fmt: skip
 def test_another_world_goes_on(
-    straight: tuple[TrainJob, Path], world: World, ranks: Ranks, before: Any, after: Any, tmp_path: Path
+    manifest: Manifest,
+    straight: tuple[TrainJob, Path],
+    world: World,
+    ranks: Ranks,
+    before: Any,
+    after: Any,
+    tmp_path: Path,
 ) -> None:
     for (size, stage), steps in ((before, 4), (after, 8)):
-        job = make_job(_manifest(straight), tmp_path, max_steps=steps, zero_stage=stage)
+        job = make_job(manifest, tmp_path, max_steps=steps, zero_stage=stage)
         last = train(job, world) if size == 1 else ranks.run(train_on, job)[0]
-    assert losses(job) == pytest.approx(losses(straight[0]), rel=1e-5)
+    assert losses(job.out) == pytest.approx(losses(straight[0].out), rel=1e-5)
     assert checkpoint.read_state(last).world_size == after[0]
 
 
-def test_more_steps_go_on_to_the_same_bits(straight: tuple[TrainJob, Path], world: World, tmp_path: Path) -> None:
+def test_more_steps_go_on_to_the_same_bits(
+    manifest: Manifest, straight: tuple[TrainJob, Path], world: World, tmp_path: Path
+) -> None:
     for steps in (4, 6, 8):
-        last = train(make_job(_manifest(straight), tmp_path, max_steps=steps), world)
+        last = train(make_job(manifest, tmp_path, max_steps=steps), world)
     assert_same_weights(last, straight[1])
-    assert losses(make_job(_manifest(straight), tmp_path)) == losses(straight[0])
+    assert losses(make_job(manifest, tmp_path).out) == losses(straight[0].out)
 
 
 def _train_alone(job: TrainJob) -> None:
@@ -187,8 +113,10 @@ def _train_alone(job: TrainJob) -> None:
     close(world)
 
 
-def test_a_killed_run_ends_with_the_same_bits(straight: tuple[TrainJob, Path], tmp_path: Path) -> None:
-    job = make_job(_manifest(straight), tmp_path)
+def test_a_killed_run_ends_with_the_same_bits(
+    manifest: Manifest, straight: tuple[TrainJob, Path], tmp_path: Path
+) -> None:
+    job = make_job(manifest, tmp_path)
     process = processes().Process(target=_train_alone, args=(job,))
     process.start()
     deadline = time.monotonic() + 60
@@ -199,7 +127,7 @@ def test_a_killed_run_ends_with_the_same_bits(straight: tuple[TrainJob, Path], t
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    assert len(losses(job)) < 8, "it was not killed in time"
+    assert len(losses(job.out)) < 8, "it was not killed in time"
     torn = job.out.checkpoints / "checkpoint-7"
     torn.mkdir()
     (torn / checkpoint.MODEL).write_bytes(b"half")
@@ -209,65 +137,13 @@ def test_a_killed_run_ends_with_the_same_bits(straight: tuple[TrainJob, Path], t
     assert again.exitcode == 0
     assert not torn.exists()
     assert_same_weights(job.out.checkpoints / "checkpoint-8", straight[1])
-    assert losses(job) == losses(straight[0])
+    assert losses(job.out) == losses(straight[0].out)
 
 
 def test_a_finished_run_returns_at_once(straight: tuple[TrainJob, Path], world: World) -> None:
-    before = points(straight[0])
+    before = points(straight[0].out)
     assert train(straight[0], world) == straight[1]
-    assert points(straight[0]) == before
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"lr": 1e-3, "micro_batch": 2}, r"train\.lr: 0\.0005 -> 0\.001; train\.micro_batch: 4 -> 2.*use another name"),
-        ({"augment": {**SETTINGS["augment"], "flip": 0.0}}, r"train\.augment\.flip: 0\.5 -> 0\.0"),
-        ({"max_steps": 7}, r"beyond the end of the schedule, step 7: raise train\.epochs or train\.max_steps"),
-    ],
-    ids=["other rate", "other augmentation", "fewer steps"],
-)
-def test_other_settings_are_refused(
-    straight: tuple[TrainJob, Path], world: World, settings: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        train(make_job(_manifest(straight), straight[0].out.path, **settings), world)
-
-
-def test_other_data_is_refused(straight: tuple[TrainJob, Path], world: World, tmp_path: Path) -> None:
-    other = make_varied_manifest(tmp_path, SAMPLES - 1)
-    with pytest.raises(UserError, match=r"digest of .*use another name"):
-        train(make_job(other, straight[0].out.path), world)
-
-
-def test_settings_that_change_no_step_may_change(straight: tuple[TrainJob, Path], world: World) -> None:
-    job = make_job(
-        _manifest(straight), straight[0].out.path, log_steps=5, keep_checkpoints=1, zero_stage=1, max_restarts=9
-    )
-    assert train(job, world) == straight[1]
-
-
-@pytest.mark.parametrize(("value", "goes_on"), [("none", True), ("sqrt", False)], ids=["default", "another value"])
-def test_a_checkpoint_from_before_a_setting_was_there(
-    straight: tuple[TrainJob, Path], tmp_path: Path, value: str, goes_on: bool
-) -> None:
-    manifest = _manifest(straight)
-    job = make_job(manifest, tmp_path, scale_lr=value)
-    shutil.copytree(straight[0].out.checkpoints, job.out.checkpoints)
-    for path in job.out.checkpoints.glob("*/state.json"):
-        state = json.loads(path.read_text())
-        del state["config"]["train"]["scale_lr"]
-        path.write_text(json.dumps(state))
-    if goes_on:
-        assert resume_point(job, manifest) is not None
-    else:
-        with pytest.raises(UserError, match=r"train\.scale_lr: none -> sqrt"):
-            resume_point(job, manifest)
-
-
-def test_micro_batches_must_be_shared_equally(manifest: Manifest, ranks: Ranks, tmp_path: Path) -> None:
-    outcomes = ranks.outcomes(train_on, make_job(manifest, tmp_path, global_batch=12))
-    assert all("3 micro-batches of 4, which 2 workers cannot share" in str(outcome) for outcome in outcomes)
+    assert points(straight[0].out) == before
 
 
 def test_a_loss_that_is_not_finite_stops_all_ranks(manifest: Manifest, ranks: Ranks, tmp_path: Path) -> None:
@@ -311,15 +187,10 @@ def test_finite_losses_are_summed_over_ranks(manifest: Manifest, ranks: Ranks, t
 @pytest.fixture
 def damaged(manifest: Manifest, tmp_path: Path) -> tuple[Manifest, int]:
     """The shards with one image overwritten, and its id."""
-    from pipeline.data.manifest import read_manifest
-
     shutil.copytree(manifest.folder, tmp_path / "damaged")
     copy = read_manifest(tmp_path / "damaged")
     sample = copy.samples[7]
-    offset, size = sample.members[sample.extension]
-    with (copy.folder / copy.shards[sample.shard].name).open("r+b") as shard:
-        shard.seek(offset)
-        shard.write(b"\0" * size)
+    spoil(copy, sample.image_id)
     assert set(read_image_bytes(copy, sample)) == {0}
     return copy, sample.image_id
 
@@ -337,8 +208,8 @@ def test_unreadable_samples_are_left_out_and_counted(
     assert (state.epoch, state.skipped) == (2, 2)
     one = make_job(damaged[0], tmp_path / "one", "skip", max_steps=5)
     train(one, world)
-    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
-    assert points(one)[5]["train/skipped"] == 2
+    assert losses(two.out) == pytest.approx(losses(one.out), rel=1e-5)
+    assert points(one.out)[5]["train/skipped"] == 2
 
 
 def test_a_micro_batch_without_images_adds_nothing(damaged: tuple[Manifest, int], world: World, tmp_path: Path) -> None:
@@ -354,101 +225,10 @@ def test_a_micro_batch_without_images_adds_nothing(damaged: tuple[Manifest, int]
         lr_backbone=1e-9,
     )
     train(job, world)
-    zero = [step for step, point in points(job).items() if point["train/loss"] == 0 and point["train/grad_norm"] == 0]
+    zero = [
+        step for step, point in points(job.out).items() if point["train/loss"] == 0 and point["train/grad_norm"] == 0
+    ]
     assert len(zero) == 1
-
-
-@pytest.mark.parametrize("kind", ["weights", "backbone"])
-def test_training_begins_with_given_weights_on_all_ranks(
-    straight: tuple[TrainJob, Path], ranks: Ranks, tmp_path: Path, kind: str
-) -> None:
-    given = checkpoint.load_model_weights(straight[1])
-    source = straight[1]
-    if kind == "backbone":
-        given = {name: tensor for name, tensor in given.items() if name.startswith("backbone.")}
-        source = tmp_path / "backbone.pth"
-        torch.save({name.removeprefix("backbone."): tensor for name, tensor in given.items()}, source)
-    job = make_job(
-        _manifest(straight), tmp_path / "run", init={kind: str(source)}, max_steps=1, seed=5,
-        lr=1e-12, lr_backbone=0, lr_sampling_factor=0, weight_decay=0,
-    )  # fmt: skip
-    weights = checkpoint.load_model_weights(ranks.run(train_on, job)[0])
-    for name, tensor in given.items():
-        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-10)
-
-
-def test_missing_weights_stop_all_ranks(manifest: Manifest, ranks: Ranks, tmp_path: Path) -> None:
-    outcomes = ranks.outcomes(
-        train_on, make_job(manifest, tmp_path, init={"weights": str(tmp_path / "none.safetensors")})
-    )
-    assert all(isinstance(outcome, UserError) and "none.safetensors" in str(outcome) for outcome in outcomes)
-
-
-@pytest.mark.parametrize(("freeze", "still"), [("all", "backbone."), ("stem_and_layer1", "backbone.layer1.")])
-def test_frozen_weights_stay(manifest: Manifest, world: World, tmp_path: Path, freeze: str, still: str) -> None:
-    job = make_job(manifest, tmp_path, freeze_backbone=freeze, max_steps=2)
-    weights = checkpoint.load_model_weights(train(job, world))
-    torch.manual_seed(job.train.seed)
-    initial = build_model(job.model).state_dict()
-    changed = {name for name, tensor in weights.items() if not torch.equal(tensor, initial[name])}
-    assert changed
-    assert not [name for name in changed if name.startswith(still)]
-    assert any(name.startswith("backbone.layer3") for name in changed) == (freeze != "all")
-
-
-@pytest.mark.parametrize("stage", [0, 1])
-def test_bf16_trains_fp32_weights(straight: tuple[TrainJob, Path], world: World, tmp_path: Path, stage: int) -> None:
-    job = make_job(_manifest(straight), tmp_path, precision="bf16", zero_stage=stage, max_steps=2)
-    weights = checkpoint.load_model_weights(train(job, world))
-    assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float32}
-    assert losses(job)[1] == pytest.approx(losses(straight[0])[1], rel=0.05)
-    assert losses(job)[1] != losses(straight[0])[1]
-
-
-@pytest.mark.parametrize("stage", [0, 1])
-def test_activation_checkpointing_changes_no_number(
-    straight: tuple[TrainJob, Path], world: World, tmp_path: Path, stage: int
-) -> None:
-    """Also when it is turned on in the middle of a run."""
-    manifest = _manifest(straight)
-    train(make_job(manifest, tmp_path, max_steps=4, zero_stage=stage), world)
-    job = make_job(manifest, tmp_path, zero_stage=stage, activation_checkpointing=True)
-    train(job, world)
-    assert losses(job) == pytest.approx(losses(straight[0]), rel=1e-6)
-
-
-def test_a_compiled_transformer_trains_alike(
-    manifest: Manifest, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Up to the code of the graph, which takes a C++ compiler a minute: the graph runs as it is."""
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, *_, **__: graph)
-    curves = []
-    counters.clear()
-    for compiled in (False, True):
-        job = make_job(manifest, tmp_path / str(compiled), max_steps=2, compile=compiled)
-        train(replace(job, model=replace(job.model, dropout=0.0, feature_levels=1)), world)
-        curves.append(losses(job))
-        assert (counters["stats"]["unique_graphs"] > 0) == compiled
-    torch.compiler.reset()
-    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("epochs", "after"),
-    [
-        (1.0, [3, 5, 8, 10, 11]),
-        (2.0, [5, 10, 11]),
-        (0.5, [2, 3, 4, 5, 7, 8, 9, 10, 11]),
-        (0.1, list(range(1, 12))),
-        (99, [11]),
-    ],
-    ids=["every epoch", "every other", "half", "more often than steps", "the last alone"],
-)
-def test_checkpoints_follow_epochs(
-    manifest: Manifest, world: World, tmp_path: Path, epochs: float, after: list[int]
-) -> None:
-    run = Run(make_job(manifest, tmp_path, max_steps=11, checkpoint_epochs=epochs), world, manifest)
-    assert [step + 1 for step in range(11) if run.saves_after(step)] == after
 
 
 def test_dropout_is_seeded_by_step_and_micro_batch() -> None:
@@ -456,47 +236,3 @@ def test_dropout_is_seeded_by_step_and_micro_batch() -> None:
     assert len(set(seeds)) == len(seeds)
     assert seeds[0] == dropout_seed(0, 0, 0)
     assert all(0 <= seed < 2**63 for seed in seeds)
-
-
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_the_engine_gets_batches_of_a_rank(size: int) -> None:
-    config = engine_config(TrainSection(global_batch=32, micro_batch=2, zero_stage=1, clip_grad_norm=0.1), size)
-    assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * size == 32
-    assert config["zero_optimization"]["stage"] == 1
-    assert config["gradient_clipping"] == 0.1
-
-
-@pytest.fixture
-def config_file(manifest: Manifest, tmp_path: Path) -> Path:
-    (tmp_path / "shards").mkdir()
-    (tmp_path / "shards" / "train").symlink_to(manifest.folder)
-    file = tmp_path / "small.yaml"
-    sections = {
-        "name": "small",
-        "runs": str(tmp_path / "runs"),
-        "shards": {"out": str(tmp_path / "shards")},
-        "model": MODEL,
-        "train": json.loads(json.dumps(SETTINGS)),
-        "cluster": {"device": "cpu", "workers": 2},
-    }
-    file.write_text(yaml.safe_dump(sections))
-    return file
-
-
-def test_torchrun_trains_like_one_process(config_file: Path, straight: tuple[TrainJob, Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pipeline.train"]
-    subprocess.run(
-        [*command, "-c", str(config_file), "--set", "train.max_steps=2"],
-        check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    job = make_job(_manifest(straight), tmp_path / "runs" / "small")
-    expected = {step: loss for step, loss in losses(straight[0]).items() if step <= 2}
-    assert losses(job) == pytest.approx(expected, rel=1e-5)
-
-
-def test_wrong_input_ends_with_2_and_one_line(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["-c", str(config_file), "--set", f"shards.out={config_file.parent / 'nowhere'}"]) == 2
-    assert main(["-c", str(config_file), "--set", "train.learning_rate=1"]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
-    assert all(line.startswith("error: ") for line in lines)

@@ -1,0 +1,85 @@
+"""Pictures of a detector's answers."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.data.labels import Category, LabelMap
+from pipeline.errors import UserError
+from pipeline.predict.detector import Detector
+from pipeline.predict.draw import category_color, draw_boxes, draw_pictures, find_pictures
+from tests.builders import make_image, write_checkpoint, write_image
+
+LABELS = LabelMap("coco91", (Category(1, "cat"), Category(3, "dog"), Category(90, "toothbrush")))
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Detector:
+    return Detector.from_checkpoint(write_checkpoint(tmp_path_factory.mktemp("run"), LABELS))
+
+
+class TestBoxes:
+    def test_box_is_where_it_belongs(self) -> None:
+        drawn = np.array(draw_boxes(make_image(200, 100), [{"bbox": [20, 40, 60, 30], "category_id": 7}], {7: "cup"}))
+        for x, y in ((20, 60), (80, 60), (50, 40), (50, 70)):
+            assert tuple(drawn[y, x]) == category_color(7)
+        assert (drawn[50:65, 30:75] == make_image(200, 100)[50:65, 30:75]).all()
+
+    def test_colors_differ(self) -> None:
+        assert len({category_color(category_id) for category_id in range(1, 91)}) > 80
+
+
+class TestFindPictures:
+    def test_files_and_the_pictures_of_folders(self, tmp_path: Path) -> None:
+        inside = [write_image(tmp_path / "in" / name) for name in ("a.jpg", "b.png")]
+        (tmp_path / "in" / "notes.txt").write_text("not a picture")
+        beside = write_image(tmp_path / "a.png")
+        assert find_pictures([tmp_path / "in", beside]) == [*inside, beside]
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            pytest.param("none.jpg", "none.jpg: no such picture", id="missing"),
+            pytest.param("empty", "empty: no picture in this folder", id="empty folder"),
+        ],
+    )
+    def test_nothing_there(self, name: str, message: str, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(UserError, match=message):
+            find_pictures([tmp_path / name])
+
+
+class TestDrawPictures:
+    def test_pictures_and_detections(self, detector: Detector, tmp_path: Path) -> None:
+        paths = [
+            write_image(tmp_path / "in" / "a.jpg", 40, 30),
+            write_image(tmp_path / "in" / "b.png", 30, 40),
+            write_image(tmp_path / "a.png", 20, 20),
+        ]
+        out = tmp_path / "out"
+        draw_pictures(detector, paths, out, score_threshold=0.0)
+        assert {path.name for path in out.iterdir()} == {"a.png", "a_.png", "b.png", "detections.json"}
+        found = json.loads((out / "detections.json").read_text())
+        assert [Path(entry["file_name"]) for entry in found] == paths
+        assert [entry["drawn"] for entry in found] == ["a.png", "b.png", "a_.png"]
+        assert found[0]["detections"][0].keys() == {"category_id", "category", "score", "bbox"}
+        assert Image.open(out / "a.png").size == (40, 30)
+
+    def test_attention(self, detector: Detector, tmp_path: Path) -> None:
+        image, out = write_image(tmp_path / "a.png", 40, 30), tmp_path / "out"
+        draw_pictures(detector, [image], out, score_threshold=1.0, show_attention=2)
+        (best,) = json.loads((out / "detections.json").read_text())
+        assert len(best["attention"]) == 2
+        draw_pictures(detector, [image], out, score_threshold=0.4, show_attention=1, queries=[5])
+        (chosen,) = json.loads((out / "detections.json").read_text())
+        assert chosen["attention"] == ["a_query5.png"]
+        drawn = {*best["attention"], "a_query5.png", "a.png", "detections.json"}
+        assert {path.name for path in out.iterdir()} == drawn
+
+    def test_not_a_picture(self, detector: Detector, tmp_path: Path) -> None:
+        (tmp_path / "text.jpg").write_text("text")
+        with pytest.raises(UserError, match=r"text\.jpg: these bytes are not a picture"):
+            draw_pictures(detector, [tmp_path / "text.jpg"], tmp_path / "out", score_threshold=0.4)

@@ -1,0 +1,34 @@
+"""The DeepSpeed engine of a run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import checkpoint
+from pipeline.config.sections import TrainSection
+from pipeline.data.manifest import Manifest
+from pipeline.distributed import World
+from pipeline.train.engine import engine_config
+from pipeline.train.loop import train
+from pipeline.train.run import TrainJob
+from tests.pipeline.train.runs import losses, make_job
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_engine_gets_batches_of_a_rank(size: int) -> None:
+    config = engine_config(TrainSection(global_batch=32, micro_batch=2, zero_stage=1, clip_grad_norm=0.1), size)
+    assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * size == 32
+    assert config["zero_optimization"]["stage"] == 1
+    assert config["gradient_clipping"] == 0.1
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_bf16_trains_fp32_weights(
+    manifest: Manifest, straight: tuple[TrainJob, Path], world: World, tmp_path: Path, stage: int
+) -> None:
+    job = make_job(manifest, tmp_path, precision="bf16", zero_stage=stage, max_steps=2)
+    weights = checkpoint.load_model_weights(train(job, world))
+    assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float32}
+    assert losses(job.out)[1] == pytest.approx(losses(straight[0].out)[1], rel=0.05)
+    assert losses(job.out)[1] != losses(straight[0].out)[1]

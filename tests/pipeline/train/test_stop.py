@@ -1,0 +1,52 @@
+"""A request to end training in order."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.train.stop import LOOK_SECONDS, StopRequest
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Leave the handlers of the test's own process as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_nobody_asks(tmp_path: Path) -> None:
+    assert not StopRequest(tmp_path / "stop").asked()
+
+
+def test_a_file_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: seconds[0])
+    seconds[0] = 100.0
+    request = StopRequest(tmp_path / "stop")
+    assert not request.asked()
+    (tmp_path / "stop").touch()
+    assert not request.asked(), "the disk is not asked at every step"
+    seconds[0] += LOOK_SECONDS
+    assert request.asked()
+    (tmp_path / "stop").unlink()
+    assert request.asked(), "what was asked for stays so"
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_the_first_signal_asks_and_the_second_acts_as_ever(number: signal.Signals, tmp_path: Path) -> None:
+    came: list[int] = []
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda number, frame: came.append(number))
+    request = StopRequest(tmp_path / "stop")
+    request.on_signals()
+    os.kill(os.getpid(), number)
+    assert request.asked()
+    assert came == []
+    os.kill(os.getpid(), number)
+    assert came == [number]
