@@ -1,11 +1,12 @@
 """The command line: `raydetr COMMAND --help` shows an example of each.
 
-Exit code 0: done; 1: failed; 2: the input is wrong (one line on stderr says what, where and how to mend it); 130 and
-143: interrupted by SIGINT and SIGTERM, in order.
+Exit code 0: done; 1: failed; 2: the input is wrong (one line on stderr says what, where and how to mend it); 3: the
+work is done and uploads wait for the tracking server; 130 and 143: interrupted by SIGINT and SIGTERM, in order.
 """
 
 import importlib.metadata
 import json
+import logging
 import os
 import sys
 import traceback
@@ -16,6 +17,7 @@ import typer
 from typer.exceptions import TyperException
 
 from jobs.interrupt import Interrupted, RayLostError, end_in_order
+from pipeline.config.address import without_secrets
 from pipeline.errors import TrackingError, UserError
 from pipeline.log import set_up_logging
 
@@ -29,6 +31,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+track = typer.Typer(help="What waits for the tracking server.", no_args_is_help=True, rich_markup_mode="rich")
+app.add_typer(track, name="track")
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The pipeline's YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -108,6 +113,19 @@ def register(config: ConfigFile, overrides: Overrides = None) -> None:
     """Make the scored checkpoint a version of the registered model; @champion moves if it is better."""
     with _pipeline(config, overrides) as pipeline:
         pipeline.register()
+
+
+@track.command("sync", epilog="Example: raydetr track sync -c my.yaml")
+def track_sync(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait where another command works on the run.")] = False,
+) -> None:
+    """Upload what a run has for the tracking server and could not upload; exit code 3 if it cannot now either."""
+    settings = _load(config, overrides)
+    from jobs.track import sync
+
+    sync(settings, wait=wait)
 
 
 @app.command(epilog="Example: raydetr predict -m models:/raydetr-demo@champion --out drawn picture.jpg")
@@ -245,13 +263,13 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error in the input.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks, and what a server says.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
     ] = False,
 ) -> None:
     """Options before the command."""
-    set_up_logging()
+    set_up_logging(level=logging.DEBUG if debug else logging.INFO)
 
 
 def _load(path: Path, overrides: list[str] | None) -> "Config":
@@ -301,5 +319,8 @@ def main() -> None:
     except (UserError, TrackingError) as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        if isinstance(error, UserError):
+            sys.stderr.write(f"error: {without_secrets(str(error))}\n")
+            sys.exit(2)
+        sys.stderr.write(f"{error}\n")
+        sys.exit(3)

@@ -25,8 +25,6 @@ from pipeline.tracking.tracker import Tracker
 
 SHARES = 4
 """Inference tasks of a worker: more give smoother progress, and each loads the weights."""
-UPLOADED = "uploaded.json"
-"""Remembers which report the MLflow run has got."""
 
 
 def evaluate(config: Config, checkpoint: Path, manifest: Manifest, tracker: Tracker | None) -> dict[str, Any]:
@@ -40,14 +38,13 @@ def evaluate(config: Config, checkpoint: Path, manifest: Manifest, tracker: Trac
         config: the pipeline.
         checkpoint: the run's last checkpoint.
         manifest: of the validation split.
-        tracker: the MLflow run that gets the metrics and the report; None logs nothing.
+        tracker: the MLflow run that gets the metrics and the report, by its outbox; None logs nothing.
 
     Returns:
         The metrics of `checkpoint`.
 
     Raises:
         UserError: the folder holds scores made with other settings, an input is wrong, or the disk is full.
-        TrackingError: the tracking server is away; the points and files are kept, and the next call uploads them.
     """
     out, spool = config.folder.evaluation, config.folder.evaluate_spool
     console = make_console()
@@ -64,8 +61,10 @@ def evaluate(config: Config, checkpoint: Path, manifest: Manifest, tracker: Trac
     with disk_told(out, "runs"):
         _report(config, manifest, metrics, out / checkpoint.name, out)
     if tracker is not None:
-        tracker.drain(tracker.reader(spool), final=True)
-        _upload(tracker, out)
+        tracker.log_points(spool)
+        for name in (METRICS_FILE, DETECTIONS_FILE, "per_category.csv", "per_category.png"):
+            tracker.log_artifacts(out / name, "evaluate")
+        tracker.log_artifacts(out / "pictures", "evaluate/pictures")
     return metrics
 
 
@@ -124,18 +123,6 @@ def _report(config: Config, manifest: Manifest, metrics: dict[str, Any], source:
         shutil.copyfile(source / name, out / f".{name}.tmp")
         (out / f".{name}.tmp").replace(out / name)
     write_json(marker, {"key": key})
-
-
-def _upload(tracker: Tracker, out: Path) -> None:
-    """Log the report to the MLflow run, unless it has got this one."""
-    wanted = {"run_id": tracker.run_id, "key": json.loads((out / "report.json").read_text(encoding="utf-8"))["key"]}
-    marker = out / UPLOADED
-    if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == wanted:
-        return
-    for name in (METRICS_FILE, DETECTIONS_FILE, "per_category.csv", "per_category.png"):
-        tracker.log_artifacts(out / name, "evaluate")
-    tracker.log_artifacts(out / "pictures", "evaluate/pictures")
-    write_json(marker, wanted)
 
 
 class _Tasks:

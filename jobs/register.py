@@ -1,36 +1,40 @@
-"""Makes the run's scored checkpoint a version of its registered model."""
+"""Makes a scored checkpoint of the run a version of its registered model."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from jobs.console import make_console
+from pipeline.checkpoint.state import STATE, DamagedError
 from pipeline.config.load import dump_config
 from pipeline.config.sections import Config
 from pipeline.errors import UserError
 from pipeline.evaluate.results import METRICS_FILE, weights_digest
-from pipeline.log import outcome
+from pipeline.files import read_json
+from pipeline.log import get_logger, outcome
 from pipeline.registry.register import Registration
 from pipeline.registry.register import register as register_version
 from pipeline.tracking.tracker import Tracker
 
+logger = get_logger(__name__)
 
-def register(config: Config, checkpoint: Path, tracker: Tracker) -> Registration:
+
+def register(config: Config, checkpoint: Path, tracker: Tracker) -> Registration | None:
     """Register a checkpoint with the metrics that `evaluate` wrote for it; `@champion` moves if it is better.
 
     Args:
-        config: the pipeline.
+        config: the pipeline; `register.which` says which of the scored checkpoints it is.
         checkpoint: the run's last checkpoint.
         tracker: the MLflow run that the version comes from.
 
     Returns:
-        The version, new or made before.
+        The version, new or made before; None where it waits in the outbox, or the server refuses it.
 
     Raises:
         UserError: the checkpoint was not scored.
-        TrackingError: the tracking server is away.
     """
     metrics = _metrics(config.folder.evaluation / METRICS_FILE, checkpoint)
+    if config.register_.which == "best":
+        checkpoint, metrics = best_checkpoint(config, checkpoint, metrics)
     registration = register_version(
         tracker,
         checkpoint,
@@ -40,16 +44,46 @@ def register(config: Config, checkpoint: Path, tracker: Tracker) -> Registration
         config.evaluate,
         dump_config(config),
     )
-    version = f"{registration.name} version {registration.version}  ({registration.note})"
-    make_console().print(outcome("register", version, is_new=registration.is_new))
+    if registration is not None:
+        version = f"{registration.name} version {registration.version}  {checkpoint.name}  ({registration.note})"
+        make_console().print(outcome("register", version, is_new=registration.is_new))
     return registration
+
+
+def best_checkpoint(config: Config, last: Path, metrics: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The best by `register.metric` of the checkpoints that were scored like the last one, and its metrics.
+
+    One whose folder is gone, or holds other weights by now, is left out; of equal ones the later is taken.
+    """
+    metric = config.register_.metric
+    like = {key: value for key, value in metrics["inputs"].items() if key != "weights"}
+    scored = [(metrics[metric], metrics.get("step") or 0, last, metrics)]
+    for file in config.folder.evaluation.glob(f"checkpoint-*/{METRICS_FILE}"):
+        found = read_json(file, "metrics file")
+        inputs = found.get("inputs", {})
+        if {**inputs, "weights": None} == {**like, "weights": None} and file.parent.name != last.name:
+            scored.append((found[metric], found["step"], last.parent / file.parent.name, found))
+    for value, _, path, found in sorted(scored, key=lambda each: each[:2], reverse=True):
+        if path == last or _holds(path, found["inputs"]["weights"]):
+            return path, found
+        logger.warning("%s, with %s %.4f, is gone: the best that is there is registered", path, metric, value)
+    return last, metrics
+
+
+def _holds(checkpoint: Path, digest: str) -> bool:
+    """Whether a checkpoint is there, whole, and has the weights of a digest."""
+    try:
+        return (checkpoint / STATE).is_file() and weights_digest(checkpoint) == digest
+    except DamagedError as error:
+        logger.warning("%s", error)
+        return False
 
 
 def _metrics(path: Path, checkpoint: Path) -> dict[str, Any]:
     mend = "score it first with `raydetr evaluate`"
     if not path.is_file():
         raise UserError(f"{path}: the checkpoint {checkpoint} has no metrics; {mend}")
-    metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    metrics: dict[str, Any] = read_json(path, "metrics file")
     if metrics.get("inputs", {}).get("weights") != weights_digest(checkpoint):
         raise UserError(f"{path}: these are not the metrics of {checkpoint}; {mend}")
     return metrics

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from jobs import evaluate, register, shard, train
+from jobs import evaluate, register, shard, track, train
 from jobs.cluster import connected
 from jobs.console import ProgressDisplay, make_console
 from jobs.interrupt import Interrupted
@@ -18,13 +18,16 @@ from pipeline.checkpoint.state import latest
 from pipeline.config.load import dump_config
 from pipeline.config.sections import Config
 from pipeline.data.manifest import MANIFEST_NAME, Manifest, read_manifest
-from pipeline.errors import TrackingError, UserError
+from pipeline.errors import UserError
 from pipeline.files import held
+from pipeline.log import get_logger
 from pipeline.registry.register import Registration
 from pipeline.tracking.spool import SpoolReader
 from pipeline.tracking.tracker import Tracker
 from pipeline.train.initial import check_init
 from pipeline.train.run import resume_point
+
+logger = get_logger(__name__)
 
 UPLOAD_SECONDS = 5
 """Seconds between two uploads of the training curves."""
@@ -57,7 +60,8 @@ class Pipeline:
                 name = f"the run {self.config.name}"
                 self._stack.enter_context(held(self.config.folder.lock, name, wait=self._wait, mend="set runs"))
                 check_resume(self.config)
-            self._stack.enter_context(connected(self.config.cluster))
+            self._ray = self._stack.enter_context(ExitStack())
+            self._ray.enter_context(connected(self.config.cluster))
             self._open = self._stack.pop_all()
         return self
 
@@ -70,27 +74,31 @@ class Pipeline:
             self._open.close()
             finishing.join(FINISH_SECONDS)
             return
-        self._open.close()
-        if kind is None and self._tracker is not None:
-            self._tracker.finish("FINISHED")
-        else:
-            self._finish("FAILED")
+        with self._open:
+            self._ray.close()  # which is not needed while uploads wait; the run's lock is
+            if kind is not None:
+                self._finish("FAILED")
+            elif self._tracker is not None:
+                self._tracker.finish("FINISHED")
+                self._tracker.settle(self.config.tracking.patience, self._say_waiting)
 
     def _finish(self, status: str) -> None:
-        """End the MLflow run; what went wrong before is to be read, not that the server is away as well."""
+        """End the MLflow run; what went wrong before is to be read, not that the disk is full as well."""
         if self._tracker is not None:
-            with suppress(TrackingError):
+            with suppress(UserError):
                 self._tracker.finish(status)
+
+    def _say_waiting(self) -> None:
+        minutes = self.config.tracking.patience / 60
+        logger.warning("the work is done; waiting up to %.3g minutes for the tracking server to take the rest", minutes)
 
     @property
     def tracker(self) -> Tracker:
         """The MLflow run: continued if this pipeline run has one, made otherwise."""
         if self._tracker is None:
-            config = self.config
-            self._tracker = Tracker(
-                config.tracking_uri, config.tracking.experiment, config.name, config.folder.mlflow_run
-            )
-            self._tracker.log_params(dump_config(config))
+            self._tracker = track.open_tracker(self.config)
+            self._tracker.start()
+            self._tracker.log_params(dump_config(self.config))
         return self._tracker
 
     def shard(self, *, verify: bool = False) -> dict[str, Manifest]:
@@ -102,18 +110,19 @@ class Pipeline:
         spool = self.config.folder.train_spool
         manifest = self._manifest("train")
         total = self.config.train.total_steps(len(manifest.samples))
-        uploads, uploaded = self.tracker.reader(spool), time.monotonic()
+        self.tracker.log_points(spool)
+        uploaded = time.monotonic()
         with TrainingProgress(self.console, spool, total) as shown:
 
             def poll() -> None:
                 nonlocal uploaded
                 shown.update()
                 if time.monotonic() - uploaded >= UPLOAD_SECONDS:
-                    self.tracker.drain(uploads)
+                    self.tracker.sync()
                     uploaded = time.monotonic()
 
             last = train.train(self.config, manifest, on_poll=poll)
-        self.tracker.drain(uploads, final=True)
+        self.tracker.sync()
         return last
 
     def evaluate(self) -> dict[str, Any]:
@@ -124,8 +133,8 @@ class Pipeline:
         """Score a file of weights on the validation split, which is sharded for it; no MLflow run is made."""
         return evaluate.evaluate_weights(self.config, weights, shard.shard(self.config, splits=["val"])["val"], out)
 
-    def register(self) -> Registration:
-        """Make the scored checkpoint a version of the registered model."""
+    def register(self) -> Registration | None:
+        """Make a scored checkpoint a version of the registered model; None where that waits, or is refused."""
         return register.register(self.config, self._last_checkpoint(), self.tracker)
 
     def _manifest(self, split: str) -> Manifest:
@@ -189,14 +198,20 @@ def run_pipeline(config: Config, *, wait: bool = False) -> None:
         pipeline.train()
         metrics = pipeline.evaluate()
         version = pipeline.register()
-    print_summary(pipeline.console, config, metrics, version)
+        print_summary(pipeline.console, config, metrics, version, pipeline.tracker)
 
 
-def print_summary(console: Console, config: Config, metrics: dict[str, Any], version: Registration) -> None:
+def print_summary(
+    console: Console, config: Config, metrics: dict[str, Any], version: Registration | None, tracker: Tracker
+) -> None:
     """The short table at the end: what came of it, and where it is."""
-    champion = " @champion" if version.is_champion else ""
     console.print(f"\nAP           {metrics['AP']:.4f}")
     console.print(f"AP50         {metrics['AP50']:.4f}")
     console.print(f"run          {config.folder}")
-    console.print(f"registered   {version.name} version {version.version}{champion}")
-    console.print(f"MLflow page  mlflow ui --backend-store-uri {config.tracking_uri}")
+    if version is not None:
+        champion = " @champion" if version.is_champion else ""
+        console.print(f"registered   {version.name} version {version.version}{champion}")
+    else:
+        waits = f"waits in {tracker.outbox.folder}" if tracker.waiting() else "refused by the tracking server"
+        console.print(f"registered   {waits}")
+    console.print(f"MLflow page  {tracker.page}")

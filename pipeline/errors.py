@@ -36,4 +36,4 @@ class UserError(_OneLineError):
 
 
 class TrackingError(_OneLineError):
-    """The tracking server cannot be reached or refuses; what was to be uploaded is still on disk. Exit code 1."""
+    """The work is done, and uploads wait on the disk for the tracking server. The command line exits with 3."""

@@ -37,6 +37,11 @@ class RunFolder:
         return self.path / "mlflow_run.json"
 
     @property
+    def outbox(self) -> Path:
+        """Folder of what waits for the tracking server."""
+        return self.path / "outbox"
+
+    @property
     def stop(self) -> Path:
         """File that asks training to end in order."""
         return self.path / "stop"

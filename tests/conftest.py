@@ -8,6 +8,7 @@ import torch
 
 from pipeline.distributed import World, close, init_world
 from tests.ranks import Ranks, ranks_of
+from tests.servers import MlflowServer
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -31,6 +32,15 @@ def shared_data() -> Path:
 def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """One MLflow database for all tests: making one takes seconds."""
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """One real server over HTTP for all tests, which leave it up."""
+    server = MlflowServer(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.kill()
 
 
 @pytest.fixture(scope="session")

@@ -137,7 +137,8 @@ def test_training_refuses_where_the_operator_is_required(install: Install, tmp_p
     (tmp_path / "refused.yaml").write_text(json.dumps(config))
     result = install.run("raydetr", "train", "-c", "refused.yaml", cwd=tmp_path)
     assert result.returncode == 2, result.stdout + result.stderr
-    (line,) = result.stderr.splitlines()
+    *told, line = result.stderr.splitlines()
+    assert [text.split(maxsplit=1)[1] for text in told] == ["starting Ray on this machine"]
     assert line.startswith("error: cluster.require_compiled is true, and there is no compiled attention operator for")
 
 

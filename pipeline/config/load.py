@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from pipeline.config.address import without_secrets
 from pipeline.config.keys import keys_at, with_keys
 from pipeline.config.sections import Config
 from pipeline.errors import UserError
@@ -51,8 +52,10 @@ def parse_config(data: Mapping[str, Any], source: str) -> Config:
 
 
 def dump_config(config: Config) -> dict[str, Any]:
-    """The whole configuration as plain values; `parse_config` takes it back."""
+    """The whole configuration as plain values, but for the secrets in an address; `parse_config` takes it back."""
     data = config.model_dump(mode="json", by_alias=True)
+    if config.tracking.uri is not None:
+        data["tracking"]["uri"] = without_secrets(config.tracking.uri)
     del data["model"]["num_classes"]
     return data
 

@@ -9,9 +9,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from model.config import CriterionConfig, DetrConfig
+from pipeline.config.address import sqlite_uri
 from pipeline.run_folder import RunFolder
 
 
@@ -249,13 +250,36 @@ class RegisterSection(Section):
     """Registered model that the run becomes a version of."""
     metric: Metric = "AP"
     """Metric by which @champion moves."""
+    which: Literal["best", "last"] = "best"
+    """Which of the scored checkpoints becomes the version: the best by metric of those that are there, or the last."""
+
+    @field_validator("model_name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not name.strip() or any(letter in "/:'" or not letter.isprintable() for letter in name):
+            raise ValueError(f"{name!r} must not be empty or hold / : ' or unprintable characters")
+        if name in (".", "..") or len(name) > 250:
+            raise ValueError(f"{name!r} must not be . or .. or longer than 250 characters")
+        return name
 
 
 class TrackingSection(Section):
     uri: str | None = None
-    """MLflow tracking server; the default is a SQLite database under `runs`."""
+    """MLflow tracking server; the default is a SQLite database under `runs`. User and password of a server come from
+    MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; those that stand here are kept and shown nowhere."""
     experiment: str = "raydetr"
     """MLflow experiment of the run."""
+    required: bool = False
+    """Refuse to begin while the tracking server is away; else what is for it waits on the disk."""
+    patience: float = Field(1800, ge=0, allow_inf_nan=False)
+    """Seconds that a command whose work is done waits for a tracking server that is away; then its exit code is 3."""
+
+    @field_validator("experiment")
+    @classmethod
+    def _check_experiment(cls, name: str) -> str:
+        if not name.strip() or len(name) > 500 or not name.isprintable():
+            raise ValueError(f"{name!r} must be 1 to 500 printable characters")
+        return name
 
 
 class ClusterSection(Section):
@@ -308,7 +332,7 @@ class Config(Section):
 
     @property
     def tracking_uri(self) -> str:
-        """MLflow tracking server, with the embedded default filled in."""
+        """MLflow tracking server, with the embedded default filled in; for its client alone, it may hold a password."""
         return self.tracking.uri or default_tracking_uri(self.runs)
 
     def model_for(self, num_classes: int) -> DetrConfig:
@@ -318,4 +342,4 @@ class Config(Section):
 
 def default_tracking_uri(runs: Path | str = "runs") -> str:
     """The embedded tracking server: a SQLite database in the folder of all runs."""
-    return f"sqlite:///{Path(runs).resolve() / 'mlflow.db'}"
+    return sqlite_uri(Path(runs) / "mlflow.db")

@@ -8,7 +8,6 @@ import importlib.metadata
 import io
 import shutil
 import tempfile
-import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +18,9 @@ from PIL import Image
 
 import model
 import pipeline
-from pipeline.checkpoint.state import State
-from pipeline.config.sections import METRICS
+from pipeline.config.sections import EvaluateSection
 from pipeline.predict.detector import Detector
-from pipeline.registry.versions import VAL_TAG
+from pipeline.registry.versions import KEY_TAG, VAL_TAG
 from pipeline.tracking.tracker import Tracker
 
 REQUIREMENTS = (
@@ -46,6 +44,7 @@ SERVED = (
     "files.py",
     "run_folder.py",
     "config/sections.py",
+    "config/address.py",
     "config/keys.py",
     "config/values.py",
     "data/labels.py",
@@ -104,49 +103,56 @@ def _example_picture() -> bytes:
 
 
 def log_model(
-    tracker: Tracker,
-    folder: Path,
-    detector: Detector,
-    state: State,
-    metrics: Mapping[str, Any],
-    val_digest: str,
-    config: Mapping[str, Any],
+    tracker: Tracker, key: str, checkpoint: Path, evaluate: EvaluateSection, metadata: Mapping[str, Any]
 ) -> str:
-    """Write the model's files into `folder` and upload them as a logged model of the run; returns its id."""
-    from mlflow.entities import LoggedModelOutput, Metric
+    """Upload a checkpoint as a logged model of the run, unless it has this one; one that was begun is completed.
+
+    Args:
+        tracker: the run.
+        key: digest of what the model is made of, by which it is found again.
+        checkpoint: folder of the checkpoint.
+        evaluate: sizes which it serves with.
+        metadata: what the model is to say about itself; its "step", "val_digest" and "data_digest" are shown, too.
+
+    Returns:
+        The id of the logged model.
+
+    Raises:
+        UserError: the checkpoint is gone, or damaged.
+        Exception: one of `server_errors`.
+    """
     from mlflow.models import Model
 
     client = tracker.client
-    numbers = {name: float(metrics[name]) for name in METRICS}
-    experiment_id = client.get_run(tracker.run_id).info.experiment_id
-    logged = client.create_logged_model(
-        experiment_id,
-        name="detector",
-        source_run_id=tracker.run_id,
-        tags={VAL_TAG: val_digest, "raydetr.data_digest": state.data_digest},
-        params={"step": str(state.step)},
-        model_type="object-detector",
-    )
-    metadata = {
-        "config": dict(config),
-        "label_map": state.labels,
-        "data_digest": state.data_digest,
-        "val_digest": val_digest,
-        "metrics": numbers,
-        "step": state.step,
-        "source_run": tracker.run_id,
-    }
-    card = Model(run_id=tracker.run_id, model_id=logged.model_id, metadata=metadata)
-    write_model(detector, folder / "model", card)
-    client.log_model_artifacts(logged.model_id, str(folder / "model"))
-    now = round(time.time() * 1000)
-    own = [
-        Metric(name, value, now, state.step, logged.model_id, "val", val_digest[:36]) for name, value in numbers.items()
-    ]
-    client.log_batch(tracker.run_id, metrics=own)
-    client.log_outputs(tracker.run_id, [LoggedModelOutput(logged.model_id, state.step)])
+    found = own_models(tracker, key)
+    logged = found[0] if found else _begin_model(tracker, key, metadata)
+    if str(logged.status) == "READY":
+        return str(logged.model_id)
+    with tempfile.TemporaryDirectory() as folder:
+        card = Model(run_id=tracker.run_id, model_id=logged.model_id, metadata=dict(metadata))
+        write_model(Detector.from_checkpoint(checkpoint, evaluate), Path(folder) / "model", card)
+        client.log_model_artifacts(logged.model_id, str(Path(folder) / "model"))
     client.finalize_logged_model(logged.model_id, "READY")
     return str(logged.model_id)
+
+
+def own_models(tracker: Tracker, key: str) -> list[Any]:
+    """The logged models that a run has made of what has a key, oldest first."""
+    experiment_id = tracker.client.get_run(tracker.run_id).info.experiment_id
+    found = tracker.client.search_logged_models([experiment_id], f"tags.`{KEY_TAG}` = '{key}'")
+    own = [model for model in found if model.source_run_id == tracker.run_id]
+    return sorted(own, key=lambda model: (model.creation_timestamp, model.model_id))
+
+
+def _begin_model(tracker: Tracker, key: str, metadata: Mapping[str, Any]) -> Any:
+    return tracker.client.create_logged_model(
+        tracker.client.get_run(tracker.run_id).info.experiment_id,
+        name="detector",
+        source_run_id=tracker.run_id,
+        tags={KEY_TAG: key, VAL_TAG: metadata["val_digest"], "raydetr.data_digest": metadata["data_digest"]},
+        params={"step": str(metadata["step"])},
+        model_type="object-detector",
+    )
 
 
 def _copy_code(folder: Path) -> None:

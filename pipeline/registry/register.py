@@ -4,28 +4,38 @@ A version answers wherever MLflow is:
 
     detector = mlflow.pyfunc.load_model("models:/raydetr@champion")
     detector.predict(pandas.DataFrame({"image": [Path("street.jpg").read_bytes()]}), params={"score_threshold": 0.4})
+
+A registration is an operation of the run's outbox. It may be cut after any request: each of its steps first looks
+whether it was done, by the key of what is registered.
 """
 
+import json
 import math
-import tempfile
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.state import State, read_state
+from pipeline.checkpoint.state import MODEL, STATE, State, read_state
 from pipeline.config.sections import METRICS, EvaluateSection, RegisterSection, Role, settings_with
-from pipeline.config.values import digest
-from pipeline.errors import UserError
+from pipeline.config.values import digest, plain
 from pipeline.evaluate.results import weights_digest
-from pipeline.predict.detector import Detector
-from pipeline.registry.package import log_model
-from pipeline.registry.versions import CHAMPION, VAL_TAG, find_champion, make_version
+from pipeline.registry.lock import registry_lock
+from pipeline.registry.package import log_model, own_models
+from pipeline.registry.versions import CHAMPION, KEY_TAG, VAL_TAG, find_champion, find_version, make_version
+from pipeline.tracking.outbox import Operation
 from pipeline.tracking.server import use_server
 from pipeline.tracking.tracker import Tracker
 
-KEY_TAG = "raydetr.key"
 METRIC_TAG = "raydetr.metric."
+CHAMPION_TAG = "raydetr.champion"
+"""Tag of a version with what was decided about `@champion` when it was made."""
+UNDECIDED = "undecided"
+VERSION = "version"
+"""Kind of the operations of the outbox that make a version."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ def register(
     section: RegisterSection,
     evaluate: EvaluateSection,
     config: Mapping[str, Any],
-) -> Registration:
+) -> Registration | None:
     """Make a version of `section.model_name`, unless the same checkpoint with the same metrics is one already.
 
     Args:
@@ -70,33 +80,62 @@ def register(
         config: whole configuration, kept with the version.
 
     Returns:
-        The version, and what became of `@champion`.
+        The version, and what became of `@champion`; None where it waits in the outbox or was refused.
 
     Raises:
-        UserError: the metric is none of COCO's, or the registry refuses the name.
-        TrackingError: the server is away.
+        UserError: the folder is no checkpoint.
     """
-    if any(letter in section.model_name for letter in "/:'") or not section.model_name.strip():
-        raise UserError(f"register.model_name {section.model_name!r}: must not be empty or hold / : or '")
     state = read_state(checkpoint)
+    numbers = {name: float(metrics[name]) for name in METRICS}
     key = _key(checkpoint, state, metrics, val_digest, evaluate)
-    with tracker.talking():
-        use_server(tracker.uri)
-        found = tracker.client.search_model_versions(f"name='{section.model_name}' and tags.`{KEY_TAG}`='{key}'")
-        if found:
-            version = int(found[0].version)
-            champion = find_champion(tracker, section.model_name)
-            is_champion = champion is not None and int(champion.version) == version
-            return Registration(section.model_name, version, is_champion, False, "registered before")
-        with tempfile.TemporaryDirectory() as folder:
-            detector = Detector.from_checkpoint(checkpoint, evaluate)
-            model_id = log_model(tracker, Path(folder), detector, state, metrics, val_digest, config)
-        version = make_version(tracker, section.model_name, model_id, _tags(key, state, metrics, val_digest))
-        moves, note = _decide(find_champion(tracker, section.model_name), metrics, val_digest, section.metric)
-        if moves:
-            tracker.client.set_registered_model_alias(section.model_name, CHAMPION, str(version))
-        tracker.client.set_tag(tracker.run_id, "raydetr.registered", f"models:/{section.model_name}/{version}")
-    return Registration(section.model_name, version, moves, True, note)
+    _keep(checkpoint, _kept(tracker, key))
+    body = {
+        "key": key,
+        "checkpoint": tracker.outbox.reference(checkpoint),
+        "evaluate": plain(evaluate),
+        "metric": section.metric,
+        "metadata": {
+            "config": dict(config),
+            "label_map": state.labels,
+            "data_digest": state.data_digest,
+            "val_digest": val_digest,
+            "metrics": numbers,
+            "step": state.step,
+        },
+    }
+    tracker.handlers[VERSION] = register_version
+    registration: Registration | None = tracker.request(VERSION, section.model_name, body)
+    return registration
+
+
+def register_version(tracker: Tracker, operation: Operation) -> Registration:
+    """Do an operation of the kind `VERSION`, from where it was cut.
+
+    Raises:
+        UserError: the checkpoint is gone.
+        Exception: one of `server_errors`.
+    """
+    name, body = operation.subject, operation.body
+    key, metadata = body["key"], {**body["metadata"], "source_run": tracker.run_id}
+    use_server(tracker.uri)
+    kept = _kept(tracker, key)
+    checkpoint = kept if (kept / STATE).is_file() else tracker.outbox.path(body["checkpoint"])
+    upload = partial(
+        log_model, tracker, _model_key(operation), checkpoint, EvaluateSection(**body["evaluate"]), metadata
+    )
+    model_id = "" if find_version(tracker, name, key) else upload()  # which takes long: others need not wait for it
+    with registry_lock(tracker, name):
+        version = find_version(tracker, name, key)
+        is_new = version is None
+        if version is None:
+            number = make_version(tracker, name, model_id or upload(), _tags(key, metadata))
+            version = tracker.client.get_model_version(name, str(number))
+        note = _settle_champion(tracker, name, version, metadata, body["metric"])
+        champion = find_champion(tracker, name)
+    is_champion = champion is not None and champion.version == version.version
+    _link(tracker, operation, version)
+    shutil.rmtree(kept, ignore_errors=True)
+    return Registration(name, int(version.version), is_champion, is_new, note)
 
 
 def _key(checkpoint: Path, state: State, metrics: Mapping[str, Any], val_digest: str, evaluate: EvaluateSection) -> str:
@@ -107,15 +146,79 @@ def _key(checkpoint: Path, state: State, metrics: Mapping[str, Any], val_digest:
     return digest([weights, state.labels, state.config["model"], state.data_digest, val_digest, sizes, numbers])
 
 
-def _tags(key: str, state: State, metrics: Mapping[str, Any], val_digest: str) -> dict[str, str]:
-    numbers = {f"{METRIC_TAG}{name}": repr(float(metrics[name])) for name in METRICS}
+def _model_key(operation: Operation) -> str:
+    """Key of the logged model of a version: each registered model has its own."""
+    return digest([operation.subject, operation.body["key"]])
+
+
+def _kept(tracker: Tracker, key: str) -> Path:
+    """Where the outbox keeps a checkpoint until its version is made, whatever becomes of the run's own."""
+    return tracker.outbox.folder / "checkpoints" / key[:16]
+
+
+def _keep(checkpoint: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (MODEL, STATE):  # the state last, as in every checkpoint
+        if not (folder / name).exists():
+            try:
+                os.link(checkpoint / name, folder / name)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(checkpoint / name, folder / f".{name}.tmp")
+                (folder / f".{name}.tmp").replace(folder / name)
+
+
+def _tags(key: str, metadata: Mapping[str, Any]) -> dict[str, str]:
+    numbers = {f"{METRIC_TAG}{name}": repr(value) for name, value in metadata["metrics"].items()}
     return {
         KEY_TAG: key,
-        VAL_TAG: val_digest,
-        "raydetr.data_digest": state.data_digest,
-        "raydetr.step": str(state.step),
+        CHAMPION_TAG: UNDECIDED,
+        VAL_TAG: metadata["val_digest"],
+        "raydetr.data_digest": metadata["data_digest"],
+        "raydetr.step": str(metadata["step"]),
         **numbers,
     }
+
+
+def _settle_champion(tracker: Tracker, name: str, version: Any, metadata: Mapping[str, Any], metric: str) -> str:
+    """Decide about `@champion`, once a version: afterwards whoever moves it by hand is right. Returns why."""
+    if version.tags.get(CHAMPION_TAG, "") != UNDECIDED:
+        return "registered before"
+    champion = find_champion(tracker, name)
+    if champion is not None and champion.version == version.version:
+        moves, note = False, "completed what was begun before: it is the champion"
+    else:
+        moves, note = _decide(champion, metadata["metrics"], metadata["val_digest"], metric)
+    if moves:
+        tracker.client.set_registered_model_alias(name, CHAMPION, str(version.version))
+    tracker.client.set_model_version_tag(name, str(version.version), CHAMPION_TAG, note)
+    return note
+
+
+def _link(tracker: Tracker, operation: Operation, version: Any) -> None:
+    """Show the version and its metrics on the run's page, the version on the logged model's; remove what is left over.
+
+    The version may come from another run whose results are the same, and this run have begun a logged model, too.
+    """
+    from mlflow.entities import LoggedModelOutput, Metric
+
+    client, run_id, model_id = tracker.client, tracker.run_id, version.source.removeprefix("models:/")
+    metadata, when = operation.body["metadata"], round(operation.time * 1000)
+    step, place = metadata["step"], ("val", metadata["val_digest"][:36])
+    metrics = [Metric(name, value, when, step, model_id, *place) for name, value in metadata["metrics"].items()]
+    run = client.get_run(run_id)
+    if model_id not in [output.model_id for output in run.outputs.model_outputs]:
+        client.log_outputs(run_id, [LoggedModelOutput(model_id, step)])
+    if any(run.data.metrics.get(metric.key) != metric.value for metric in metrics):
+        client.log_batch(run_id, metrics=metrics)
+    client.set_tag(run_id, "raydetr.registered", f"models:/{version.name}/{version.version}")
+    links = json.loads(client.get_logged_model(model_id).tags.get("mlflow.modelVersions", "[]"))
+    link = {"name": version.name, "version": str(version.version)}
+    if (version.name, str(version.version)) not in [(each["name"], str(each["version"])) for each in links]:
+        # As `mlflow.register_model` and some servers set it.
+        client.set_logged_model_tags(model_id, {"mlflow.modelVersions": json.dumps([*links, link])})
+    for model in own_models(tracker, _model_key(operation)):
+        if model.model_id != model_id and "mlflow.modelVersions" not in model.tags:
+            client.delete_logged_model(model.model_id)
 
 
 def _decide(champion: Any | None, metrics: Mapping[str, Any], val_digest: str, metric: str) -> tuple[bool, str]:

@@ -1,13 +1,18 @@
-"""Metrics on their way to MLflow: a spool on disk that training writes, and the tracker that uploads it."""
+"""A run on its way to MLflow: spools and an outbox on disk, and the tracker that uploads them."""
 
+from pipeline.tracking.names import legal_names, metric_name
+from pipeline.tracking.outbox import Operation, Outbox
 from pipeline.tracking.server import (
     artifact_location,
     connect,
+    error_code,
     first_line,
-    metric_name,
+    is_refusal,
+    page,
     prepare_mlflow,
     server_errors,
     use_server,
+    why,
 )
 from pipeline.tracking.spool import (
     SAME,
@@ -31,15 +36,22 @@ __all__ = [
     "RETRY_SECONDS",
     "SAME",
     "SETTING",
+    "Operation",
+    "Outbox",
     "Spool",
     "SpoolReader",
     "SpoolRecord",
     "Tracker",
     "artifact_location",
     "connect",
+    "error_code",
     "first_line",
+    "is_refusal",
+    "legal_names",
     "metric_name",
+    "page",
     "prepare_mlflow",
     "server_errors",
     "use_server",
+    "why",
 ]

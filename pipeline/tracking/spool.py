@@ -55,7 +55,7 @@ class Spool:
         self._clock = clock
         with disk_told(path, SETTING):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _cut_torn_line(path)
+            cut_torn_line(path)
             self._known = {record.step: record for record in SpoolReader(path).read()}
             self._file = path.open("a", encoding="utf-8")
 
@@ -85,7 +85,8 @@ class Spool:
         self.close()
 
 
-def _cut_torn_line(path: Path) -> None:
+def cut_torn_line(path: Path) -> None:
+    """Cut off a last line that a killed process did not finish."""
     if not path.exists():
         return
     content = path.read_bytes()

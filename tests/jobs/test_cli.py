@@ -11,7 +11,7 @@ import yaml
 PROJECT = Path(__file__).resolve().parents[2]
 COMMANDS = [
     *("run", "shard", "train", "evaluate", "register", "predict"),
-    *("synth", "convert", "config", "inspect", "doctor"),
+    *("synth", "convert", "config", "inspect", "doctor", "track sync"),
 ]
 
 
@@ -22,7 +22,7 @@ def raydetr(*arguments: str, folder: Path | None = None) -> subprocess.Completed
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example(command: str) -> None:
-    result = raydetr(command, "--help")
+    result = raydetr(*command.split(), "--help")
     assert result.returncode == 0
     assert f"raydetr {command}" in result.stdout.split("Example:")[1]
 

@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-
-from pipeline.errors import UserError
 from pipeline.registry.register import Registration
 from pipeline.tracking.tracker import Tracker
 from tests.pipeline.registry.registered import register_some
@@ -47,7 +44,3 @@ class TestChampion:
         made = register_some(tracker, checkpoint, "blind", -1.0)
         assert (made.version, made.is_champion) == (1, False)
         assert "no object on the validation split" in made.note
-
-    def test_bad_name(self, tracker: Tracker, checkpoint: Path) -> None:
-        with pytest.raises(UserError, match=r"register\.model_name 'a/b'"):
-            register_some(tracker, checkpoint, "a/b")

@@ -103,31 +103,33 @@ def away(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 class TestOutage:
-    def test_a_new_run_needs_the_server(self, away: str, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=rf"{away}.*Start the server"):
-            Tracker(away, "experiment", "run", tmp_path / "mlflow.json")
+    def test_a_new_run_waits_for_the_server(self, away: str, tmp_path: Path) -> None:
+        assert not Tracker(away, "experiment", "run", tmp_path / "mlflow.json").run_id
+
+    def test_a_server_that_is_required_is_refused(self, away: str, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=rf"{away}.*is away.*Start the server"):
+            Tracker(away, "experiment", "run", tmp_path / "mlflow.json", required=True)
         assert not (tmp_path / "mlflow.json").exists()
 
     def test_nothing_is_lost(self, uri: str, away: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         (tmp_path / "mlflow.json").write_text(json.dumps({"uri": away, "experiment": "e", "run_id": "0" * 32}))
+        logging.getLogger("raydetr").addHandler(caplog.handler)
         lost = Tracker(away, "experiment", "run", tmp_path / "mlflow.json")
         reader = lost.reader(tmp_path / "spool")
-        logging.getLogger("raydetr").addHandler(caplog.handler)
         with Spool(tmp_path / "spool") as spool:
             spool.write(1, {"loss": 3.0})
             assert lost.drain(reader) == 0
             spool.write(2, {"loss": 2.0})
             assert lost.drain(reader) == 0
             assert reader.offset == 0
+        lost.log_points(tmp_path / "spool")
+        lost.log_params({"a": 1})
         logging.getLogger("raydetr").removeHandler(caplog.handler)
-        said = {
-            record.getMessage() for record in caplog.records if "are uploaded when it is back" in record.getMessage()
-        }
-        assert len(said) == 1
-        with pytest.raises(TrackingError, match=r"Nothing is lost.*spool"):
-            lost.drain(reader, final=True)
-        with pytest.raises(TrackingError, match=away):
-            lost.log_params({"a": 1})
+        said = {record.getMessage() for record in caplog.records}
+        assert said == {f"tracking server {away} is away; what it is to get waits in {tmp_path / 'outbox'}"}
+        with pytest.raises(TrackingError, match=r"3 uploads wait in .*outbox: .*track sync"):
+            lost.settle(patience=0)
         back = Tracker(uri, "experiment", "run", tmp_path / "mlflow.json")
-        assert back.drain(back.reader(tmp_path / "spool"), final=True) == 2
+        back.settle(patience=0)
         assert [step for step, _, _ in history(back, "loss")] == [1, 2]
+        assert back.client.get_run(back.run_id).data.params == {"a": "1"}

@@ -1,0 +1,131 @@
+"""`raydetr track sync`, and which checkpoint a run registers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import run as running
+from jobs.register import best_checkpoint
+from jobs.track import open_tracker, sync
+from pipeline.config.load import parse_config
+from pipeline.config.sections import METRICS, Config
+from pipeline.data.labels import Category, LabelMap
+from pipeline.errors import TrackingError, UserError
+from pipeline.evaluate.results import weights_digest
+from tests.builders import write_checkpoint
+from tests.jobs.test_cli import raydetr
+
+LABELS = LabelMap("contiguous", (Category(1, "cat"),))
+AWAY = "http://somebody:hunter2@127.0.0.1:9"
+
+
+def make_config(runs: Path, uri: str, **sections: Any) -> Config:
+    tracking = {"uri": uri, "patience": 0, "experiment": "track"}
+    return parse_config({"name": "run", "runs": str(runs), "tracking": tracking, **sections}, "test")
+
+
+class TestSync:
+    def test_uploads_what_waits(self, mlflow_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        tracker = open_tracker(make_config(tmp_path, AWAY))
+        tracker.log_params({"a": 1})
+        tracker.finish()
+        with pytest.raises(TrackingError, match="2 uploads wait"):
+            sync(make_config(tmp_path, AWAY))
+        sync(make_config(tmp_path, mlflow_uri))
+        sync(make_config(tmp_path, mlflow_uri))
+        said = capsys.readouterr().out.splitlines()
+        assert said[0] == "track sync: 2 uploads"
+        assert said[2] == "track sync: already done, nothing waits"
+        made = open_tracker(make_config(tmp_path, mlflow_uri))
+        run = made.client.get_run(made.run_id)
+        assert (run.info.status, run.data.params) == ("FINISHED", {"a": "1"})
+
+    def test_the_command(self, tmp_path: Path) -> None:
+        file = tmp_path / "my.yaml"
+        file.write_text(f"name: run\nruns: {tmp_path}\ntracking: {{uri: '{AWAY}'}}\n")
+        nothing = raydetr("track", "sync", "-c", str(file))
+        assert (nothing.returncode, nothing.stderr.count("\n")) == (2, 1)
+        open_tracker(make_config(tmp_path, AWAY)).log_params({"a": 1})
+        away = raydetr("track", "sync", "-c", str(file))
+        assert away.returncode == 3
+        assert "the work is done, and 1 uploads wait in" in away.stderr.splitlines()[-1]
+        assert "Traceback" not in away.stderr
+        assert "hunter2" not in away.stdout + away.stderr
+        assert not [
+            each for each in (tmp_path / "run").rglob("*") if each.is_file() and b"hunter2" in each.read_bytes()
+        ]
+
+    def test_a_server_that_is_required(self, tmp_path: Path) -> None:
+        config = make_config(tmp_path, AWAY, tracking={"uri": AWAY, "required": True})
+        with pytest.raises(UserError, match=r"tracking\.uri http://127\.0\.0\.1:9: .*tracking\.required"):
+            open_tracker(config)
+
+
+class TestPipelineEnds:
+    @pytest.fixture
+    def pipeline(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> running.Pipeline:
+        """One that needs no Ray."""
+        from contextlib import nullcontext
+
+        monkeypatch.setattr(running, "connected", lambda cluster: nullcontext())
+        return running.Pipeline(make_config(tmp_path, AWAY))
+
+    def test_uploads_that_wait(self, pipeline: running.Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+        config, metrics = pipeline.config, dict.fromkeys(METRICS, 0.5)
+        with pytest.raises(TrackingError, match="the work is done"), pipeline:
+            running.print_summary(pipeline.console, config, metrics, None, pipeline.tracker)
+        assert not config.folder.lock.exists()
+        lines = capsys.readouterr().out.splitlines()
+        assert f"registered   waits in {config.folder.outbox}" in lines
+        assert lines[-1] == "MLflow page  http://127.0.0.1:9"
+        kinds = [json.loads(line)["kind"] for line in (config.folder.outbox / "operations.jsonl").open()]
+        assert kinds == ["status", "params", "status"]
+
+    def test_what_went_wrong_is_told_before_the_server(self, pipeline: running.Pipeline) -> None:
+        with pipeline:
+            assert pipeline.tracker.waiting() == 2
+            pipeline.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+            pipeline._tracker = None
+        last = (pipeline.config.folder.outbox / "operations.jsonl").read_text().splitlines()[-1]
+        assert json.loads(last)["body"] == {"status": "FAILED"}
+
+
+class TestWhich:
+    @pytest.fixture
+    def config(self, tmp_path: Path) -> Config:
+        """A run with three scored checkpoints, the second of which is the best."""
+        config = make_config(tmp_path, AWAY)
+        for step, value in ((5, 0.2), (6, 0.9), (7, 0.5)):
+            path = write_checkpoint(config.folder.checkpoints, LABELS, step=step, seed=step)
+            metrics = dict.fromkeys(METRICS, value) | {"step": step}
+            metrics["inputs"] = {"weights": weights_digest(path), "val_digest": "val", "settings": {}}
+            for folder in (config.folder.evaluation / path.name, config.folder.evaluation):
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "metrics.json").write_text(json.dumps(metrics))
+        return config
+
+    def best(self, config: Config) -> str:
+        last = config.folder.checkpoints / "checkpoint-7"
+        path, metrics = best_checkpoint(
+            config, last, json.loads((config.folder.evaluation / "metrics.json").read_text())
+        )
+        assert path.name == f"checkpoint-{metrics['step']}"
+        return path.name
+
+    def test_the_best(self, config: Config) -> None:
+        assert self.best(config) == "checkpoint-6"
+
+    def test_the_best_that_is_there(self, config: Config) -> None:
+        (config.folder.checkpoints / "checkpoint-6" / "state.json").unlink()
+        assert self.best(config) == "checkpoint-7"
+
+    def test_not_one_that_was_scored_on_other_data(self, config: Config) -> None:
+        file = config.folder.evaluation / "checkpoint-6" / "metrics.json"
+        file.write_text(file.read_text().replace('"val_digest": "val"', '"val_digest": "other"'))
+        assert self.best(config) == "checkpoint-7"
+
+    def test_not_other_weights_of_the_same_step(self, config: Config) -> None:
+        (config.folder.checkpoints / "checkpoint-6" / "model.safetensors").write_bytes(b"others")
+        assert self.best(config) == "checkpoint-7"
