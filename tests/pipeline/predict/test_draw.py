@@ -1,12 +1,16 @@
 """Pictures of a detector's answers."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from jobs.cli import app
+from jobs.predict import predict
 from pipeline.data.labels import Category, LabelMap
 from pipeline.errors import UserError
 from pipeline.predict.detector import Detector
@@ -83,3 +87,68 @@ class TestDrawPictures:
         (tmp_path / "text.jpg").write_text("text")
         with pytest.raises(UserError, match=r"text\.jpg: these bytes are not a picture"):
             draw_pictures(detector, [tmp_path / "text.jpg"], tmp_path / "out", score_threshold=0.4)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    categories = (Category(1, "[/]"), Category(3, "$\\frac$"), Category(9, "a\x1b[31m\nb"))
+    return write_checkpoint(tmp_path_factory.mktemp("run"), LabelMap("contiguous", categories))
+
+
+def test_one_bad_picture_of_three(checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.jpg", "c.png"):
+        write_image(tmp_path / "in" / name)
+    (tmp_path / "in" / "b.jpg").write_text("text")
+    os.mkfifo(tmp_path / "in" / "d.jpg")
+    out = tmp_path / "out"
+    with caplog.at_level("WARNING", logger="raydetr"):
+        drawn = predict(str(checkpoint), [tmp_path / "in"], out, tracking_uri="", score_threshold=0.0)
+    assert drawn.pictures == 2
+    assert [Path(text.split(":")[0]).name for text in drawn.unusable] == ["b.jpg", "d.jpg"]
+    assert "b.jpg: these bytes are not a picture" in caplog.text
+    assert {path.name for path in out.iterdir()} == {"a.png", "c.png", "detections.json"}
+    assert len(json.loads((out / "detections.json").read_text())) == 2
+
+
+def test_the_command_ends_with_1_and_says_how_many(checkpoint: Path, tmp_path: Path) -> None:
+    good, bad = write_image(tmp_path / "a.jpg"), tmp_path / "b.jpg"
+    bad.write_text("text")
+    command = ["predict", "-m", str(checkpoint), "--out", str(tmp_path / "out"), "--score-threshold", "1"]
+    result = CliRunner().invoke(app, [*command, str(good), str(bad)])
+    assert result.exit_code == 1
+    assert "1 pictures, 0 detections at 1, best 0." in result.output
+    assert "1 of 2 pictures cannot be used" in result.output
+    assert CliRunner().invoke(app, [*command, str(good)]).exit_code == 0
+
+
+def test_no_picture_that_can_be_used(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_text("text")
+    with pytest.raises(UserError, match=r"a\.jpg: .*none of the 2 pictures can be used"):
+        predict(str(checkpoint), [tmp_path / "a.jpg", tmp_path / "b.jpg"], tmp_path / "out", tracking_uri="")
+
+
+class TestOwnFolder:
+    def test_is_refused(self, checkpoint: Path, tmp_path: Path) -> None:
+        write_image(tmp_path / "a.png")
+        with pytest.raises(UserError, match="is the folder of the pictures"):
+            predict(str(checkpoint), [tmp_path], tmp_path, tracking_uri="")
+
+    @pytest.mark.parametrize("link", [None, "symbolic", "hard"])
+    def test_no_given_picture_is_written_over(self, checkpoint: Path, tmp_path: Path, link: str | None) -> None:
+        picture = write_image(tmp_path / "in" / "a.png")
+        before = picture.read_bytes()
+        out = tmp_path / "out" if link else tmp_path / "in"
+        out.mkdir(exist_ok=True)
+        if link:
+            (out / "a.png").symlink_to(picture) if link == "symbolic" else (out / "a.png").hardlink_to(picture)
+        predict(str(checkpoint), [picture], out, tracking_uri="", score_threshold=0.0)
+        assert picture.read_bytes() == before
+        assert json.loads((out / "detections.json").read_text())[0]["drawn"] == "a_.png"
+
+    def test_drawn_looks_take_no_name_of_another(self, checkpoint: Path, tmp_path: Path) -> None:
+        pictures = [write_image(tmp_path / name) for name in ("a_query5.png", "a.png")]
+        predict(str(checkpoint), pictures, tmp_path / "out", tracking_uri="", show_attention=1, queries=[5])
+        found = json.loads((tmp_path / "out" / "detections.json").read_text())
+        names = [name for entry in found for name in (entry["drawn"], *entry["attention"])]
+        assert len(set(names)) == len(names) == 4
