@@ -16,6 +16,7 @@ def test_everything_has_its_place_below_the_folder() -> None:
         "evaluate_spool": "runs/demo/spool/evaluate.jsonl",
         "evaluation": "runs/demo/evaluate",
         "mlflow_run": "runs/demo/mlflow_run.json",
+        "outbox": "runs/demo/outbox",
         "stop": "runs/demo/stop",
         "lock": "runs/demo/lock",
     }
