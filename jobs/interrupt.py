@@ -4,14 +4,18 @@ import ctypes
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import TypeVar
 
 import psutil
 
 _PR_SET_CHILD_SUBREAPER = 36  # Linux, sys/prctl.h
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+Result = TypeVar("Result")
 
 
 class Interrupted(BaseException):
@@ -49,6 +53,24 @@ def _first(number: int, frame: FrameType | None) -> None:
 def _second(number: int, frame: FrameType | None) -> None:
     end_descendants(wait_seconds=0)
     os._exit(128 + number)
+
+
+def in_thread(call: Callable[[], Result], name: str) -> "Future[Result]":
+    """Begin a call in a thread that does not keep the process alive.
+
+    What waits long in Ray's client is called so and waited for from the main thread: the client looks for signals by
+    itself while it waits there, and an `Interrupted` raised inside of it is lost or comes out as a `SystemError`.
+    """
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
 
 
 @contextmanager

@@ -7,13 +7,14 @@ import ray
 from ray.exceptions import RayTaskError
 
 from jobs.cluster import check_alive
+from jobs.interrupt import in_thread
 from pipeline.errors import UserError
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
-CANCEL_SECONDS = 30
-"""Longest wait for cancelled tasks to end."""
+CANCEL_SECONDS = 3
+"""Seconds that cancelled tasks have to end by themselves; then their processes are killed, and given as many again."""
 LOOK_SECONDS = 10
 """Seconds without a result after which Ray is asked whether it is still there."""
 
@@ -53,7 +54,7 @@ def run_tasks(
             while waiting and len(running) < at_once:
                 argument = waiting.pop()
                 running[remote.remote(argument)] = argument
-            finished, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_SECONDS)
+            finished = _ended(list(running), 1, LOOK_SECONDS)
             for done in finished:
                 yield running.pop(done), _result(done)
             if not finished:
@@ -65,14 +66,24 @@ def run_tasks(
 
 
 def _cancel(running: list[Any]) -> None:
-    for reference in running:
-        ray.cancel(reference)
-    ray.wait(running, num_returns=len(running), timeout=CANCEL_SECONDS)
+    for force in (False, True):
+        for reference in running:
+            ray.cancel(reference, force=force)
+        ended = _ended(running, len(running), CANCEL_SECONDS)
+        running = [reference for reference in running if reference not in ended]
+        if not running:
+            return
+
+
+def _ended(running: list[Any], at_least: int, seconds: float) -> list[Any]:
+    """Those that have ended once there are so many or the time is up."""
+    ended, _ = in_thread(lambda: ray.wait(running, num_returns=at_least, timeout=seconds), "ray-wait").result()
+    return list(ended)
 
 
 def _result(reference: Any) -> Any:
     try:
-        return ray.get(reference)
+        return in_thread(lambda: ray.get(reference), "ray-get").result()
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from None

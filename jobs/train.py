@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import struct
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -22,7 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 
 from jobs.cluster import check_alive, device_of
-from jobs.interrupt import Interrupted
+from jobs.interrupt import Interrupted, in_thread
 from model.ops.operator import compiled
 from pipeline.checkpoint.state import latest
 from pipeline.config.sections import Config
@@ -142,22 +141,11 @@ def refuse_plain_operator(device: str) -> None:
 
 
 def _fit(trainer: TorchTrainer, on_poll: Callable[[], None], run: RunFolder) -> dict[str, str]:
-    """What rank 0 returns; training runs in a thread, so that `on_poll` is called in the one that asked.
-
-    The thread does not keep the process alive: whatever is raised here ends the command, and Ray with it.
-    """
-    future: Future[Any] = Future()
-
-    def fit() -> None:
-        try:
-            future.set_result(trainer.fit())
-        except BaseException as error:
-            future.set_exception(error)
-
+    """What rank 0 returns; training runs in a thread, so that `on_poll` is called in the one that asked."""
     run.stop.unlink(missing_ok=True)
     began = time.monotonic()
     points = SpoolReader(run.train_spool, run.train_spool.stat().st_size if run.train_spool.exists() else 0)
-    threading.Thread(target=fit, name="ray-train", daemon=True).start()
+    future = in_thread(trainer.fit, "ray-train")
     try:
         while not wait([future], POLL_SECONDS).done:
             on_poll()

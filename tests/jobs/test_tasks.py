@@ -1,5 +1,6 @@
 """A pool of tasks on a real Ray."""
 
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from jobs.cluster import connected
 from jobs.tasks import run_tasks
 from pipeline.config.sections import ClusterSection
 from pipeline.errors import UserError
+from tests.jobs.test_interrupt import rest, started
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -82,3 +84,24 @@ def test_one_failure_ends_the_others(raised: Exception, told: str, tmp_path: Pat
     (tmp_path / "2 is alive").unlink()
     time.sleep(0.2)
     assert not (tmp_path / "2 is alive").exists(), "it is gone when the error is raised"
+
+
+def test_a_signal_ends_the_wait_for_a_task_that_cannot_be_cancelled() -> None:
+    code = (
+        "import time\n"
+        "from jobs.cluster import connected\n"
+        "from jobs.interrupt import Interrupted, end_in_order\n"
+        "from jobs.tasks import run_tasks\n"
+        "from pipeline.config.sections import ClusterSection\n"
+        "end_in_order()\n"
+        "try:\n"
+        "    with connected(ClusterSection(workers=1)):\n"
+        "        for _ in run_tasks(time.sleep, [0, 600], at_once=1, cpus=0.1):\n"
+        "            print('ready', flush=True)\n"
+        "except Interrupted as interrupted:\n"
+        "    print(interrupted)\n"
+    )
+    process = started(code)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert rest(process) == "SIGINT\n"
