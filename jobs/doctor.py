@@ -14,10 +14,12 @@ from model.ops.compiler import compiler
 from model.ops.operator import compiled, cuda_architectures, description
 from model.ops.proof import prove, runs_on
 from pipeline.config.sections import ClusterSection
+from pipeline.data.loader import SHARED_MEMORY
 from pipeline.errors import UserError
 
 PACKAGES = ("torch", "ray", "deepspeed", "webdataset", "pycocotools", "mlflow", "opencv-python-headless", "pillow")
 FREE_GIB = 5
+SHARED_GIB = 1
 
 
 class Finding(NamedTuple):
@@ -34,10 +36,10 @@ class Finding(NamedTuple):
 
 
 def examine(address: str | None = None) -> list[Finding]:
-    """Look at the packages, the devices, the operator, the disk and, when an address is given, at Ray there."""
+    """Look at the packages, the devices, the operator, the disk, the shared memory and, when an address is given, at Ray there."""
     findings = [Finding("ok", "python", f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} CPUs")]
     findings += [_package(name) for name in PACKAGES]
-    findings += [_gpu(), *_operator(), _disk()]
+    findings += [_gpu(), *_operator(), _disk(), *_shared_memory()]
     if address is not None:
         findings.append(_cluster(address))
     return findings
@@ -96,6 +98,15 @@ def _disk() -> Finding:
     folder = Path.cwd()
     free = shutil.disk_usage(folder).free / 2**30
     return Finding("ok" if free >= FREE_GIB else "note", "disk", f"{free:.0f} GiB free in {folder}")
+
+
+def _shared_memory() -> list[Finding]:
+    """Of Linux: a container has 64 MiB of it where nobody asks for more."""
+    if not os.path.isdir(SHARED_MEMORY):
+        return []
+    free = shutil.disk_usage(SHARED_MEMORY).free / 2**30
+    mend = "" if free >= SHARED_GIB else "; give a container more (`--shm-size`), or set train.loader_workers: 0"
+    return [Finding("note" if mend else "ok", "shared memory", f"{free:.1f} GiB free in {SHARED_MEMORY}{mend}")]
 
 
 def _cluster(address: str) -> Finding:

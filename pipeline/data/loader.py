@@ -6,6 +6,9 @@ of ranks. One item of the data loader is one micro-batch, known by (step, j) alo
 """
 
 import multiprocessing
+import os
+import shutil
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -33,6 +36,9 @@ PLACEHOLDER_SIDE = 64
 
 PREFETCH = 2
 """Items that each worker process works ahead."""
+
+SHARED_MEMORY = "/dev/shm"
+"""Where worker processes put their items. A write beyond its end hangs or kills them, so it is measured before."""
 
 logger = get_logger(__name__)
 
@@ -94,7 +100,8 @@ class TrainLoader:
         stop_step: one past the last step.
         on_error: whether a sample that cannot be read stops the run or is left out and counted.
 
-    Iterating raises `UserError` for an unreadable sample when on_error is "fail".
+    Iterating raises `UserError` for an unreadable sample when on_error is "fail", and where the worker processes of this
+    host may need more shared memory than is free.
     """
 
     def __init__(
@@ -113,19 +120,19 @@ class TrainLoader:
         self._steps = range(start_step, stop_step)
         self._own = train.micro_batches // world
         self._epoch_of = order.epoch_of
-        self._global_batch = train.global_batch
+        self._train = train
         self._dataset = _TrainDataset(manifest, order, train, rank, world, self._steps, on_error)
-        self._workers = train.loader_workers
 
     def __len__(self) -> int:
         return len(self._steps)
 
     def __iter__(self) -> Iterator[Step]:
-        items = iter(_data_loader(self._dataset, self._workers))
+        _refuse_small_memory(self._train)
+        items = iter(_data_loader(self._dataset, self._train.loader_workers))
         try:
             for step in self._steps:
                 own = list(islice(items, self._own))
-                yield Step(step, self._epoch_of(step, self._global_batch), [_raised(item) for item in own])
+                yield Step(step, self._epoch_of(step, self._train.global_batch), [_raised(item) for item in own])
         finally:
             del items  # ends the workers now: an error's traceback would keep them until it is collected
 
@@ -280,6 +287,21 @@ def _raised(item: Any) -> Any:
 
 def _as_it_is(item: Any) -> Any:
     return item
+
+
+def _refuse_small_memory(train: TrainSection) -> None:
+    """Raise a UserError where the worker processes of this host's ranks may share more than there is room for."""
+    if train.loader_workers == 0 or not os.path.isdir(SHARED_MEMORY):
+        return
+    item = train.micro_batch * train.augment.max_side**2 * 4  # three colours and the mask
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    need, free = ranks * train.loader_workers * (PREFETCH + 1) * item, shutil.disk_usage(SHARED_MEMORY).free
+    if need > free:
+        raise UserError(
+            f"{SHARED_MEMORY} on {socket.gethostname()} has {free / 2**20:.0f} MiB free, and {ranks} workers with "
+            f"train.loader_workers {train.loader_workers} may share {need / 2**20:.0f} MiB: make it larger (`--shm-size` "
+            "of a container, an emptyDir of medium Memory in Kubernetes), or set train.loader_workers: 0"
+        )
 
 
 def _start_worker(_: int) -> None:

@@ -16,6 +16,14 @@ def operator_findings() -> list[Finding]:
     return [finding for finding in examine() if "operator" in finding.what]
 
 
+@pytest.mark.parametrize(("gib", "state"), [(0, "ok"), (10**9, "note")])
+def test_shared_memory_is_measured(gib: int, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.doctor.SHARED_GIB", gib)
+    (finding,) = (finding for finding in examine() if finding.what == "shared memory")
+    assert finding.state == state
+    assert ("--shm-size" in finding.detail) == (state == "note")
+
+
 @needs_compiled
 def test_the_compiled_operator_is_proved() -> None:
     built, proof = operator_findings()[:2]

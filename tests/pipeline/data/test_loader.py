@@ -98,6 +98,12 @@ class TestOrderContract:
         list(loader(manifest, 0, 1))
         assert torch.equal(torch.get_rng_state(), before)
 
+    def test_more_shared_memory_than_there_is_is_refused(self, manifest: Manifest) -> None:
+        huge = AUGMENT.model_copy(update={"max_side": 10**7})
+        with pytest.raises(UserError, match=r"/dev/shm on .* MiB free, .* may share \d+ MiB: .*train.loader_workers: 0"):
+            list(loader(manifest, 0, 1, loader_workers=1, augment=huge))
+        assert len(list(loader(manifest, 0, 1, augment=huge))) == 1, "a loader without processes shares none"
+
     def test_nothing_to_do(self, manifest: Manifest) -> None:
         assert list(loader(manifest, 3, 3)) == []
         assert len(loader(manifest, 3, 5)) == 2
