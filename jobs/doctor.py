@@ -36,7 +36,7 @@ class Finding(NamedTuple):
 
 
 def examine(address: str | None = None) -> list[Finding]:
-    """Look at the packages, the devices, the operator, the disk, the shared memory and, when an address is given, at Ray there."""
+    """Look at the packages, the devices, the operator, the disk, the shared memory, and Ray if an address is given."""
     findings = [Finding("ok", "python", f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} CPUs")]
     findings += [_package(name) for name in PACKAGES]
     findings += [_gpu(), *_operator(), _disk(), *_shared_memory()]

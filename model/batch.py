@@ -40,11 +40,12 @@ class PixelBatch:
     """[batch, height, width] bool, True on padding."""
 
     @classmethod
-    def collate(cls, images: Sequence[NDArray[np.uint8]]) -> "PixelBatch":
+    def collate(cls, images: Sequence[NDArray[np.uint8]], multiple: int = 1) -> "PixelBatch":
         """Pad images to the largest height and width among them.
 
         Args:
             images: RGB `[height, width, 3]` uint8 each.
+            multiple: of this many pixels are the height and the width of the canvas.
 
         Raises:
             ValueError: there is no image, or one is not RGB uint8 with at least one pixel.
@@ -54,8 +55,7 @@ class PixelBatch:
         for index, image in enumerate(images):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
                 raise ValueError(f"image {index} of the batch is {image.dtype} {image.shape}, expected uint8 (h, w, 3)")
-        height = max(image.shape[0] for image in images)
-        width = max(image.shape[1] for image in images)
+        height, width = (-(-max(image.shape[axis] for image in images) // multiple) * multiple for axis in (0, 1))
         pixels = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
         mask = torch.ones(len(images), height, width, dtype=torch.bool)
         for index, image in enumerate(images):

@@ -152,10 +152,9 @@ def spoil(manifest: Manifest, *image_ids: int) -> None:
     """Overwrite images in the shards by zeros."""
     for sample in manifest.samples:
         if sample.image_id in image_ids:
-            offset, size = sample.members[sample.extension]
             with (manifest.folder / manifest.shards[sample.shard].name).open("r+b") as file:
-                file.seek(offset)
-                file.write(bytes(size))
+                file.seek(sample.image.offset)
+                file.write(bytes(sample.image.size))
 
 
 def make_target(count: int, num_classes: int = 5, seed: int = 0) -> dict[str, Tensor]:

@@ -3,9 +3,13 @@
 from pipeline.data.augment import (
     Boxes,
     Plan,
+    Plans,
     plan_eval,
     plan_train,
     resized,
+)
+from pipeline.data.batching import (
+    cut_batch,
 )
 from pipeline.data.images import (
     BadImageError,
@@ -16,6 +20,11 @@ from pipeline.data.images import (
     read_image_file,
     refuse_odd_file,
     shown_size,
+)
+from pipeline.data.index import (
+    Index,
+    Member,
+    Sample,
 )
 from pipeline.data.labels import (
     Category,
@@ -31,7 +40,6 @@ from pipeline.data.loader import (
 )
 from pipeline.data.manifest import (
     Manifest,
-    Sample,
     Shard,
     ShardReader,
     UnreadableSampleError,
@@ -48,14 +56,17 @@ from pipeline.data.order import (
     permutation,
     seed_sequence,
 )
+from pipeline.data.philox import (
+    philox,
+)
 from pipeline.data.samples import (
-    PlannedSample,
+    StepPlan,
     label_list,
     load_image,
     load_train_sample,
     make_targets,
+    plan_samples,
     plan_step,
-    sample_plan,
     xyxy,
 )
 
@@ -66,20 +77,24 @@ __all__ = [
     "EvalBatch",
     "EvalLoader",
     "ImageHeader",
+    "Index",
     "LabelMap",
     "Manifest",
+    "Member",
     "MicroBatch",
     "Pixels",
     "Plan",
-    "PlannedSample",
+    "Plans",
     "Sample",
     "SampleOrder",
     "Shard",
     "ShardReader",
     "Step",
+    "StepPlan",
     "TrainLoader",
     "UnreadableSampleError",
     "Value",
+    "cut_batch",
     "decode_image",
     "describe",
     "eval_batches",
@@ -90,7 +105,9 @@ __all__ = [
     "load_train_sample",
     "make_targets",
     "permutation",
+    "philox",
     "plan_eval",
+    "plan_samples",
     "plan_step",
     "plan_train",
     "read_annotations",
@@ -99,7 +116,6 @@ __all__ = [
     "read_manifest",
     "refuse_odd_file",
     "resized",
-    "sample_plan",
     "seed_sequence",
     "shown_size",
     "write_manifest",

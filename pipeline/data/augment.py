@@ -1,7 +1,7 @@
 """The augmentation of DETR (facebookresearch/detr, datasets/coco.py) as plans.
 
-A `Plan` is drawn from an image's size alone, before decoding, so that a batch can be sorted by the size its images will
-have. Boxes are float xyxy pixels throughout and follow the pixels.
+A plan is drawn from an image's size alone, before decoding, so that a batch can be cut by the sizes its images will
+have, and those of a whole batch in array operations. Boxes are float xyxy pixels throughout and follow the pixels.
 """
 
 from collections.abc import Sequence
@@ -14,29 +14,29 @@ from PIL import Image
 
 from pipeline.config.sections import AugmentSection
 from pipeline.data.images import Pixels
+from pipeline.data.philox import pick
 
 Boxes = NDArray[np.float64]
 """[n, 4] xyxy pixels."""
+Sizes = NDArray[np.int64]
+"""[n, 2] (width, height) in pixels."""
+
+DRAWS = 8
+"""32-bit numbers that the training augmentation of an image takes."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens to one image: flip, and either one resize, or a resize, a crop and another resize.
+    """What happens to one image: a crop, a flip, and one resize.
 
-    Sizes are (width, height) in pixels; the crop is (left, top, width, height) in the image resized to `before_crop`.
+    Sizes are (width, height) in pixels. `crop` is (left, top, width, height) in the source, None for all of it.
     """
 
     source: tuple[int, int]
     size: tuple[int, int]
     flip: bool = False
-    before_crop: tuple[int, int] | None = None
     crop: tuple[int, int, int, int] | None = None
     antialias: bool = False
-
-    @property
-    def aspect(self) -> float:
-        """Width by height of the result."""
-        return self.size[0] / self.size[1]
 
     def apply_image(self, image: Pixels) -> Pixels:
         """The transformed pixels.
@@ -48,11 +48,10 @@ class Plan:
             uint8 [size[1], size[0], 3].
         """
         assert image.shape[1::-1] == self.source, f"{image.shape} is not {self.source}"
+        left, top, width, height = self._region
+        image = image[top : top + height, left : left + width]
         if self.flip:
             image = np.asarray(cv2.flip(image, 1), dtype=np.uint8)
-        if self.before_crop is not None and self.crop is not None:
-            left, top, width, height = self.crop
-            image = _resize(image, self.before_crop)[top : top + height, left : left + width]
         return _resize_antialiased(image, self.size) if self.antialias else _resize(image, self.size)
 
     def apply_boxes(self, boxes: Boxes) -> tuple[Boxes, NDArray[np.bool_]]:
@@ -64,76 +63,104 @@ class Plan:
         Returns:
             float [n, 4] xyxy pixels of the result, and bool [n].
         """
-        width, height = self.source
-        boxes = _clip(np.asarray(boxes, dtype=np.float64).reshape(-1, 4), width, height)
+        left, top, width, height = self._region
+        boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4) - np.array([left, top, left, top])
+        boxes = _clip(boxes, width, height)
         if self.flip:
             boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
-        if self.before_crop is not None and self.crop is not None:
-            left, top, crop_width, crop_height = self.crop
-            boxes = boxes * _scale((width, height), self.before_crop) - np.array([left, top, left, top])
-            boxes = _clip(boxes, crop_width, crop_height)
-            width, height = crop_width, crop_height
-        boxes = _clip(boxes * _scale((width, height), self.size), *self.size)
+        boxes = _clip(boxes * np.array([self.size[0] / width, self.size[1] / height] * 2), *self.size)
         keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         return boxes, keep
 
+    @property
+    def _region(self) -> tuple[int, int, int, int]:
+        return self.crop or (0, 0, *self.source)
 
-def plan_train(width: int, height: int, generator: np.random.Generator, augment: AugmentSection) -> Plan:
-    """Draws the published training augmentation for an image of a size."""
-    flip = generator.random() < augment.flip
-    cropping = generator.random() < augment.crop
-    before_crop, crop = None, None
-    size = (width, height)
-    if cropping:
-        # The published crop does not bound the long side; this bound is met only by strips that would fill the memory.
-        before_crop = resized(size, _choice(generator, augment.crop_short_sides), 4 * augment.max_side)
-        crop = _crop(generator, before_crop, augment)
-        size = (crop[2], crop[3])
-    size = resized(size, _choice(generator, augment.short_sides), augment.max_side)
-    return Plan((width, height), size, flip, before_crop, crop)
+
+@dataclass(frozen=True)
+class Plans:
+    """The plans of many images, as arrays."""
+
+    source: Sizes
+    size: Sizes
+    flip: NDArray[np.bool_]
+    """[n]."""
+    crop: NDArray[np.int64]
+    """[n, 4] (left, top, width, height) in the source."""
+
+    def take(self, numbers: NDArray[np.int64]) -> "Plans":
+        """Some of them, in that order."""
+        return Plans(self.source[numbers], self.size[numbers], self.flip[numbers], self.crop[numbers])
+
+    def __getitem__(self, number: int) -> Plan:
+        width, height = self.source[number].tolist()
+        left, top, crop_width, crop_height = self.crop[number].tolist()
+        size = self.size[number].tolist()
+        return Plan((width, height), (size[0], size[1]), bool(self.flip[number]), (left, top, crop_width, crop_height))
+
+
+def plan_train(sources: Sizes, draws: NDArray[np.uint64], augment: AugmentSection) -> Plans:
+    """The published training augmentation of images of the given sizes.
+
+    The published one resizes, crops and resizes again. Here the same crop is taken from the source, to its nearest
+    pixel, and resized once: the same geometry from pixels that were not interpolated twice.
+
+    Args:
+        sources: [n, 2].
+        draws: [n, DRAWS] uniform 32-bit numbers.
+        augment: the probabilities and sizes.
+    """
+    flipping, cropping, crop_short, crop_width, crop_height, crop_left, crop_top, short = draws.T
+    # The published crop does not bound the long side; this bound is met only by strips that would fill the memory.
+    before = resized(sources, _choice(crop_short, augment.crop_short_sides), 4 * augment.max_side)
+    most = np.minimum(before, augment.crop_max)
+    least = np.minimum(augment.crop_min, most)
+    sides = np.stack([pick(crop_width, least[:, 0], most[:, 0]), pick(crop_height, least[:, 1], most[:, 1])], axis=1)
+    room = before - sides
+    start = np.stack([pick(crop_left, 0, room[:, 0]), pick(crop_top, 0, room[:, 1])], axis=1)
+    begin = (2 * start * sources + before) // (2 * before)
+    end = np.maximum((2 * (start + sides) * sources + before) // (2 * before), begin + 1)
+    begin = np.minimum(begin, end - 1)
+    is_cropped = (cropping < _threshold(augment.crop))[:, None]
+    crop = np.where(is_cropped, np.concatenate([begin, end - begin], axis=1), _whole(sources))
+    size = resized(np.where(is_cropped, sides, sources), _choice(short, augment.short_sides), augment.max_side)
+    return Plans(sources, size, flipping < _threshold(augment.flip), crop)
 
 
 def plan_eval(width: int, height: int, short_side: int, max_side: int) -> Plan:
     """The published validation transform: one antialiased resize."""
-    return Plan((width, height), resized((width, height), short_side, max_side), antialias=True)
+    ((new_width, new_height),) = resized(np.array([[width, height]]), np.array([short_side]), max_side).tolist()
+    return Plan((width, height), (new_width, new_height), antialias=True)
 
 
-def resized(size: tuple[int, int], short_side: int, max_side: int) -> tuple[int, int]:
-    """The (width, height) with the short side at `short_side` and the long side at most `max_side`.
+def resized(sizes: Sizes, short_sides: NDArray[np.int64], max_side: int) -> Sizes:
+    """The sizes with the short side at `short_sides` [n] and the long side at most `max_side`.
 
     Rounded as the original rounds, so that the long side may pass `max_side` by a pixel or two.
     """
-    width, height = size
-    short, long = min(size), max(size)
-    if long / short * short_side > max_side:
-        short_side = round(max_side * short / long)
-    if short_side < 1:
-        return (1, max_side) if width < height else (max_side, 1)
-    if short == short_side:
-        return size
-    if width < height:
-        return short_side, int(short_side * height / width)
-    return int(short_side * width / height), short_side
+    short, long = sizes.min(axis=1), sizes.max(axis=1)
+    fits = long / short * short_sides <= max_side
+    short_sides = np.where(fits, short_sides, np.rint(max_side * short / long).astype(np.int64))
+    is_strip = short_sides < 1
+    long_sides = np.where(is_strip, max_side, (short_sides * long / short).astype(np.int64))
+    short_sides = np.maximum(short_sides, 1)
+    is_upright = sizes[:, 0] < sizes[:, 1]
+    return np.stack(
+        [np.where(is_upright, short_sides, long_sides), np.where(is_upright, long_sides, short_sides)], axis=1
+    )
 
 
-def _crop(generator: np.random.Generator, size: tuple[int, int], augment: AugmentSection) -> tuple[int, int, int, int]:
-    """Sides uniform in crop_min..crop_max as far as the image goes, then a uniform position."""
-    sides = []
-    for length in size:
-        most = min(length, augment.crop_max)
-        least = min(augment.crop_min, most)
-        sides.append(_integer(generator, least, most))
-    left = _integer(generator, 0, size[0] - sides[0])
-    top = _integer(generator, 0, size[1] - sides[1])
-    return left, top, sides[0], sides[1]
+def _whole(sizes: Sizes) -> NDArray[np.int64]:
+    return np.concatenate([np.zeros_like(sizes), sizes], axis=1)
 
 
-def _integer(generator: np.random.Generator, least: int, most: int) -> int:
-    return least + int(generator.random() * (most - least + 1))
+def _choice(draws: NDArray[np.uint64], values: Sequence[int]) -> NDArray[np.int64]:
+    return np.asarray(values, dtype=np.int64)[pick(draws, 0, len(values) - 1)]
 
 
-def _choice(generator: np.random.Generator, values: Sequence[int]) -> int:
-    return values[_integer(generator, 0, len(values) - 1)]
+def _threshold(probability: float) -> int:
+    """What a 32-bit number is below with a probability."""
+    return round(probability * 2**32)
 
 
 def _resize(image: Pixels, size: tuple[int, int]) -> Pixels:
@@ -150,10 +177,6 @@ def _resize_antialiased(image: Pixels, size: tuple[int, int]) -> Pixels:
     if image.shape[1::-1] == size:
         return image
     return np.array(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
-
-
-def _scale(before: tuple[int, int], after: tuple[int, int]) -> NDArray[np.float64]:
-    return np.array([after[0] / before[0], after[1] / before[1]] * 2)  # [4]
 
 
 def _clip(boxes: Boxes, width: int, height: int) -> Boxes:

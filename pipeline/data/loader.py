@@ -1,7 +1,7 @@
 """Micro-batches for training and batches for evaluation, decoded in parallel worker processes.
 
-A training step is a function of its global batch: the batch is sorted by augmented aspect ratio and cut into
-micro-batches, and micro-batch j goes to rank j mod world. So the same step holds the same micro-batches at any number
+A training step is a function of its global batch: the batch is cut into micro-batches of like augmented shapes, and
+micro-batch j goes to rank j mod world. So the same step holds the same micro-batches at any number
 of ranks. One item of the data loader is one micro-batch, known by (step, j) alone.
 """
 
@@ -24,10 +24,12 @@ from torch.utils.data import DataLoader, Dataset
 from model.batch import PixelBatch
 from pipeline.config.sections import EvaluateSection, OnError, TrainSection
 from pipeline.data.augment import plan_eval
+from pipeline.data.batching import CANVAS_MULTIPLE
 from pipeline.data.images import Pixels
-from pipeline.data.manifest import Manifest, Sample, UnreadableSampleError
+from pipeline.data.index import Sample
+from pipeline.data.manifest import Manifest, UnreadableSampleError
 from pipeline.data.order import SampleOrder
-from pipeline.data.samples import PlannedSample, load_image, load_train_sample, make_targets, plan_step
+from pipeline.data.samples import StepPlan, load_image, load_train_sample, make_targets, plan_step
 from pipeline.errors import UserError
 from pipeline.log import get_logger
 
@@ -100,8 +102,8 @@ class TrainLoader:
         stop_step: one past the last step.
         on_error: whether a sample that cannot be read stops the run or is left out and counted.
 
-    Iterating raises `UserError` for an unreadable sample when on_error is "fail", and where the worker processes of this
-    host may need more shared memory than is free.
+    Iterating raises `UserError` for an unreadable sample when on_error is "fail", and where the worker processes may
+    need more shared memory than is free.
     """
 
     def __init__(
@@ -139,8 +141,8 @@ class TrainLoader:
 
 def eval_batches(manifest: Manifest, batch_size: int) -> list[list[int]]:
     """The sample indices of each evaluation batch: every sample once, images of like shape together."""
-    samples = manifest.samples
-    indices = sorted(range(len(samples)), key=lambda index: (samples[index].width / samples[index].height, index))
+    rows = manifest.samples.rows
+    indices = np.argsort(rows["width"] / rows["height"], kind="stable").tolist()
     return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
 
 
@@ -203,7 +205,7 @@ class _TrainDataset(Dataset[Any]):
         self._steps = steps
         self._on_error = on_error
         self._own = train.micro_batches // world
-        self._planned: tuple[int, list[PlannedSample]] | None = None
+        self._planned: tuple[int, StepPlan] | None = None
 
     def __len__(self) -> int:
         return len(self._steps) * self._own
@@ -216,10 +218,10 @@ class _TrainDataset(Dataset[Any]):
         targets: list[dict[str, Tensor]] = []
         image_ids: list[int] = []
         skipped = 0
-        for planned in self._plan(step)[index * size : (index + 1) * size]:
-            sample = self._manifest.samples[planned.index]
+        for number, plan in self._plan(step).part(index, size):
+            sample = self._manifest.samples[number]
             try:
-                image, target = load_train_sample(self._manifest, sample, planned.plan)
+                image, target = load_train_sample(self._manifest, sample, plan)
             except UnreadableSampleError as error:
                 if self._on_error == "fail":
                     return _Failure(_unreadable(error))
@@ -231,13 +233,11 @@ class _TrainDataset(Dataset[Any]):
         if not images:
             images.append(np.zeros((PLACEHOLDER_SIDE, PLACEHOLDER_SIDE, 3), dtype=np.uint8))
             targets.append(make_targets(np.zeros((0, 4)), [], (PLACEHOLDER_SIDE, PLACEHOLDER_SIDE)))
-        return MicroBatch(PixelBatch.collate(images), targets, index, image_ids, skipped)
+        return MicroBatch(PixelBatch.collate(images, CANVAS_MULTIPLE), targets, index, image_ids, skipped)
 
-    def _plan(self, step: int) -> list[PlannedSample]:
+    def _plan(self, step: int) -> StepPlan:
         if self._planned is None or self._planned[0] != step:
-            train = self._train
-            planned = plan_step(self._manifest, self._order, step, train.global_batch, train.seed, train.augment)
-            self._planned = (step, planned)
+            self._planned = (step, plan_step(self._manifest, self._order, step, self._train))
         return self._planned[1]
 
 
@@ -299,8 +299,8 @@ def _refuse_small_memory(train: TrainSection) -> None:
     if need > free:
         raise UserError(
             f"{SHARED_MEMORY} on {socket.gethostname()} has {free / 2**20:.0f} MiB free, and {ranks} workers with "
-            f"train.loader_workers {train.loader_workers} may share {need / 2**20:.0f} MiB: make it larger (`--shm-size` "
-            "of a container, an emptyDir of medium Memory in Kubernetes), or set train.loader_workers: 0"
+            f"train.loader_workers {train.loader_workers} may share {need / 2**20:.0f} MiB: make it larger "
+            "(`--shm-size` of a container, an emptyDir of medium Memory in Kubernetes), or set train.loader_workers: 0"
         )
 
 

@@ -1,25 +1,27 @@
-"""The manifest of a split's shards: what is in which tar at which offset, and reading it back.
+"""The manifest of a split's shards: what is in which tar, and reading it back.
 
-`<out>/<split>/manifest.json` is written last, so a folder that has one is complete. Members are read by `os.pread` with
-the offsets of the index; nothing is unpacked.
+`<out>/<split>/manifest.json` is written last, so a folder that has one is complete. It is small; where each sample is
+stands in the index beside it. Members are read by `os.pread`; nothing is unpacked.
 """
 
 import hashlib
 import json
 import math
 import os
+import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipeline.data.index import INDEX_NAME, Index, Member, Sample, open_rows
 from pipeline.data.labels import LabelMap
 from pipeline.errors import UserError, shown
 from pipeline.files import write_whole
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST_NAME = "manifest.json"
 OPEN_FILES = 128
 
@@ -30,104 +32,48 @@ class UnreadableSampleError(Exception):
     """A sample whose bytes are not what the manifest says; the message names the shard, the key and the image id."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One image of a split: `members` maps a member's extension to its (offset, size) in bytes in the shard."""
-
-    key: str
-    image_id: int
-    width: int
-    height: int
-    shard: int
-    members: dict[str, tuple[int, int]]
-
-    @property
-    def extension(self) -> str:
-        """Extension of the image's member: jpg or png."""
-        return next(extension for extension in self.members if extension != "json")
-
-
 @dataclass(frozen=True)
 class Shard:
-    """One tar and its index."""
+    """One tar: its file name, the number of its samples, its size and its hex sha256."""
 
     name: str
+    samples: int
     bytes: int
     sha256: str
-    samples: tuple[Sample, ...]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The shards of a split.
+    """The shards of a split, as `read_manifest` gives them.
 
+    `digest` is the hex sha256 of the file: the name of this data in orders, checkpoints and the registry.
     `source_digest` is that of the COCO files, `settings` how they were sharded, `problems` what was cleaned.
-    `folder` is where the shards lie here: it is no part of the content, nor of the digest.
+    `folder` is where the shards lie here. Pickled, it is that path and the digest.
     """
 
-    folder: Path
+    folder: Path = field(compare=False)
+    digest: str
     split: str
     labels: LabelMap
     source_digest: str
     settings: dict[str, Any]
     shards: tuple[Shard, ...]
-    problems: dict[str, int] = field(default_factory=dict)
+    problems: dict[str, int]
+    samples: Index = field(compare=False, repr=False)
+    """All samples in the order of the shards."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Cached values are made again where the manifest arrives; open files cannot travel.
-        return {name: value for name, value in self.__dict__.items() if name in self.__dataclass_fields__}
-
-    @cached_property
-    def samples(self) -> list[Sample]:
-        """All samples in the order of the shards."""
-        return [sample for shard in self.shards for sample in shard.samples]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrived, (self.folder, self.digest)
 
     @cached_property
     def shard_sizes(self) -> tuple[int, ...]:
         """Samples of each shard."""
-        return tuple(len(shard.samples) for shard in self.shards)
-
-    @cached_property
-    def digest(self) -> str:
-        """The hex sha256 of the content: the name of this data in orders, checkpoints and the registry."""
-        return hashlib.sha256(_canonical(self.to_json())).hexdigest()
+        return tuple(shard.samples for shard in self.shards)
 
     @cached_property
     def reader(self) -> "ShardReader":
         """Reads members; its files stay open in this process."""
         return ShardReader([self.folder / shard.name for shard in self.shards])
-
-    def to_json(self) -> dict[str, Any]:
-        """The content, as it is written."""
-        labels = self.labels.to_json()
-        return {
-            "format": FORMAT,
-            "split": self.split,
-            "categories": labels["categories"],
-            "label_map": labels,
-            "source_digest": self.source_digest,
-            "settings": self.settings,
-            "problems": self.problems,
-            "shards": [
-                {
-                    "name": shard.name,
-                    "samples": len(shard.samples),
-                    "bytes": shard.bytes,
-                    "sha256": shard.sha256,
-                    "index": [
-                        {
-                            "key": sample.key,
-                            "image_id": sample.image_id,
-                            "width": sample.width,
-                            "height": sample.height,
-                            "members": {name: list(place) for name, place in sample.members.items()},
-                        }
-                        for sample in shard.samples
-                    ],
-                }
-                for shard in self.shards
-            ],
-        }
 
 
 class ShardReader:
@@ -162,15 +108,61 @@ class ShardReader:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder of shards, whose tars are all there.
+    """The manifest of a folder of shards, whose tars are all there and whose index is the one that was written.
 
     Raises:
-        UserError: there is none, it is not one that this version reads, or a tar is missing or of another size.
+        UserError: there is none, it is not one that this version reads, a tar is missing or of another size, or the
+            index is missing or changed.
     """
+    manifest, index_sha256 = _read(folder)
+    again = f"delete {folder} and shard again"
+    for shard in manifest.shards:
+        _refuse_other_size(folder / shard.name, shard.bytes, again)
+    if _sha256(folder / INDEX_NAME) != index_sha256:
+        raise UserError(f"{folder / INDEX_NAME}: its sha256 is not the manifest's: the file has changed; {again}")
+    return manifest
+
+
+def write_manifest(
+    folder: Path,
+    split: str,
+    labels: LabelMap,
+    source_digest: str,
+    settings: dict[str, Any],
+    shards: Sequence[Shard],
+    problems: Mapping[str, int],
+) -> Manifest:
+    """Write `manifest.json` into a folder that holds its shards and its index, and read it."""
+    content = {
+        "format": FORMAT,
+        "split": split,
+        "categories": labels.to_json()["categories"],
+        "label_map": labels.to_json(),
+        "source_digest": source_digest,
+        "settings": settings,
+        "problems": dict(sorted(problems.items())),
+        "index": {"name": INDEX_NAME, "sha256": _sha256(folder / INDEX_NAME)},
+        "shards": [asdict(shard) for shard in shards],
+    }
+    write_whole(folder / MANIFEST_NAME, (json.dumps(content, sort_keys=True, indent=1) + "\n").encode())
+    return _read(folder)[0]
+
+
+def _arrived(folder: Path, digest: str) -> Manifest:
+    """The manifest that another process has read and checked."""
+    manifest, _ = _read(folder)
+    if manifest.digest != digest:
+        raise UserError(f"{folder / MANIFEST_NAME}: it was replaced by another while it was in use; start again")
+    return manifest
+
+
+def _read(folder: Path) -> tuple[Manifest, str]:
+    """The manifest, its files unchecked, and the sha256 that its index has to have."""
     path = folder / MANIFEST_NAME
     again = f"delete {folder} and shard again"
     try:
-        content = json.loads(path.read_bytes())
+        text = path.read_bytes()
+        content = json.loads(text)
     except FileNotFoundError:
         raise UserError(f"{path}: no such manifest; write the shards first with `raydetr shard`") from None
     except OSError as error:
@@ -181,12 +173,26 @@ def read_manifest(folder: Path) -> Manifest:
     if version != FORMAT:
         raise UserError(f"{path}: its format is {version!r}, this version reads {FORMAT}; delete it and shard again")
     try:
-        manifest = _from_json(folder, content)
+        shards = tuple(_shard(shard) for shard in content["shards"])
+        index_sha256 = _expect(content["index"]["sha256"], str)
+        values = _values(content)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: not a manifest ({shown(repr(error))}); {again}") from None
-    for shard in manifest.shards:
-        _refuse_other_size(folder / shard.name, shard.bytes, again)
-    return manifest
+    sizes = [shard.samples for shard in shards]
+    try:
+        samples = Index(open_rows(folder / INDEX_NAME, sum(sizes)), sizes)
+    except OSError as error:
+        raise UserError(f"{folder / INDEX_NAME}: cannot be read ({error.strerror}); {again}") from error
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{folder / INDEX_NAME}: not the index of these shards ({shown(error)}); {again}") from None
+    digest = hashlib.sha256(text).hexdigest()
+    return Manifest(folder=folder, digest=digest, shards=shards, samples=samples, **values), index_sha256
+
+
+def _sha256(path: Path) -> str:
+    """Of a file, read and not mapped: what was mapped would count as this process's memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _refuse_other_size(path: Path, size: int, again: str) -> None:
@@ -198,16 +204,9 @@ def _refuse_other_size(path: Path, size: int, again: str) -> None:
         raise UserError(f"{path}: this shard has {found} bytes, the manifest says {size}; {again}")
 
 
-def write_manifest(manifest: Manifest) -> Path:
-    """Writes `manifest.json` into the manifest's folder: to a temporary name, flushed to the disk, then renamed."""
-    path = manifest.folder / MANIFEST_NAME
-    write_whole(path, _canonical(manifest.to_json()))
-    return path
-
-
 def read_image_bytes(manifest: Manifest, sample: Sample) -> bytes:
     """The source's bytes of a sample's image. Raises `UnreadableSampleError`."""
-    return _member(manifest, sample, sample.extension)
+    return _content(manifest, sample, sample.image, sample.extension)
 
 
 def read_annotations(manifest: Manifest, sample: Sample) -> dict[str, Any]:
@@ -217,7 +216,7 @@ def read_annotations(manifest: Manifest, sample: Sample) -> dict[str, Any]:
         UnreadableSampleError: it cannot be read, is of another image, or an annotation is not one that is written.
     """
     try:
-        content = json.loads(_member(manifest, sample, "json"))
+        content = json.loads(_content(manifest, sample, sample.json, "json"))
         told = (content["image_id"], content["width"], content["height"])
         matches = told == (sample.image_id, sample.width, sample.height) and isinstance(content["file_name"], str)
         known = manifest.labels.names
@@ -264,54 +263,42 @@ def ground_truth(manifest: Manifest) -> dict[str, Any]:
     return {"images": images, "annotations": numbered, "categories": manifest.labels.to_json()["categories"]}
 
 
-def _member(manifest: Manifest, sample: Sample, extension: str) -> bytes:
-    offset, size = sample.members[extension]
+def _content(manifest: Manifest, sample: Sample, member: Member, extension: str) -> bytes:
+    """The bytes of a member, which are those that were written."""
+    shard = manifest.shards[sample.shard]
+    if not 0 <= member.offset <= member.offset + member.size <= shard.bytes:
+        raise UnreadableSampleError(
+            f"{describe(manifest, sample)}: its {extension} member lies beyond the {shard.bytes} bytes of its shard"
+        )
     try:
-        content = manifest.reader.read(sample.shard, offset, size)
+        content = manifest.reader.read(sample.shard, member.offset, member.size)
     except OSError as error:
         raise UnreadableSampleError(f"{describe(manifest, sample)}: cannot be read: {error.strerror}") from error
-    if len(content) != size:
+    if len(content) != member.size:
         raise UnreadableSampleError(f"{describe(manifest, sample)}: the shard ends before its {extension} member does")
+    if zlib.crc32(content) != member.crc32:
+        raise UnreadableSampleError(f"{describe(manifest, sample)}: the bytes of its {extension} member have changed")
     return content
 
 
-def _canonical(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def _from_json(folder: Path, content: Mapping[str, Any]) -> Manifest:
-    shards = tuple(_shard(number, shard) for number, shard in enumerate(content["shards"]))
-    if not shards:
+def _values(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest holds beside its shards and its index."""
+    if not content["shards"]:
         raise ValueError("it has no shards")
-    return Manifest(
-        folder=folder,
-        split=_expect(content["split"], str),
-        labels=LabelMap.from_json(content["label_map"]),
-        source_digest=_expect(content["source_digest"], str),
-        settings=_expect(content["settings"], dict),
-        shards=shards,
-        problems={_expect(rule, str): _at_least(0, count) for rule, count in content["problems"].items()},
-    )
+    return {
+        "split": _expect(content["split"], str),
+        "labels": LabelMap.from_json(content["label_map"]),
+        "source_digest": _expect(content["source_digest"], str),
+        "settings": _expect(content["settings"], dict),
+        "problems": {_expect(rule, str): _at_least(0, count) for rule, count in content["problems"].items()},
+    }
 
 
-def _shard(number: int, shard: Mapping[str, Any]) -> Shard:
+def _shard(shard: Mapping[str, Any]) -> Shard:
     name = _expect(shard["name"], str)
     if os.path.basename(name) != name or name in ("", ".", "..") or not name.isprintable():
         raise ValueError(f"the shard name {shown(repr(name))} is not one of a file in its folder")
-    size = _at_least(0, shard["bytes"])
-    samples = tuple(_sample(number, size, entry) for entry in shard["index"])
-    return Shard(name, size, _expect(shard["sha256"], str), samples)
-
-
-def _sample(shard: int, shard_bytes: int, entry: Mapping[str, Any]) -> Sample:
-    members = {name: (_at_least(0, offset), _at_least(0, size)) for name, (offset, size) in entry["members"].items()}
-    key = _expect(entry["key"], str)
-    if len(members) != 2 or "json" not in members:
-        raise ValueError(f"sample {shown(key)} has the members {shown(list(members))}, not an image and json")
-    if any(offset + size > shard_bytes for offset, size in members.values()):
-        raise ValueError(f"sample {shown(key)} lies beyond the {shard_bytes} bytes of its shard")
-    image_id, width, height = _at_least(0, entry["image_id"]), entry["width"], entry["height"]
-    return Sample(key, image_id, _at_least(1, width), _at_least(1, height), shard, members)
+    return Shard(name, _at_least(1, shard["samples"]), _at_least(0, shard["bytes"]), _expect(shard["sha256"], str))
 
 
 def _expect(value: Any, kind: type[Value]) -> Value:

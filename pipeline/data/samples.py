@@ -7,45 +7,59 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.config.sections import AugmentSection
-from pipeline.data.augment import Plan, plan_train
+from pipeline.config.sections import TrainSection
+from pipeline.data.augment import DRAWS, Plan, Plans, plan_train
+from pipeline.data.batching import cut_batch
 from pipeline.data.images import BadImageError, Pixels, decode_image
+from pipeline.data.index import Sample
 from pipeline.data.labels import LabelMap
-from pipeline.data.manifest import (
-    Manifest,
-    Sample,
-    UnreadableSampleError,
-    describe,
-    read_annotations,
-    read_image_bytes,
-)
+from pipeline.data.manifest import Manifest, UnreadableSampleError, describe, read_annotations, read_image_bytes
 from pipeline.data.order import SampleOrder, seed_sequence
+from pipeline.data.philox import philox
 
 
 @dataclass(frozen=True)
-class PlannedSample:
-    """One sample of a step with its augmentation."""
+class StepPlan:
+    """The samples of a step in the order of its micro-batches, and their augmentation."""
 
-    epoch: int
-    index: int
-    plan: Plan
+    indices: NDArray[np.int64]
+    """[global_batch] into the manifest's samples."""
+    plans: Plans
 
-
-def sample_plan(digest: str, seed: int, epoch: int, sample: Sample, augment: AugmentSection) -> Plan:
-    """The augmentation of a sample in an epoch: a function of (seed, epoch, dataset, image id)."""
-    generator = np.random.Generator(np.random.Philox(seed_sequence(digest, seed, epoch, 2, sample.image_id)))
-    return plan_train(sample.width, sample.height, generator, augment)
+    def part(self, number: int, size: int) -> list[tuple[int, Plan]]:
+        """The indices and plans of the micro-batch of a number."""
+        return [(int(self.indices[n]), self.plans[n]) for n in range(number * size, (number + 1) * size)]
 
 
-def plan_step(
-    manifest: Manifest, order: SampleOrder, step: int, global_batch: int, seed: int, augment: AugmentSection
-) -> list[PlannedSample]:
-    """The samples of a step sorted by augmented aspect ratio; equal ones stay in the order of the stream."""
-    planned = [
-        PlannedSample(epoch, index, sample_plan(manifest.digest, seed, epoch, manifest.samples[index], augment))
-        for epoch, index in order.step_samples(step, global_batch)
+def plan_step(manifest: Manifest, order: SampleOrder, step: int, train: TrainSection) -> StepPlan:
+    """The samples of a step, cut into micro-batches of like shapes: a function of the step alone."""
+    epochs, indices = order.step_samples(step, train.global_batch)
+    plans = plan_samples(manifest, epochs, indices, train)
+    cut = cut_batch(plans.size, train.micro_batch)
+    return StepPlan(indices[cut], plans.take(cut))
+
+
+def plan_samples(
+    manifest: Manifest, epochs: NDArray[np.int64], indices: NDArray[np.int64], train: TrainSection
+) -> Plans:
+    """The augmentation of samples [n] in epochs [n]: of each a function of (seed, epoch, dataset, image id)."""
+    draws = np.empty((len(indices), DRAWS), dtype=np.uint64)
+    image_ids = manifest.samples.rows["image_id"][indices].astype(np.uint64)
+    for epoch in np.unique(epochs):
+        own = epochs == epoch
+        key = seed_sequence(manifest.digest, train.seed, int(epoch), 2).generate_state(2)
+        draws[own] = _draws(image_ids[own], (int(key[0]), int(key[1])))
+    return plan_train(manifest.samples.sizes(indices), draws, train.augment)
+
+
+def _draws(image_ids: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
+    """[n, DRAWS] 32-bit numbers of images."""
+    low, high = image_ids & np.uint64(0xFFFFFFFF), image_ids >> np.uint64(32)
+    blocks = [
+        philox(np.stack([low, high, np.full_like(low, block), np.zeros_like(low)], axis=1), key)
+        for block in range(DRAWS // 4)
     ]
-    return sorted(planned, key=lambda sample: sample.plan.aspect)
+    return np.concatenate(blocks, axis=1)
 
 
 def load_image(manifest: Manifest, sample: Sample) -> Pixels:

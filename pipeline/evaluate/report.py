@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.data.manifest import Manifest, Sample, UnreadableSampleError, read_annotations
+from pipeline.data.index import Sample
+from pipeline.data.manifest import Manifest, UnreadableSampleError, read_annotations
 from pipeline.data.samples import load_image
 from pipeline.errors import shown
 from pipeline.log import get_logger

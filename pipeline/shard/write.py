@@ -3,29 +3,32 @@
 A sample is `<image id, 12 digits>.<jpg|png|webp|bmp|tif>`, the source's bytes untouched, followed by `<same key>.json`.
 What stands in which shard is planned from the annotation file and the files' sizes, so the bytes do not depend on who
 writes them; each shard is one task. All is written into a hidden folder beside the final one, the manifest last, then
-renamed.
+renamed. A finished shard leaves a record there, with which the next command goes on where this one was ended.
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import webdataset
 
 from pipeline.config.sections import DatasetSection, OnError, ShardsSection
 from pipeline.data.images import BadImageError, decode_image, inspect_image, read_image_file
+from pipeline.data.index import INDEX_NAME, Member, Sample, open_rows, to_rows, write_rows
 from pipeline.data.labels import LabelMap
 from pipeline.data.manifest import (
     MANIFEST_NAME,
     Manifest,
-    Sample,
     Shard,
     UnreadableSampleError,
     describe,
@@ -35,11 +38,13 @@ from pipeline.data.manifest import (
     write_manifest,
 )
 from pipeline.errors import UserError, shown
-from pipeline.files import disk_error, locked, sync
+from pipeline.files import disk_error, locked, sync, write_whole
 from pipeline.log import get_logger, outcome
 from pipeline.shard.coco import NOTES, CocoImage, CocoSplit, Findings, Source, clean
 
 TAR_BLOCK = 512
+JOB = "job.json"
+"""File of an unfinished folder: what is written there. Another source or other settings begin anew."""
 
 logger = get_logger(__name__)
 
@@ -59,11 +64,14 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """What came of a plan: the shard with its index (none when every image was left out) and what was cleaned."""
+    """What came of a plan: the shard (without samples, and no file, when every image was left out), what was cleaned.
+
+    The rows of its index lie beside the tar until `finish` gathers them.
+    """
 
     number: int
     shard: Shard
-    problems: dict[str, int] = field(default_factory=dict)
+    problems: dict[str, int]
 
 
 WriteTask = Callable[[ShardPlan], WrittenShard]
@@ -142,11 +150,16 @@ def plan_shards(split: CocoSplit, max_samples: int, max_bytes: int, *, segmentat
 
 
 def write_shard(plan: ShardPlan, folder: Path, on_error: OnError, verify: bool) -> WrittenShard:
-    """Writes one shard: to a temporary name, then renamed. Nothing is left when it fails.
+    """Writes one shard, the rows of its index and its record, unless all of it is there already.
+
+    Each is written to a temporary name, then renamed, the record last.
 
     Raises:
         UserError: a bad image when `on_error` is "fail", or no space.
     """
+    recorded = _recorded(plan, folder)
+    if recorded is not None:
+        return recorded
     path = folder / plan.name
     temporary = folder / f".{plan.name}.tmp"
     findings = Findings(on_error)
@@ -156,25 +169,25 @@ def write_shard(plan: ShardPlan, folder: Path, on_error: OnError, verify: bool) 
             samples = _write_samples(plan, sink, findings, verify)
             file.flush()
             os.fsync(file.fileno())
-        shard = Shard(plan.name, sink.size, sink.digest.hexdigest(), tuple(samples))
         if samples:
             temporary.replace(path)
-        else:
-            temporary.unlink()
+            _write_rows(_rows_path(path), samples)
+        written = WrittenShard(
+            plan.number, Shard(plan.name, len(samples), sink.size, sink.digest.hexdigest()), dict(findings.counts)
+        )
+        write_whole(_record_path(path), json.dumps(asdict(written)).encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise disk_error(path, error, "shards.out") from error
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
-    return WrittenShard(plan.number, shard, dict(findings.counts))
+    return written
 
 
 def finish(
     folder: Path, split: str, labels: LabelMap, source: CocoSplit, settings: dict[str, Any],
     written: Iterable[WrittenShard],
 ) -> Manifest:  # fmt: skip
-    """Writes the manifest of a folder whose shards are all written.
+    """Writes the index and the manifest of a folder whose shards are all written, and removes what led to them.
 
     Raises:
         UserError: every image was left out.
@@ -184,12 +197,17 @@ def finish(
     for result in sorted(written, key=lambda result: result.number):
         problems.update(result.problems)
         if result.shard.samples:
-            samples = tuple(replace(sample, shard=len(shards)) for sample in result.shard.samples)
-            shards.append(replace(result.shard, samples=samples))
+            shards.append(result.shard)
     if not shards:
         raise UserError(f"{source.source}: none of its images can be used: {_told(problems)}")
-    manifest = Manifest(folder, split, labels, source.digest, settings, tuple(shards), dict(sorted(problems.items())))
-    write_manifest(manifest)
+    parts = [_rows_path(folder / shard.name) for shard in shards]
+    write_rows(folder / INDEX_NAME, parts, sum(shard.samples for shard in shards))
+    sync(folder / INDEX_NAME)
+    manifest = write_manifest(folder, split, labels, source.digest, settings, shards, problems)
+    kept = {MANIFEST_NAME, INDEX_NAME, *(shard.name for shard in shards)}
+    for path in folder.iterdir():
+        if path.name not in kept:
+            path.unlink()
     return manifest
 
 
@@ -209,7 +227,8 @@ def verify_shard(manifest: Manifest, number: int) -> None:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {mend}") from error
     if digest != shard.sha256:
         raise UserError(f"{path}: its sha256 is not the manifest's: the file has changed; {mend}")
-    for sample in shard.samples:
+    first = sum(manifest.shard_sizes[:number])
+    for sample in manifest.samples[first : first + shard.samples]:
         try:
             read_annotations(manifest, sample)
             decode_image(read_image_bytes(manifest, sample), sample.width, sample.height)
@@ -247,9 +266,9 @@ def _write_split(
     write_all: WriteAll,
 ) -> Manifest:  # fmt: skip
     unfinished = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
+    job = {"source_digest": split.digest, "settings": settings, "on_error": on_error, "verify": verify}
     try:
+        _go_on_with(unfinished, job)
         plans = plan_shards(
             split, settings["max_samples"], settings["max_bytes"], segmentations=settings["segmentations"]
         )
@@ -257,13 +276,58 @@ def _write_split(
         manifest = finish(unfinished, folder.name, labels, split, settings, write_all(plans, task))
         unfinished.replace(folder)
         sync(folder.parent)
-    except BaseException:
+    except (UserError, OSError):  # what has to be mended makes another job of it, and a full disk needs the room
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     manifest = replace(manifest, folder=folder)
     logger.info(outcome("shard", _summary(manifest), is_new=True))
     report_problems(folder.name, manifest)
     return manifest
+
+
+def _go_on_with(unfinished: Path, job: dict[str, Any]) -> None:
+    """The folder of a job, with what an earlier command finished of the same one."""
+    try:
+        same = json.loads((unfinished / JOB).read_bytes()) == job
+    except (OSError, ValueError):
+        same = False
+    if same:
+        done = sum(path.suffix == ".json" for path in unfinished.iterdir()) - 1
+        logger.info("shard: going on with %d shards in %s", done, unfinished)
+        return
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    write_whole(unfinished / JOB, json.dumps(job).encode())
+
+
+def _recorded(plan: ShardPlan, folder: Path) -> WrittenShard | None:
+    """What an earlier command recorded of a shard, if its tar is still the one that it wrote."""
+    path = folder / plan.name
+    try:
+        record = json.loads(_record_path(path).read_bytes())
+        written = WrittenShard(record["number"], Shard(**record["shard"]), record["problems"])
+        if written.shard.samples:
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != written.shard.sha256:
+                    return None
+            open_rows(_rows_path(path), written.shard.samples)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return written
+
+
+def _rows_path(shard: Path) -> Path:
+    return shard.with_suffix(".npy")
+
+
+def _record_path(shard: Path) -> Path:
+    return shard.with_suffix(".json")
+
+
+def _write_rows(path: Path, samples: list[Sample]) -> None:
+    content = io.BytesIO()
+    np.save(content, to_rows(samples), allow_pickle=False)
+    write_whole(path, content.getvalue())
 
 
 class _HashingFile:
@@ -302,12 +366,12 @@ def _write_samples(plan: ShardPlan, sink: _HashingFile, findings: Findings, veri
                 if extension is None:
                     continue
                 key = f"{image.id:012d}"
-                members: dict[str, tuple[int, int]] = {}
+                members: list[Member] = []
                 # One call a member: the writer sorts the members of a call by name, and png would follow json.
                 for name, member in ((extension, content), ("json", _json_member(image))):
-                    members[name] = (tar.tarstream.offset + TAR_BLOCK, len(member))
+                    members.append(Member(tar.tarstream.offset + TAR_BLOCK, len(member), zlib.crc32(member)))
                     tar.write({"__key__": key, name: member})
-                samples.append(Sample(key, image.id, image.width, image.height, plan.number, members))
+                samples.append(Sample(image.id, image.width, image.height, plan.number, extension, *members))
     except BaseException:
         sink.abandon()
         raise

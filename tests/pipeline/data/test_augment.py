@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config.sections import AugmentSection
-from pipeline.data.augment import Plan, plan_eval, plan_train, resized
+from pipeline.data.augment import DRAWS, Plan, plan_eval, plan_train, resized
 from tests.builders import write_image
 
 SMALL = AugmentSection(
@@ -16,8 +16,9 @@ SMALL = AugmentSection(
 )
 
 
-def generator(seed: int = 0) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(seed))
+def plan_one(width: int, height: int, seed: int, augment: AugmentSection) -> Plan:
+    draws = np.random.default_rng(seed).integers(0, 2**32, (1, DRAWS), dtype=np.uint64)
+    return plan_train(np.array([[width, height]]), draws, augment)[0]
 
 
 def original_size(size: tuple[int, int], short_side: int, max_size: int) -> tuple[int, int]:
@@ -37,57 +38,66 @@ class TestResizedSize:
     @given(st.integers(16, 3000), st.integers(16, 3000), st.sampled_from([*range(480, 801, 32)]))
     @settings(max_examples=300, deadline=None)
     def test_is_the_original_s(self, width: int, height: int, short_side: int) -> None:
-        assert resized((width, height), short_side, 1333) == original_size((width, height), short_side, 1333)
+        (size,) = resized(np.array([[width, height]]), np.array([short_side]), 1333)
+        assert tuple(size) == original_size((width, height), short_side, 1333)
 
     @pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (3, 2000)])
     def test_one_pixel_and_strips(self, size: tuple[int, int]) -> None:
-        width, height = resized(size, 800, 1333)
+        ((width, height),) = resized(np.array([size]), np.array([800]), 1333)
         assert min(width, height) >= 1
         assert max(width, height) <= 1334
 
 
 class TestTrainingPlan:
-    def test_is_a_function_of_the_generator(self) -> None:
-        first = [plan_train(640, 480, generator(seed), AugmentSection()) for seed in range(20)]
-        assert first == [plan_train(640, 480, generator(seed), AugmentSection()) for seed in range(20)]
+    def test_is_a_function_of_the_draws(self) -> None:
+        first = [plan_one(640, 480, seed, AugmentSection()) for seed in range(20)]
+        assert first == [plan_one(640, 480, seed, AugmentSection()) for seed in range(20)]
         assert len(set(first)) > 15
+
+    def test_many_are_planned_as_each_alone(self) -> None:
+        sizes = np.array([[640, 480], [480, 640], [30, 2000], [1, 1], [500, 500]])
+        draws = np.random.default_rng(0).integers(0, 2**32, (5, DRAWS), dtype=np.uint64)
+        plans = plan_train(sizes, draws, AugmentSection())
+        for number in range(5):
+            assert (
+                plans[number] == plan_train(sizes[number : number + 1], draws[number : number + 1], AugmentSection())[0]
+            )
 
     def test_draws_as_published(self) -> None:
         augment = AugmentSection()
-        plans = [plan_train(640, 480, generator(seed), augment) for seed in range(600)]
-        assert 0.44 < np.mean([plan.flip for plan in plans]) < 0.56
-        cropped = [plan for plan in plans if plan.crop is not None]
-        assert 0.44 < len(cropped) / len(plans) < 0.56
-        assert {min(plan.size) for plan in plans if plan.crop is None} == set(range(480, 801, 32))
-        assert {min(plan.before_crop) for plan in cropped if plan.before_crop} == {400, 500, 600}
-        for plan in cropped:
-            assert plan.crop is not None
-            assert plan.before_crop is not None
-            left, top, width, height = plan.crop
-            assert 384 <= width <= 600
-            assert 384 <= height <= 600
-            assert 0 <= left <= plan.before_crop[0] - width
-            assert 0 <= top <= plan.before_crop[1] - height
-        for position, side in ((0, 2), (1, 3)):
-            room = [(plan.crop, plan.before_crop) for plan in cropped if plan.crop and plan.before_crop]
-            places = [crop[position] / max(1, before[position] - crop[side]) for crop, before in room]
-            assert 0.4 < np.mean(places) < 0.6
-        widths = [plan.crop[2] for plan in cropped if plan.crop and plan.before_crop == (800, 600)]
-        assert min(widths) < 400
-        assert max(widths) > 580
+        plans = [plan_one(640, 480, seed, augment) for seed in range(1200)]
+        assert 0.46 < np.mean([plan.flip for plan in plans]) < 0.54
+        whole = [plan for plan in plans if plan.crop == (0, 0, 640, 480)]
+        assert 0.46 < len(whole) / len(plans) < 0.54
+        assert {min(plan.size) for plan in whole} == set(range(480, 801, 32))
+
+    @pytest.mark.parametrize("short_side", [400, 500, 600])
+    def test_crops_as_published(self, short_side: int) -> None:
+        """384 to 600 pixels of the image that was resized to a short side, anywhere in it."""
+        augment = AugmentSection(crop=1.0, crop_short_sides=(short_side,))
+        crops = np.array([plan_one(640, 480, seed, augment).crop for seed in range(800)])
+        scale = short_side / 480
+        widths, heights = crops[:, 2] * scale, crops[:, 3] * scale
+        for sides, most in ((widths, min(600, 640 * scale)), (heights, min(600, short_side))):
+            assert sides.min() >= 384 - scale - 1e-9
+            assert sides.max() <= most + scale + 1e-9
+            assert np.abs(sides.mean() - (384 + most) / 2) < 8
+        for starts, room in ((crops[:, 0], 640 - crops[:, 2]), (crops[:, 1], 480 - crops[:, 3])):
+            places = starts[room > 4] / room[room > 4]
+            assert starts.min() >= 0
+            assert (starts <= room).all()
+            assert 0.46 < places.mean() < 0.54
 
     def test_small_image_is_cropped_to_what_is_there(self) -> None:
         augment = AugmentSection(crop=1.0, crop_short_sides=(40,), crop_min=384, crop_max=600)
-        plan = plan_train(40, 60, generator(), augment)
-        assert plan.crop == (0, 0, 40, 60)
+        assert plan_one(40, 60, 0, augment).crop == (0, 0, 40, 60)
 
     @given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 10**6))
     @settings(max_examples=100, deadline=None)
     def test_any_size_gives_the_planned_pixels(self, width: int, height: int, seed: int) -> None:
-        plan = plan_train(width, height, generator(seed), SMALL)
+        plan = plan_one(width, height, seed, SMALL)
         result = plan.apply_image(np.zeros((height, width, 3), dtype=np.uint8))
         assert result.shape == (plan.size[1], plan.size[0], 3)
-        assert plan.aspect == plan.size[0] / plan.size[1]
 
 
 def with_rectangle(width: int, height: int, box: tuple[int, int, int, int]) -> NDArray[np.uint8]:
@@ -112,7 +122,7 @@ class TestBoxesFollowPixels:
         width, height = (int(side) for side in choose.integers(90, 260, 2))
         left, top = int(choose.integers(0, width - 30)), int(choose.integers(0, height - 30))
         right, bottom = int(choose.integers(left + 12, width + 1)), int(choose.integers(top + 12, height + 1))
-        plan = plan_train(width, height, generator(seed), SMALL)
+        plan = plan_one(width, height, seed, SMALL)
         found = found_rectangle(plan.apply_image(with_rectangle(width, height, (left, top, right, bottom))))
         boxes, keep = plan.apply_boxes(np.array([[left, top, right, bottom]]))
         if found is None:
@@ -143,7 +153,7 @@ class TestBoxesFollowPixels:
         assert keep.all()
 
     def test_what_a_crop_cuts_away_is_dropped(self) -> None:
-        plan = Plan((100, 100), (50, 50), before_crop=(100, 100), crop=(50, 0, 50, 50))
+        plan = Plan((100, 100), (50, 50), crop=(50, 0, 50, 50))
         boxes, keep = plan.apply_boxes(np.array([[0, 0, 50, 50], [40, 10, 60, 20], [60, 60, 80, 80], [60, 0, 99, 9]]))
         assert keep.tolist() == [False, True, False, True]
         np.testing.assert_array_equal(boxes[keep], [[0, 10, 10, 20], [10, 0, 49, 9]])

@@ -57,7 +57,7 @@ class TestOrderContract:
     def test_a_step_takes_its_positions_of_the_stream(self, manifest: Manifest, straight: list[Step]) -> None:
         order = SampleOrder(manifest.digest, manifest.shard_sizes, 5, 2)
         for step in straight:
-            expected = [manifest.samples[index].image_id for _, index in order.step_samples(step.step, 12)]
+            expected = manifest.samples.rows["image_id"][order.step_samples(step.step, 12)[1]].tolist()
             found = [image_id for batch in step.micro_batches for image_id in batch.image_ids]
             assert sorted(found) == sorted(expected)
         assert [step.epoch for step in straight] == [0, 0, 0, 1, 1, 1, 2, 2]
@@ -100,7 +100,7 @@ class TestOrderContract:
 
     def test_more_shared_memory_than_there_is_is_refused(self, manifest: Manifest) -> None:
         huge = AUGMENT.model_copy(update={"max_side": 10**7})
-        with pytest.raises(UserError, match=r"/dev/shm on .* MiB free, .* may share \d+ MiB: .*train.loader_workers: 0"):
+        with pytest.raises(UserError, match=r"/dev/shm on .* MiB free, .* share \d+ MiB: .*loader_workers: 0"):
             list(loader(manifest, 0, 1, loader_workers=1, augment=huge))
         assert len(list(loader(manifest, 0, 1, augment=huge))) == 1, "a loader without processes shares none"
 
@@ -110,20 +110,20 @@ class TestOrderContract:
 
 
 class TestMicroBatches:
-    def test_are_cut_from_the_batch_sorted_by_aspect(self, manifest: Manifest) -> None:
+    def test_are_cut_as_planned(self, manifest: Manifest) -> None:
         order = SampleOrder(manifest.digest, manifest.shard_sizes, 5, 2)
-        planned = plan_step(manifest, order, 1, 12, 5, AUGMENT)
+        planned = plan_step(manifest, order, 1, train_section())
         (step,) = loader(manifest, 1, 2)
-        ids = [manifest.samples[sample.index].image_id for sample in planned]
+        ids = manifest.samples.rows["image_id"][planned.indices].tolist()
         assert [batch.image_ids for batch in step.micro_batches] == [ids[k : k + 2] for k in range(0, 12, 2)]
 
     def test_have_the_planned_sizes(self, manifest: Manifest) -> None:
         order = SampleOrder(manifest.digest, manifest.shard_sizes, 5, 2)
-        planned = plan_step(manifest, order, 0, 12, 5, AUGMENT)
+        planned = plan_step(manifest, order, 0, train_section())
         (step,) = loader(manifest, 0, 1)
         for batch in step.micro_batches:
-            sizes = [sample.plan.size for sample in planned[batch.index * 2 : batch.index * 2 + 2]]
-            height, width = max(h for _, h in sizes), max(w for w, _ in sizes)
+            sizes = [plan.size for _, plan in planned.part(batch.index, 2)]
+            height, width = (-(-max(size[axis] for size in sizes) // 32) * 32 for axis in (1, 0))
             assert batch.batch.pixels.shape == (2, 3, height, width)
             assert batch.batch.pixels.dtype == torch.uint8
             for mask, (w, h) in zip(batch.batch.mask, sizes, strict=True):

@@ -1,12 +1,15 @@
+import hashlib
 import json
 import os
 import pickle
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.data.index import Member, Sample
 from pipeline.data.manifest import (
     OPEN_FILES,
     Manifest,
@@ -16,7 +19,6 @@ from pipeline.data.manifest import (
     read_annotations,
     read_image_bytes,
     read_manifest,
-    write_manifest,
 )
 from pipeline.errors import UserError
 from tests.builders import make_annotation, make_manifest, write_coco
@@ -36,16 +38,16 @@ class TestReading:
     def test_holds_what_the_contract_names(self, tmp_path: Path) -> None:
         manifest = make_manifest(tmp_path, [1, 2], ANNOTATIONS[:1])
         content = json.loads((manifest.folder / "manifest.json").read_text())
-        assert content["format"] == 1
+        assert content["format"] == 2
         assert content["split"] == "train"
         assert [category["id"] for category in content["categories"]] == [1, 3, 90]
         assert content["label_map"]["kind"] == "contiguous"
         assert len(content["source_digest"]) == 64
         (shard,) = content["shards"]
-        assert set(shard) == {"name", "samples", "bytes", "sha256", "index"}
+        assert set(shard) == {"name", "samples", "bytes", "sha256"}
         assert shard["samples"] == 2
-        assert set(shard["index"][0]) == {"key", "image_id", "width", "height", "members"}
-        assert set(shard["index"][0]["members"]) == {"jpg", "json"}
+        assert set(content["index"]) == {"name", "sha256"}
+        assert manifest.digest == hashlib.sha256((manifest.folder / "manifest.json").read_bytes()).hexdigest()
 
     def test_members(self, tmp_path: Path) -> None:
         files = write_coco(tmp_path, [1, 2, 3], ANNOTATIONS)
@@ -61,7 +63,7 @@ class TestReading:
             pytest.param("{", "not JSON", id="half"),
             pytest.param("[]", "its format is None", id="list"),
             pytest.param('{"format": 99}', "its format is 99", id="newer"),
-            pytest.param('{"format": 1}', "not a manifest", id="keys missing"),
+            pytest.param('{"format": 2}', "not a manifest", id="keys missing"),
         ],
     )
     def test_a_file_that_is_no_manifest(self, tmp_path: Path, content: str, told: str) -> None:
@@ -76,16 +78,15 @@ class TestReading:
 
 class TestWriting:
     def test_leaves_no_temporary_file(self, tmp_path: Path) -> None:
-        manifest = make_manifest(tmp_path)
-        write_manifest(manifest)
-        assert sorted(path.name for path in manifest.folder.iterdir()) == ["manifest.json", "shard-000000.tar"]
+        folder = make_manifest(tmp_path).folder
+        assert {path.name for path in folder.iterdir()} == {"index.npy", "manifest.json", "shard-000000.tar"}
 
 
 class TestDamage:
     def test_a_shard_that_ends_early(self, tmp_path: Path) -> None:
         manifest = make_manifest(tmp_path)
         path = manifest.folder / "shard-000000.tar"
-        os.truncate(path, manifest.samples[2].members["jpg"][0] + 10)
+        os.truncate(path, manifest.samples[2].image.offset + 10)
         read_image_bytes(manifest, manifest.samples[1])
         told = r"shard-000000\.tar: sample 000000000003 \(image id 3\): the shard ends before its jpg member"
         with pytest.raises(UnreadableSampleError, match=told):
@@ -102,13 +103,37 @@ class TestDamage:
         first, second = manifest.samples[:2]
         path = manifest.folder / "shard-000000.tar"
         content = bytearray(path.read_bytes())
-        offset, size = first.members["json"]
-        other, other_size = second.members["json"]
+        offset, size, _ = first.json
+        other, other_size, _ = second.json
         assert size == other_size
         content[offset : offset + size] = content[other : other + size]
         path.write_bytes(content)
-        with pytest.raises(UnreadableSampleError, match="its JSON member is damaged"):
+        with pytest.raises(UnreadableSampleError, match="the bytes of its json member have changed"):
             read_annotations(manifest, first)
+
+    def test_a_member_beyond_its_shard(self, tmp_path: Path) -> None:
+        manifest = make_manifest(tmp_path)
+        sample = manifest.samples[0]
+        for image in (Member(0, 10**12, 0), Member(10**12, 1, 0), Member(-5, 10, 0)):
+            with pytest.raises(UnreadableSampleError, match="its jpg member lies beyond the 10240 bytes"):
+                read_image_bytes(manifest, sample._replace(image=image))
+
+    @pytest.mark.parametrize("change", ["a byte", "cut", "gone", "text", "of another split"])
+    def test_an_index_that_is_not_the_one_written(self, tmp_path: Path, change: str) -> None:
+        folder = make_manifest(tmp_path).folder
+        path = folder / "index.npy"
+        content = bytearray(path.read_bytes())
+        if change == "a byte":
+            content[-9] ^= 1
+        if change == "text":
+            content = bytearray(b"<html>not found</html>")
+        path.write_bytes(content[:-10] if change == "cut" else content)
+        if change == "gone":
+            path.unlink()
+        if change == "of another split":
+            path.write_bytes((make_manifest(tmp_path / "b", [1, 2]).folder / "index.npy").read_bytes())
+        with pytest.raises(UserError, match=r"index\.npy: .*; delete .* and shard again$"):
+            read_manifest(folder)
 
 
 class TestReader:
@@ -125,10 +150,12 @@ class TestReader:
         reader.close()
         assert len(os.listdir("/proc/self/fd")) <= before
 
-    def test_a_manifest_travels_without_open_files(self, tmp_path: Path) -> None:
-        manifest = make_manifest(tmp_path)
+    def test_a_manifest_travels_as_its_path_and_digest(self, tmp_path: Path) -> None:
+        manifest = make_manifest(tmp_path, range(1, 100))
         read_image_bytes(manifest, manifest.samples[0])
-        copy = pickle.loads(pickle.dumps(manifest))
+        packed = pickle.dumps(manifest)
+        assert len(packed) < 400
+        copy = pickle.loads(packed)
         assert copy == manifest
         assert read_image_bytes(copy, copy.samples[0]) == read_image_bytes(manifest, manifest.samples[0])
 
@@ -146,10 +173,6 @@ def shard(content: dict[str, Any]) -> dict[str, Any]:
     return content["shards"][0]
 
 
-def sample(content: dict[str, Any]) -> dict[str, Any]:
-    return shard(content)["index"][0]
-
-
 CHANGES: list[Any] = [
     pytest.param(lambda c: shard(c).update(name="../../etc/passwd"), "shard name", id="name leads out"),
     pytest.param(lambda c: shard(c).update(name="/etc/passwd"), "shard name", id="absolute name"),
@@ -158,16 +181,10 @@ CHANGES: list[Any] = [
     pytest.param(lambda c: shard(c).update(bytes=-1), "-1 is not a whole number", id="negative size of a shard"),
     pytest.param(lambda c: shard(c).update(bytes=True), "True is not a whole number", id="true as size"),
     pytest.param(lambda c: shard(c).update(bytes=10**15), "the manifest says 1000000000000000", id="shard too large"),
-    pytest.param(lambda c: sample(c)["members"].update(jpg=[512, 10**12]), "lies beyond", id="huge member"),
-    pytest.param(lambda c: sample(c)["members"].update(jpg=[-5, 10]), "-5 is not a whole number", id="negative offset"),
-    pytest.param(lambda c: sample(c)["members"].update(jpg=[1.5, 10]), "1.5 is not a whole", id="half an offset"),
-    pytest.param(lambda c: sample(c)["members"].update(jpg=[1]), "not a manifest", id="offset alone"),
-    pytest.param(lambda c: sample(c)["members"].update(png=[0, 1]), "not an image and json", id="two images"),
-    pytest.param(lambda c: sample(c)["members"].pop("json"), "not an image and json", id="no json"),
-    pytest.param(lambda c: sample(c)["members"].pop("jpg"), "not an image and json", id="no image"),
-    pytest.param(lambda c: sample(c).update(width=0), "0 is not a whole number of at least 1", id="no width"),
-    pytest.param(lambda c: sample(c).update(height="24"), "'24' is not a whole number", id="height as text"),
-    pytest.param(lambda c: sample(c).update(key=7), "7 is not of the type str", id="key a number"),
+    pytest.param(lambda c: shard(c).update(samples=0), "0 is not a whole number of at least 1", id="empty shard"),
+    pytest.param(lambda c: shard(c).update(samples=10**9), "not the index of these shards", id="more samples"),
+    pytest.param(lambda c: c["index"].update(sha256="0" * 64), "its sha256 is not the manifest's", id="other index"),
+    pytest.param(lambda c: c.update(index=None), "not a manifest", id="no index"),
     pytest.param(lambda c: c.update(shards=[]), "it has no shards", id="no shards"),
     pytest.param(lambda c: c.update(shards=None), "not a manifest", id="null for shards"),
     pytest.param(lambda c: c.update(problems=[1]), "not a manifest", id="problems a list"),
@@ -187,16 +204,16 @@ def test_a_foreign_manifest_is_refused_when_it_is_read(tmp_path: Path, change: C
     assert str(path.parent) in str(caught.value)
 
 
-def changed(manifest: Manifest, change: Callable[[str], str]) -> Manifest:
-    """The manifest after the text of its first JSON member was changed in place."""
+def changed(manifest: Manifest, change: Callable[[str], str]) -> Sample:
+    """The first sample, as if its JSON member had been written with another text."""
     path = manifest.folder / manifest.shards[0].name
-    offset, size = manifest.samples[0].members["json"]
+    offset, size, _ = manifest.samples[0].json
     content = bytearray(path.read_bytes())
     text = change(content[offset : offset + size].decode()).encode()
     assert len(text) == size
     content[offset : offset + size] = text
     path.write_bytes(content)
-    return manifest
+    return manifest.samples[0]._replace(json=Member(offset, size, zlib.crc32(text)))
 
 
 MEMBERS: list[Any] = [
@@ -213,12 +230,15 @@ MEMBERS: list[Any] = [
 
 
 @pytest.mark.parametrize(("before", "after"), MEMBERS)
-def test_a_changed_member_is_unreadable(tmp_path: Path, before: str, after: str) -> None:
+def test_a_foreign_member_is_unreadable(tmp_path: Path, before: str, after: str) -> None:
     manifest = make_manifest(tmp_path, annotations=[make_annotation(1, 1)])
-    changed(manifest, lambda text: text.replace(before, after))
-    first = manifest.samples[0]
-    told = r"sample 000000000001 \(image id 1\): its JSON member is damaged"
-    with pytest.raises(UnreadableSampleError, match=told):
-        read_annotations(manifest, first)
-    with pytest.raises(UserError, match=told):
+    sample = changed(manifest, lambda text: text.replace(before, after))
+    with pytest.raises(UnreadableSampleError, match=r"000000000001 \(image id 1\): its JSON member is damaged"):
+        read_annotations(manifest, sample)
+
+
+def test_a_changed_member_is_not_scored_with(tmp_path: Path) -> None:
+    manifest = make_manifest(tmp_path, annotations=[make_annotation(1, 1)])
+    changed(manifest, lambda text: text.replace('"bbox":[2,', '"bbox":[3,'))
+    with pytest.raises(UserError, match=r"image id 1\): the bytes of its json member have changed; delete .* again"):
         ground_truth(manifest)

@@ -4,36 +4,57 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from pipeline.config.sections import AugmentSection
+from pipeline.config.sections import TrainSection
 from pipeline.data.augment import Plan
+from pipeline.data.index import Index
 from pipeline.data.manifest import Manifest, UnreadableSampleError
 from pipeline.data.order import SampleOrder
-from pipeline.data.samples import load_image, load_train_sample, plan_step, sample_plan
+from pipeline.data.samples import load_image, load_train_sample, plan_samples, plan_step
 from tests.builders import make_annotation, make_manifest, spoil
 
 
+def drawn(manifest: Manifest, epochs: int = 8, **train: Any) -> list[Plan]:
+    """The plans of the first sample in some epochs."""
+    section = TrainSection.model_validate(train)
+    plans = plan_samples(manifest, np.arange(epochs), np.zeros(epochs, dtype=np.int64), section)
+    return [plans[epoch] for epoch in range(epochs)]
+
+
 class TestPlans:
-    def test_a_step_is_sorted_by_aspect(self, manifest: Manifest) -> None:
+    def test_a_step_is_its_samples_each_as_planned_alone(self, manifest: Manifest) -> None:
         order = SampleOrder(manifest.digest, manifest.shard_sizes, 5, 2)
-        planned = plan_step(manifest, order, 1, 12, 5, AugmentSection())
-        aspects = [sample.plan.aspect for sample in planned]
-        assert aspects == sorted(aspects)
-        assert sorted((sample.epoch, sample.index) for sample in planned) == sorted(order.step_samples(1, 12))
+        train = TrainSection(global_batch=12, micro_batch=2)
+        planned = plan_step(manifest, order, 2, train)  # spans two epochs
+        epochs, indices = order.step_samples(2, 12)
+        assert len(set(epochs.tolist())) == 2
+        alone = [
+            (int(index), plan_samples(manifest, epochs[n : n + 1], indices[n : n + 1], train)[0])
+            for n, index in enumerate(indices)
+        ]
+        found = [pair for number in range(6) for pair in planned.part(number, 2)]
+        assert sorted(found, key=str) == sorted(alone, key=str)
 
-    def test_augmentation_is_seeded_by_seed_epoch_data_and_image(self, manifest: Manifest) -> None:
-        sample = manifest.samples[0]
-        other = replace(sample, image_id=sample.image_id + 1)
-        augment = AugmentSection()
+    def test_augmentation_is_seeded_by_seed_epoch_data_and_image(self, manifest: Manifest, tmp_path: Path) -> None:
+        assert drawn(manifest) == drawn(manifest)
+        assert len(set(drawn(manifest))) > 1
+        other_data = replace(manifest, digest="0" * 64)
+        rows = manifest.samples.rows.copy()
+        rows["image_id"] += 1
+        other_images = replace(manifest, samples=Index(rows, manifest.shard_sizes))
+        variants = [drawn(manifest), drawn(manifest, seed=1), drawn(other_data), drawn(other_images)]
+        assert len({str(variant) for variant in variants}) == 4
 
-        def drawn(digest: str = manifest.digest, seed: int = 0, image: Any = sample) -> tuple[Plan, ...]:
-            return tuple(sample_plan(digest, seed, epoch, image, augment) for epoch in range(8))
-
-        assert drawn() == drawn()
-        assert len(set(drawn())) > 1
-        assert len({drawn(), drawn(seed=1), drawn(digest="0" * 64), drawn(image=other)}) == 4
+    def test_are_fixed_for_all_time(self, manifest: Manifest) -> None:
+        """Runs that were begun with an older release must go on with the same augmentation."""
+        plans = drawn(replace(manifest, digest="ab" * 32), epochs=2)
+        assert plans == [
+            Plan((37, 46), (704, 929), flip=True, crop=(5, 1, 29, 39)),
+            Plan((37, 46), (800, 874), flip=True, crop=(3, 10, 28, 32)),
+        ]
 
 
 class TestTargets:
@@ -55,7 +76,7 @@ class TestTargets:
     def test_boxes_outside_a_crop_are_left_out(self, tmp_path: Path) -> None:
         annotations = [make_annotation(1, 1, (0, 0, 8, 8), 1), make_annotation(2, 1, (14, 4, 8, 8), 3)]
         manifest = make_manifest(tmp_path, [1], annotations)
-        plan = Plan((32, 24), (16, 24), before_crop=(32, 24), crop=(16, 0, 16, 24))
+        plan = Plan((32, 24), (16, 24), crop=(16, 0, 16, 24))
         _, target = load_train_sample(manifest, manifest.samples[0], plan)
         assert target["labels"].tolist() == [1]
         torch.testing.assert_close(target["boxes"], torch.tensor([[3 / 16, 8 / 24, 6 / 16, 8 / 24]]))
