@@ -228,11 +228,17 @@ def inspect(
     config: ConfigFile,
     overrides: Overrides = None,
     classes: Annotated[int | None, typer.Option(min=1, help="Classes, where the data is not sharded yet.")] = None,
+    data: Annotated[bool, typer.Option("--data", help="Look at the data: write an HTML page, with pictures.")] = False,
+    out: Annotated[Path, typer.Option(help="The page that --data writes.")] = Path("data.html"),
 ) -> None:
-    """Print the size of the network and the multiply-adds of one image; nothing is computed or loaded."""
+    """Print the size of the network and the multiply-adds of one image, or look at the data before it is trained on."""
     settings = _load(config, overrides)
-    from jobs.inspect import inspect_model
+    from jobs.inspect import inspect_data, inspect_model
 
+    if data:
+        inspect_data(settings, out)
+        typer.echo(f"{out}: open it in a browser")
+        return
     for what, value in inspect_model(settings, classes).items():
         typer.echo(f"{what:<14} {value}")
 

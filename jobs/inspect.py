@@ -1,10 +1,16 @@
-"""What `raydetr inspect` prints of a configured network."""
+"""What `raydetr inspect` shows: a configured network, or its data."""
+
+from pathlib import Path
 
 from model.complexity import MEAN_SIZE, measure
 from pipeline.config.sections import Config
 from pipeline.data.labels import COCO91_LOGITS
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import UserError
+from pipeline.files import disk_told, make_folder
+from pipeline.shard.coco import open_source
+from pipeline.shard.look import write_look
+from pipeline.shard.synthetic import draw_dataset
 
 
 def inspect_model(config: Config, classes: int | None = None) -> dict[str, str]:
@@ -27,6 +33,25 @@ def inspect_model(config: Config, classes: int | None = None) -> dict[str, str]:
         "tensors": f"{complexity.tensors}",
         "GFLOPs": f"{complexity.multiply_adds / 1e9:.1f} (multiply-adds of one image of {height} x {width})",
     }
+
+
+def inspect_data(config: Config, out: Path) -> None:
+    """Write the page about both splits of the dataset, which need not be sharded.
+
+    Raises:
+        UserError: bad input, or the page cannot be written.
+    """
+    root = Path(config.dataset.root)
+    if config.dataset.synthetic is not None:
+        draw_dataset(root, config.dataset.synthetic)
+    splits = {"train": config.dataset.train, "val": config.dataset.val}
+    sources = {
+        name: open_source(root / split.annotations, root / split.images, allow_outside=config.dataset.allow_outside)
+        for name, split in splits.items()
+    }
+    make_folder(out.parent, "give another --out")
+    with disk_told(out, "another --out"):
+        write_look(out, config.dataset.name, sources, config.train.augment)
 
 
 def _classes(config: Config) -> int:

@@ -10,6 +10,9 @@ from pipeline.shard.coco import (
     open_source,
     source_digest,
 )
+from pipeline.shard.look import (
+    write_look,
+)
 from pipeline.shard.synthetic import (
     Mask,
     draw_dataset,
@@ -51,5 +54,6 @@ __all__ = [
     "source_digest",
     "verify_shard",
     "write_in_a_row",
+    "write_look",
     "write_shard",
 ]

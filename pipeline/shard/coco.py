@@ -33,6 +33,9 @@ from pipeline.shard.document import (
 
 OnError = Literal["fail", "skip"]
 
+EXAMPLES = 3
+"""Problems of each rule whose messages are kept where they are cleaned."""
+
 BORDER_SLACK = 1.0
 """Pixels that a box may stick out of its image, as rounding makes it: training clips it, nothing is reported."""
 
@@ -78,12 +81,16 @@ class Findings:
     def __init__(self, on_error: OnError) -> None:
         self.on_error = on_error
         self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
 
     def report(self, rule: str, message: str) -> None:
         """Raises `UserError` when on_error is "fail"; otherwise counts, and the caller cleans."""
         if self.on_error == "fail":
             raise UserError(f"{message}. Mend the data, or set dataset.on_error: skip to {RULES[rule]}.")
         self.counts[rule] += 1
+        examples = self.examples.setdefault(rule, [])
+        if len(examples) < EXAMPLES:
+            examples.append(message)
 
     def note(self, note: str | None) -> None:
         """Counts one of `NOTES`."""
@@ -117,6 +124,8 @@ class CocoSplit:
     categories: tuple[Category, ...]
     images: tuple[CocoImage, ...]
     problems: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """Messages of the first problems of each rule."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +198,8 @@ def clean(source: Source, on_error: OnError) -> CocoSplit:
     )
     if not split:
         raise UserError(f"{source.path}: none of its {len(declared)} images is in {source.images}; check the folder")
-    return CocoSplit(source.path, source.digest, categories, split, dict(sorted(findings.counts.items())))
+    problems = dict(sorted(findings.counts.items()))
+    return CocoSplit(source.path, source.digest, categories, split, problems, findings.examples)
 
 
 def _refuse_outside(annotations: Path, images: Path, names: Iterable[str]) -> None:

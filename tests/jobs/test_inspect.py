@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from jobs.cli import app
 from jobs.inspect import inspect_model
 from pipeline.config.load import load_config
 from pipeline.errors import UserError
-from tests.builders import make_manifest
+from tests.builders import make_annotation, make_manifest, write_coco
 
 CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
 
@@ -29,3 +31,22 @@ def test_classes_come_from_the_shards(tmp_path: Path) -> None:
 def test_without_shards_the_number_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--classes"):
         inspect_model(load_config(CONFIGS / "demo.yaml", [f"shards.out={tmp_path}"]))
+
+
+def test_the_page_about_the_data_needs_no_shards(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_coco(tmp_path, [1, 2], [make_annotation(1, 1)], split=split)
+    overrides = [
+        f"dataset.root={tmp_path}",
+        "dataset.synthetic=null",
+        "dataset.train={annotations: annotations/train.json, images: train}",
+        "dataset.val={annotations: annotations/val.json, images: val}",
+    ]
+    out = tmp_path / "pages" / "data.html"
+    words = [part for override in overrides for part in ("--set", override)]
+    command = ["inspect", "--data", "--out", str(out), "-c", str(CONFIGS / "demo.yaml"), *words]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{out}: open it in a browser\n"
+    assert "<h2>train</h2>" in out.read_text()
+    assert "<h2>val</h2>" in out.read_text()
