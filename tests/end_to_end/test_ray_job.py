@@ -38,7 +38,8 @@ def head(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) 
     port, dashboard = free_port(), free_port()
     command = [
         RAY, "start", "--head", f"--port={port}", "--num-cpus=2", "--node-ip-address=127.0.0.1",
-        f"--dashboard-port={dashboard}", "--disable-usage-stats", "--block",
+        f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}",
+        "--disable-usage-stats", "--block",
     ]  # fmt: skip
     with (tmp_path_factory.mktemp("head") / "head.log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)

@@ -89,9 +89,9 @@ def test_workers_use_our_packages_wherever_the_command_is_given(
 
 
 def resized(size: tuple[int, int]) -> tuple[int, int]:
-    from pipeline.data.augment import resized as resize
+    from pipeline.data.augment import plan_eval
 
-    return resize(size, 5, 100)
+    return plan_eval(*size, 5, 100).size
 
 
 class Lost:
