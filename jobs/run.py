@@ -38,7 +38,8 @@ FINISH_SECONDS = 3
 class Pipeline:
     """One run's steps; a context manager that holds Ray and the MLflow run for them.
 
-    Each step finds what the step before it left on disk, so that they can be called one by one.
+    Each step finds what the step before it left on disk, so that they can be called one by one. Ray is there from the
+    first step that has work for it: registering has none, and so many commands may register at once on one machine.
 
     Args:
         config: the pipeline.
@@ -61,7 +62,6 @@ class Pipeline:
                 self._stack.enter_context(held(self.config.folder.lock, name, wait=self._wait, mend="set runs"))
                 check_resume(self.config)
             self._ray = self._stack.enter_context(ExitStack())
-            self._ray.enter_context(connected(self.config.cluster))
             self._open = self._stack.pop_all()
         return self
 
@@ -81,6 +81,10 @@ class Pipeline:
             elif self._tracker is not None:
                 self._tracker.finish("FINISHED")
                 self._tracker.settle(self.config.tracking.patience, self._say_waiting)
+
+    def _connect(self) -> None:
+        """Be connected to Ray from now on."""
+        self._ray.enter_context(connected(self.config.cluster))  # another time, this is the connection that there is
 
     def _finish(self, status: str) -> None:
         """End the MLflow run; what went wrong before is to be read, not that the disk is full as well."""
@@ -103,10 +107,12 @@ class Pipeline:
 
     def shard(self, *, verify: bool = False) -> dict[str, Manifest]:
         """Write the shards of both splits."""
+        self._connect()
         return shard.shard(self.config, verify=verify)
 
     def train(self) -> Path:
         """Train to the end of the schedule; returns the last checkpoint."""
+        self._connect()
         spool = self.config.folder.train_spool
         manifest = self._manifest("train")
         total = self.config.train.total_steps(len(manifest.samples))
@@ -127,10 +133,12 @@ class Pipeline:
 
     def evaluate(self) -> dict[str, Any]:
         """Score the last checkpoint (every kept one with evaluate.curve) on the validation split."""
+        self._connect()
         return evaluate.evaluate(self.config, self._last_checkpoint(), self._manifest("val"), self.tracker)
 
     def evaluate_weights(self, weights: Path, out: Path) -> dict[str, Any]:
         """Score a file of weights on the validation split, which is sharded for it; no MLflow run is made."""
+        self._connect()
         return evaluate.evaluate_weights(self.config, weights, shard.shard(self.config, splits=["val"])["val"], out)
 
     def register(self) -> Registration | None:
