@@ -50,6 +50,7 @@ SERVED = (
     "data/labels.py",
     "data/images.py",
     "data/augment.py",
+    "data/philox.py",
     "checkpoint/state.py",
     "predict/detector.py",
 )
