@@ -15,6 +15,7 @@ from pipeline.shard.synthetic import (
     draw_dataset,
 )
 from pipeline.shard.write import (
+    PlannedImage,
     ShardPlan,
     WriteAll,
     WriteTask,
@@ -35,6 +36,7 @@ __all__ = [
     "Findings",
     "Mask",
     "OnError",
+    "PlannedImage",
     "ShardPlan",
     "Source",
     "WriteAll",
