@@ -71,7 +71,7 @@ def read_image_file(path: Path) -> bytes:
         OSError: it cannot be read.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
+    with open(descriptor, "rb", buffering=0) as file:
         refuse_odd_file(os.fstat(descriptor))
         return file.read()
 
@@ -193,7 +193,7 @@ def _jpeg_is_whole(content: bytes) -> bool:
     while position + 4 <= len(content) and content[position] == 0xFF:
         marker = content[position + 1]
         if marker == 0xDA:
-            return content.find(b"\xff\xd9", position) >= 0
+            return content.rfind(b"\xff\xd9", position) >= 0  # from the end, where it mostly is
         # 0xFF is fill; markers without a length: TEM and RST0..RST7.
         if marker == 0xFF:
             position += 1

@@ -18,6 +18,7 @@ from pipeline.shard.synthetic import (
     draw_dataset,
 )
 from pipeline.shard.write import (
+    PlannedImage,
     ShardPlan,
     WriteAll,
     WriteTask,
@@ -38,6 +39,7 @@ __all__ = [
     "Findings",
     "Mask",
     "OnError",
+    "PlannedImage",
     "ShardPlan",
     "Source",
     "WriteAll",

@@ -396,10 +396,10 @@ def _annotation(
 
 def _box(box: Any, width: int, height: int, where: str, findings: Findings) -> list[Any] | None:
     """The box xywh, clipped to the image when it sticks out by more than the slack; None when it has to go."""
-    if not isinstance(box, list) or len(box) != 4 or not all(is_number(value) for value in box):
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
         findings.report("box_malformed", f"{where}: its bbox {shown(repr(box))} is not [x, y, width, height] in pixels")
         return None
-    if not all(is_finite(value) for value in box):
+    if not all(map(is_finite, box)):
         findings.report("box_not_finite", f"{where}: its bbox {shown(box)} is not finite")
         return None
     x, y, box_width, box_height = box

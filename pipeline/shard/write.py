@@ -11,20 +11,18 @@ import io
 import json
 import os
 import shutil
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import numpy as np
-import webdataset
 
 from pipeline.config.sections import DatasetSection, OnError, ShardsSection
 from pipeline.data.images import BadImageError, decode_image, inspect_image, read_image_file
-from pipeline.data.index import INDEX_NAME, Member, Sample, open_rows, to_rows, write_rows
+from pipeline.data.index import INDEX_NAME, Sample, open_rows, to_rows, write_rows
 from pipeline.data.labels import LabelMap
 from pipeline.data.manifest import (
     MANIFEST_NAME,
@@ -41,12 +39,24 @@ from pipeline.errors import UserError, shown
 from pipeline.files import disk_error, locked, sync, write_whole
 from pipeline.log import get_logger, outcome
 from pipeline.shard.coco import NOTES, CocoImage, CocoSplit, Findings, Source, clean
+from pipeline.shard.tar import ShardTar, tar_size
 
-TAR_BLOCK = 512
+WRITE_BYTES = 2**20
+"""Bytes of a shard that are given to the system at once."""
 JOB = "job.json"
 """File of an unfinished folder: what is written there. Another source or other settings begin anew."""
 
 logger = get_logger(__name__)
+
+
+class PlannedImage(NamedTuple):
+    """An image and the JSON member that follows it."""
+
+    id: int
+    path: Path
+    width: int
+    height: int
+    json: bytes
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,7 @@ class ShardPlan:
     """The images of one shard, in order."""
 
     number: int
-    images: tuple[CocoImage, ...]
+    images: tuple[PlannedImage, ...]
 
     @property
     def name(self) -> str:
@@ -135,15 +145,15 @@ def shard_split(
 def plan_shards(split: CocoSplit, max_samples: int, max_bytes: int, *, segmentations: bool = False) -> list[ShardPlan]:
     """Cuts a split, in the order of the image ids, into shards of at most `max_samples` and `max_bytes`."""
     plans: list[ShardPlan] = []
-    images: list[CocoImage] = []
+    images: list[PlannedImage] = []
     size = 0
-    for original in split.images:
-        image = original if segmentations else _without_segmentations(original)
-        sample_size = _tar_size(image.bytes) + _tar_size(len(_json_member(image)))
+    for image in split.images:
+        planned = PlannedImage(image.id, image.path, image.width, image.height, _json_member(image, segmentations))
+        sample_size = tar_size(image.bytes) + tar_size(len(planned.json))
         if images and (len(images) == max_samples or size + sample_size > max_bytes):
             plans.append(ShardPlan(len(plans), tuple(images)))
             images, size = [], 0
-        images.append(image)
+        images.append(planned)
         size += sample_size
     plans.append(ShardPlan(len(plans), tuple(images)))
     return plans
@@ -164,17 +174,16 @@ def write_shard(plan: ShardPlan, folder: Path, on_error: OnError, verify: bool) 
     temporary = folder / f".{plan.name}.tmp"
     findings = Findings(on_error)
     try:
-        with temporary.open("wb") as file:
-            sink = _HashingFile(file)
-            samples = _write_samples(plan, sink, findings, verify)
+        with temporary.open("wb", buffering=WRITE_BYTES) as file:
+            with ShardTar(file) as tar:
+                samples = list(_write_samples(plan, tar, findings, verify))
             file.flush()
             os.fsync(file.fileno())
         if samples:
             temporary.replace(path)
             _write_rows(_rows_path(path), samples)
-        written = WrittenShard(
-            plan.number, Shard(plan.name, len(samples), sink.size, sink.digest.hexdigest()), dict(findings.counts)
-        )
+        shard = Shard(plan.name, len(samples), tar.size, tar.sha256)
+        written = WrittenShard(plan.number, shard, dict(findings.counts))
         write_whole(_record_path(path), json.dumps(asdict(written)).encode())
     except OSError as error:
         raise disk_error(path, error, "shards.out") from error
@@ -330,97 +339,52 @@ def _write_rows(path: Path, samples: list[Sample]) -> None:
     write_whole(path, content.getvalue())
 
 
-class _HashingFile:
-    """Passes writes on and keeps their number and sha256.
-
-    After a failed write it swallows the rest: the tar's own destructor would write again and complain.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file: BinaryIO | None = file
-        self.size = 0
-        self.digest = hashlib.sha256()
-
-    def write(self, content: bytes) -> int:
-        if self._file is None:
-            return len(content)
-        try:
-            self._file.write(content)
-        except OSError:
-            self._file = None
-            raise
-        self.size += len(content)
-        self.digest.update(content)
-        return len(content)
-
-    def abandon(self) -> None:
-        self._file = None
+def _write_samples(plan: ShardPlan, tar: ShardTar, findings: Findings, verify: bool) -> Iterator[Sample]:
+    for image in plan.images:
+        content, extension = _image_content(image, findings, verify)
+        if extension is None:
+            continue
+        key = f"{image.id:012d}"
+        members = tar.add(f"{key}.{extension}", content), tar.add(f"{key}.json", image.json)
+        yield Sample(image.id, image.width, image.height, plan.number, extension, *members)
 
 
-def _write_samples(plan: ShardPlan, sink: _HashingFile, findings: Findings, verify: bool) -> list[Sample]:
-    samples: list[Sample] = []
-    try:
-        with webdataset.TarWriter(sink, encoder=False, mtime=0, user="raydetr", group="raydetr", mode=0o644) as tar:
-            for image in plan.images:
-                content, extension = _image_content(image, findings, verify)
-                if extension is None:
-                    continue
-                key = f"{image.id:012d}"
-                members: list[Member] = []
-                # One call a member: the writer sorts the members of a call by name, and png would follow json.
-                for name, member in ((extension, content), ("json", _json_member(image))):
-                    members.append(Member(tar.tarstream.offset + TAR_BLOCK, len(member), zlib.crc32(member)))
-                    tar.write({"__key__": key, name: member})
-                samples.append(Sample(image.id, image.width, image.height, plan.number, extension, *members))
-    except BaseException:
-        sink.abandon()
-        raise
-    return samples
-
-
-def _image_content(image: CocoImage, findings: Findings, verify: bool) -> tuple[bytes, str | None]:
+def _image_content(image: PlannedImage, findings: Findings, verify: bool) -> tuple[bytes, str | None]:
     """The file's bytes and the extension of its member; None when the image has to be left out."""
-    where = f"{shown(image.path, 400)}: image {image.id}"
     try:
         content = read_image_file(image.path)
         header = inspect_image(content, image.width, image.height)
         if verify:
             decode_image(content, image.width, image.height)
     except FileNotFoundError:
-        findings.report("image_missing", f"{where} is missing")
+        rule, told = "image_missing", " is missing"
     except OSError as error:
-        findings.report("image_unreadable", f"{where} cannot be read: {error.strerror}")
+        rule, told = "image_unreadable", f" cannot be read: {error.strerror}"
     except BadImageError as error:
-        findings.report(error.rule, f"{where}: {error}")
+        rule, told = error.rule, f": {error}"
     else:
         findings.note(header.note)
         return content, header.extension
+    findings.report(rule, f"{shown(image.path, 400)}: image {image.id}{told}")
     return b"", None
 
 
-def _json_member(image: CocoImage) -> bytes:
+def _json_member(image: CocoImage, segmentations: bool) -> bytes:
     content = {
         "image_id": image.id,
         "file_name": image.file_name,
         "width": image.width,
         "height": image.height,
-        "annotations": image.annotations,
+        "annotations": image.annotations if segmentations else [_unsegmented(entry) for entry in image.annotations],
     }
-    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    return _json.encode(content).encode()
 
 
-def _without_segmentations(image: CocoImage) -> CocoImage:
-    return replace(
-        image,
-        annotations=tuple(
-            {key: value for key, value in annotation.items() if key != "segmentation"}
-            for annotation in image.annotations
-        ),
-    )
+_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 
-def _tar_size(content: int) -> int:
-    return TAR_BLOCK + -(-content // TAR_BLOCK) * TAR_BLOCK
+def _unsegmented(annotation: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in annotation.items() if key != "segmentation"}
 
 
 def _settings(dataset: DatasetSection, shards: ShardsSection) -> dict[str, Any]:

@@ -4,6 +4,7 @@ More examples by hand: RAYDETR_EXAMPLES=10000 python -m pytest tests/pipeline/sh
 """
 
 import copy
+import gc
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate.report import metrics_table, write_category_table
 from pipeline.evaluate.score import score
 from pipeline.shard.coco import clean, open_source
+from pipeline.shard.document import read_document
 from pipeline.shard.write import plan_shards, shard_split
 from tests.builders import make_annotation, make_dataset_section, write_coco, write_image
 
@@ -137,7 +139,7 @@ def read_shards(folder: Path, document: Any) -> None:
         assert json.dumps([labels.to_json(), split.digest, split.problems]).encode()
         assert all(image.path.resolve().is_relative_to(folder / "train") for image in plan.images)
         for image in plan.images:
-            for annotation in image.annotations:
+            for annotation in json.loads(image.json)["annotations"]:
                 labels.label(annotation["category_id"])
                 assert annotation["iscrowd"] in (0, 1)
                 assert all(math.isfinite(value) for value in (*annotation["bbox"], annotation["area"]))
@@ -206,3 +208,11 @@ def test_a_split_that_passes_is_written(folder: Path, document: Any, tmp_path_fa
         shard_split(open_source(path, folder / "train"), "train", out, dataset, SHARDS, verify=True)
 
     is_told(write)
+
+
+@pytest.mark.parametrize("content", ['{"a": "\\ud800"}', "\ufeff[1]", "[" * 300 + "]" * 300, "[NaN, -0, 1e999, 1e5]"])
+def test_reads_what_python_reads(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    assert repr(read_document(path, "file")[1]) == repr(json.loads(content.encode()))
+    assert gc.isenabled()

@@ -1,0 +1,90 @@
+"""A shard's tar as it is written: members at known offsets, the sha256 of the whole.
+
+Every header is that of `tarfile` in its ustar format, with nothing in it that depends on who writes or when. Only its
+name, size and checksum differ from member to member, so they are put into one that was made before.
+"""
+
+import hashlib
+import tarfile
+import zlib
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from pipeline.data.index import Member
+
+BLOCK = tarfile.BLOCKSIZE
+NAME, SIZE, CHECKSUM = slice(0, 100), slice(124, 136), slice(148, 156)
+"""Fields of a header (POSIX ustar)."""
+
+
+def _blank_header() -> bytearray:
+    """A member's header without name and size; its checksum's field holds spaces, as it counts in the sum."""
+    member = tarfile.TarInfo()
+    member.uname = member.gname = "raydetr"
+    header = bytearray(member.tobuf(tarfile.USTAR_FORMAT))
+    header[CHECKSUM] = b" " * 8
+    header[SIZE] = bytes(12)
+    return header
+
+
+BLANK = _blank_header()
+BLANK_SUM = sum(BLANK)
+
+
+def tar_size(content: int) -> int:
+    """Bytes that a member of so many takes in a tar."""
+    return BLOCK + content + -content % BLOCK
+
+
+def header_of(name: str, size: int) -> bytes:
+    """The header of a file's member: mode 0644, owner and group `raydetr` without numbers, time 0.
+
+    Args:
+        name: at most 100 ASCII characters.
+        size: below 8 GiB.
+    """
+    told, digits = name.encode("ascii").ljust(100, b"\0"), b"%011o\0" % size
+    assert len(told) == 100
+    assert len(digits) == 12
+    header = BLANK.copy()
+    header[NAME], header[SIZE] = told, digits
+    header[CHECKSUM] = b"%06o\0 " % (BLANK_SUM + sum(told) + sum(digits))
+    return bytes(header)
+
+
+class ShardTar:
+    """Writes members to a file and ends the tar when left without an exception.
+
+    Args:
+        file: its buffer spares a call to the system for each piece.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    def add(self, name: str, content: bytes) -> Member:
+        """Append a file; where its content is, and its CRC-32."""
+        member = Member(self.size + BLOCK, len(content), zlib.crc32(content))
+        for piece in (header_of(name, len(content)), content, bytes(-len(content) % BLOCK)):
+            self._write(piece)
+        return member
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of what was written."""
+        return self._digest.hexdigest()
+
+    def _write(self, piece: bytes) -> None:
+        self._file.write(piece)
+        self._digest.update(piece)
+        self.size += len(piece)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            end = self.size + 2 * BLOCK
+            self._write(bytes(end + -end % tarfile.RECORDSIZE - self.size))

@@ -1,0 +1,62 @@
+import hashlib
+import io
+import subprocess
+import tarfile
+import zlib
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from pipeline.shard.tar import ShardTar, header_of, tar_size
+
+MEMBERS = {"000000000001.jpg": b"x" * 700, "000000000001.json": b"{}", "000000000002.png": b"", "2.json": b"y" * 512}
+
+
+def written(members: dict[str, bytes]) -> tuple[bytes, ShardTar]:
+    file = io.BytesIO()
+    with ShardTar(file) as tar:
+        for name, content in members.items():
+            member = tar.add(name, content)
+            assert file.getvalue()[member.offset :][: member.size] == content
+            assert member.crc32 == zlib.crc32(content)
+    return file.getvalue(), tar
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 8**11 - 1])
+@pytest.mark.parametrize("name", ["000000000001.json", "n" * 100])
+def test_headers_are_those_of_tarfile(name: str, size: int) -> None:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode, member.mtime, member.uname, member.gname = size, 0o644, 0, "raydetr", "raydetr"
+    assert header_of(name, size) == member.tobuf(tarfile.USTAR_FORMAT)
+
+
+def test_the_bytes_are_those_of_webdataset_s_writer() -> None:
+    file = io.BytesIO()
+    with webdataset.TarWriter(file, encoder=False, mtime=0, user="raydetr", group="raydetr", mode=0o644) as tar:
+        for name, content in MEMBERS.items():
+            key, _, extension = name.partition(".")
+            tar.write({"__key__": key, extension: content})
+    assert written(MEMBERS)[0] == file.getvalue()
+
+
+def test_size_and_sha256_are_those_of_the_file() -> None:
+    content, tar = written(MEMBERS)
+    assert (tar.size, tar.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    assert tar.size % tarfile.RECORDSIZE == 0
+    assert sum(tar_size(len(member)) for member in MEMBERS.values()) <= tar.size - 2 * tarfile.BLOCKSIZE
+
+
+def test_gnu_tar_and_tarfile_read_it(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(written(MEMBERS)[0])
+    subprocess.run(["tar", "xf", "a.tar"], cwd=tmp_path, check=True)
+    assert {name: (tmp_path / name).read_bytes() for name in MEMBERS} == MEMBERS
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert tar.getnames() == list(MEMBERS)
+
+
+def test_an_exception_does_not_end_it() -> None:
+    file = io.BytesIO()
+    with pytest.raises(ZeroDivisionError), ShardTar(file):
+        raise ZeroDivisionError
+    assert file.getvalue() == b""
