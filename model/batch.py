@@ -35,7 +35,7 @@ class PixelBatch:
     """Images as bytes on one canvas, padded to the right and below."""
 
     pixels: Tensor
-    """[batch, 3, height, width] uint8 RGB, 0 on padding."""
+    """[batch, 3, height, width] uint8 RGB, 0 on padding; a pixel's bytes lie together, as a decoder gives them."""
     mask: Tensor
     """[batch, height, width] bool, True on padding."""
 
@@ -55,14 +55,30 @@ class PixelBatch:
         for index, image in enumerate(images):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
                 raise ValueError(f"image {index} of the batch is {image.dtype} {image.shape}, expected uint8 (h, w, 3)")
-        height, width = (-(-max(image.shape[axis] for image in images) // multiple) * multiple for axis in (0, 1))
-        pixels = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
-        mask = torch.ones(len(images), height, width, dtype=torch.bool)
-        for index, image in enumerate(images):
-            h, w = image.shape[:2]
-            pixels[index, :, :h, :w] = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
-            mask[index, :h, :w] = False
-        return cls(pixels, mask)
+        batch, places = cls.of_sizes([image.shape[1::-1] for image in images], multiple)
+        for image, place in zip(images, places, strict=True):
+            place[:] = image
+        return batch
+
+    @classmethod
+    def of_sizes(
+        cls, sizes: Sequence[tuple[int, ...]], multiple: int = 1
+    ) -> tuple["PixelBatch", list[NDArray[np.uint8]]]:
+        """A batch whose images are still to be written, and of each its place there, uint8 `[height, width, 3]`.
+
+        Args:
+            sizes: (width, height) of each image, at least one pixel.
+            multiple: as of `collate`.
+        """
+        width, height = (-(-max(sides) // multiple) * multiple for sides in zip(*sizes, strict=True))
+        canvas = np.empty((len(sizes), height, width, 3), dtype=np.uint8)
+        mask = np.zeros((len(sizes), height, width), dtype=np.bool_)
+        for index, (w, h) in enumerate(sizes):
+            for array, padding in ((canvas, 0), (mask, True)):
+                array[index, h:] = padding
+                array[index, :h, w:] = padding
+        places = [canvas[index, :h, :w] for index, (w, h) in enumerate(sizes)]
+        return cls(torch.from_numpy(canvas).permute(0, 3, 1, 2), torch.from_numpy(mask)), places
 
     def pin_memory(self) -> "PixelBatch":
         """The same in page-locked memory, from which a copy to a GPU does not block (`DataLoader` calls this)."""
@@ -70,7 +86,7 @@ class PixelBatch:
 
     def to(self, device: torch.device | str) -> ImageBatch:
         """Copy the bytes to `device` and normalise them there."""
-        pixels = self.pixels.to(device, non_blocking=True)
+        pixels = self.pixels.to(device, non_blocking=True).contiguous()
         mask = self.mask.to(device, non_blocking=True)
         mean = torch.tensor(IMAGENET_MEAN).mul_(255).view(3, 1, 1).to(device, non_blocking=True)
         scale = torch.tensor(IMAGENET_STD).mul_(255).reciprocal_().view(3, 1, 1).to(device, non_blocking=True)

@@ -38,21 +38,28 @@ class Plan:
     crop: tuple[int, int, int, int] | None = None
     antialias: bool = False
 
-    def apply_image(self, image: Pixels) -> Pixels:
+    def apply_image(self, image: Pixels, out: Pixels | None = None) -> Pixels:
         """The transformed pixels.
 
         Args:
             image: uint8 [height, width, 3] of the source's size.
+            out: where they are to be written, uint8 [size[1], size[0], 3]; None for memory of their own.
 
         Returns:
-            uint8 [size[1], size[0], 3].
+            uint8 [size[1], size[0], 3], which is `out` where it is given.
         """
         assert image.shape[1::-1] == self.source, f"{image.shape} is not {self.source}"
         left, top, width, height = self._region
         image = image[top : top + height, left : left + width]
         if self.flip:
             image = np.asarray(cv2.flip(image, 1), dtype=np.uint8)
-        return _resize_antialiased(image, self.size) if self.antialias else _resize(image, self.size)
+        if self.antialias or image.shape[1::-1] == self.size:
+            image = _resize_antialiased(image, self.size)
+            if out is None:
+                return image
+            out[:] = image
+            return out
+        return _resize(image, self.size, out)
 
     def apply_boxes(self, boxes: Boxes) -> tuple[Boxes, NDArray[np.bool_]]:
         """The boxes where the pixels went, clipped to the result, and which of them still have an area.
@@ -163,14 +170,12 @@ def _threshold(probability: float) -> int:
     return round(probability * 2**32)
 
 
-def _resize(image: Pixels, size: tuple[int, int]) -> Pixels:
+def _resize(image: Pixels, size: tuple[int, int], out: Pixels | None) -> Pixels:
     """OpenCV: linear when the image grows, area (its antialiased one) when it shrinks."""
     height, width = image.shape[:2]
-    if (width, height) == size:
-        return image
     shrinks = size[0] * size[1] < width * height
-    resized_image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    return np.asarray(resized_image, dtype=np.uint8)
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(image, size, dst=out, interpolation=interpolation), dtype=np.uint8)
 
 
 def _resize_antialiased(image: Pixels, size: tuple[int, int]) -> Pixels:

@@ -213,15 +213,16 @@ class _TrainDataset(Dataset[Any]):
     def __getitem__(self, item: int) -> MicroBatch | _Failure:
         step = self._steps[item // self._own]
         index = self._rank + item % self._own * self._world
-        size = self._train.micro_batch
+        part = self._plan(step).part(index, self._train.micro_batch)
+        batch, places = PixelBatch.of_sizes([plan.size for _, plan in part], CANVAS_MULTIPLE)
         images: list[Pixels] = []
         targets: list[dict[str, Tensor]] = []
         image_ids: list[int] = []
         skipped = 0
-        for number, plan in self._plan(step).part(index, size):
+        for (number, plan), place in zip(part, places, strict=True):
             sample = self._manifest.samples[number]
             try:
-                image, target = load_train_sample(self._manifest, sample, plan)
+                image, target = load_train_sample(self._manifest, sample, plan, place)
             except UnreadableSampleError as error:
                 if self._on_error == "fail":
                     return _Failure(_unreadable(error))
@@ -233,7 +234,9 @@ class _TrainDataset(Dataset[Any]):
         if not images:
             images.append(np.zeros((PLACEHOLDER_SIDE, PLACEHOLDER_SIDE, 3), dtype=np.uint8))
             targets.append(make_targets(np.zeros((0, 4)), [], (PLACEHOLDER_SIDE, PLACEHOLDER_SIDE)))
-        return MicroBatch(PixelBatch.collate(images, CANVAS_MULTIPLE), targets, index, image_ids, skipped)
+        if skipped:
+            batch = PixelBatch.collate(images, CANVAS_MULTIPLE)
+        return MicroBatch(batch, targets, index, image_ids, skipped)
 
     def _plan(self, step: int) -> StepPlan:
         if self._planned is None or self._planned[0] != step:

@@ -71,8 +71,12 @@ def load_image(manifest: Manifest, sample: Sample) -> Pixels:
         raise UnreadableSampleError(f"{describe(manifest, sample)}: {error}") from None
 
 
-def load_train_sample(manifest: Manifest, sample: Sample, plan: Plan) -> tuple[Pixels, dict[str, Tensor]]:
-    """The augmented image and its targets: crowd regions and boxes without area are left out.
+def load_train_sample(
+    manifest: Manifest, sample: Sample, plan: Plan, out: Pixels | None = None
+) -> tuple[Pixels, dict[str, Tensor]]:
+    """The augmented image, written to `out` where that is given, and its targets.
+
+    Crowd regions and boxes without area are left out.
 
     Raises:
         UnreadableSampleError: the shard's bytes are damaged.
@@ -82,7 +86,7 @@ def load_train_sample(manifest: Manifest, sample: Sample, plan: Plan) -> tuple[P
     boxes, keep = plan.apply_boxes(xyxy([annotation["bbox"] for annotation in wanted]))
     labels = label_list(manifest.labels, [annotation["category_id"] for annotation in wanted])
     targets = make_targets(boxes[keep], [label for label, kept in zip(labels, keep, strict=True) if kept], plan.size)
-    return plan.apply_image(load_image(manifest, sample)), targets
+    return plan.apply_image(load_image(manifest, sample), out), targets
 
 
 def xyxy(boxes: list[list[float]]) -> NDArray[np.float64]:

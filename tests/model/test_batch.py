@@ -51,3 +51,23 @@ def test_other_images_are_refused(image: np.ndarray) -> None:
 def test_empty_batch_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one image"):
         PixelBatch.collate([])
+
+
+def test_places_of_a_batch_are_its_pixels() -> None:
+    """Written in place, a batch is what `collate` makes of the same images."""
+    choose = np.random.default_rng(0)
+    images = [choose.integers(0, 256, (h, w, 3), dtype=np.uint8) for w, h in ((33, 20), (10, 64), (64, 1))]
+    batch, places = PixelBatch.of_sizes([image.shape[1::-1] for image in images], multiple=32)
+    for place, image in zip(places, images, strict=True):
+        place[:] = image
+    expected = PixelBatch.collate(images, multiple=32)
+    assert batch.pixels.shape == (3, 3, 64, 64)
+    assert torch.equal(batch.pixels, expected.pixels)
+    assert torch.equal(batch.mask, expected.mask)
+    for index, image in enumerate(images):
+        height, width = image.shape[:2]
+        assert torch.equal(batch.pixels[index, :, :height, :width], torch.from_numpy(image).permute(2, 0, 1))
+        assert not batch.pixels[index, :, height:].any()
+        assert not batch.pixels[index, :, :, width:].any()
+        assert not batch.mask[index, :height, :width].any()
+        assert int(batch.mask[index].sum()) == 64 * 64 - height * width

@@ -183,3 +183,22 @@ class TestPixels:
         before = pixels.copy()
         Plan((32, 24), (16, 12), flip=True).apply_image(pixels)
         np.testing.assert_array_equal(pixels, before)
+
+    @pytest.mark.parametrize(
+        "plan",
+        [
+            Plan((32, 24), (40, 30)),
+            Plan((32, 24), (16, 12), flip=True),
+            Plan((32, 24), (32, 24), flip=True),
+            Plan((32, 24), (20, 31), crop=(3, 5, 17, 11)),
+            Plan((32, 24), (20, 31), antialias=True),
+        ],
+        ids=str,
+    )
+    def test_are_the_same_where_they_are_written_into_a_canvas(self, plan: Plan) -> None:
+        pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        canvas = np.zeros((2, 64, 96, 3), dtype=np.uint8)
+        place = canvas[1, : plan.size[1], : plan.size[0]]
+        assert plan.apply_image(pixels, place) is place or np.shares_memory(plan.apply_image(pixels, place), canvas)
+        np.testing.assert_array_equal(place, plan.apply_image(pixels))
+        assert np.count_nonzero(canvas) == np.count_nonzero(place)
