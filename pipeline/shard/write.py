@@ -22,7 +22,7 @@ import numpy as np
 
 from pipeline.config.sections import DatasetSection, OnError, ShardsSection
 from pipeline.data.images import BadImageError, decode_image, inspect_image, read_image_file
-from pipeline.data.index import INDEX_NAME, Sample, open_rows, to_rows, write_rows
+from pipeline.data.index import INDEX_NAME, Rows, Sample, to_rows, write_rows
 from pipeline.data.labels import LabelMap
 from pipeline.data.manifest import (
     MANIFEST_NAME,
@@ -181,10 +181,12 @@ def write_shard(plan: ShardPlan, folder: Path, on_error: OnError, verify: bool) 
             os.fsync(file.fileno())
         if samples:
             temporary.replace(path)
-            _write_rows(_rows_path(path), samples)
+        rows = _npy(to_rows(samples))
+        write_whole(_rows_path(path), rows)
         shard = Shard(plan.name, len(samples), tar.size, tar.sha256)
         written = WrittenShard(plan.number, shard, dict(findings.counts))
-        write_whole(_record_path(path), json.dumps(asdict(written)).encode())
+        record = {**asdict(written), "rows_sha256": hashlib.sha256(rows).hexdigest()}
+        write_whole(_record_path(path), json.dumps(record).encode())
     except OSError as error:
         raise disk_error(path, error, "shards.out") from error
     finally:
@@ -230,8 +232,7 @@ def verify_shard(manifest: Manifest, number: int) -> None:
     path = manifest.folder / shard.name
     mend = f"delete {manifest.folder} and shard again"
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = _sha256(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {mend}") from error
     if digest != shard.sha256:
@@ -310,19 +311,17 @@ def _go_on_with(unfinished: Path, job: dict[str, Any]) -> None:
 
 
 def _recorded(plan: ShardPlan, folder: Path) -> WrittenShard | None:
-    """What an earlier command recorded of a shard, if its tar is still the one that it wrote."""
+    """What an earlier command recorded of a shard, if its tar and its rows are still those that it wrote."""
     path = folder / plan.name
     try:
         record = json.loads(_record_path(path).read_bytes())
         written = WrittenShard(record["number"], Shard(**record["shard"]), record["problems"])
+        whole = _sha256(_rows_path(path)) == record["rows_sha256"]
         if written.shard.samples:
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != written.shard.sha256:
-                    return None
-            open_rows(_rows_path(path), written.shard.samples)
+            whole = whole and path.stat().st_size == written.shard.bytes and _sha256(path) == written.shard.sha256
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return written
+    return written if whole else None
 
 
 def _rows_path(shard: Path) -> Path:
@@ -333,10 +332,15 @@ def _record_path(shard: Path) -> Path:
     return shard.with_suffix(".json")
 
 
-def _write_rows(path: Path, samples: list[Sample]) -> None:
+def _npy(rows: Rows) -> bytes:
     content = io.BytesIO()
-    np.save(content, to_rows(samples), allow_pickle=False)
-    write_whole(path, content.getvalue())
+    np.save(content, rows, allow_pickle=False)
+    return content.getvalue()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_samples(plan: ShardPlan, tar: ShardTar, findings: Findings, verify: bool) -> Iterator[Sample]:

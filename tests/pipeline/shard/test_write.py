@@ -2,6 +2,7 @@ import hashlib
 import os
 import tarfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,18 @@ from pipeline.config.sections import ShardsSection
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.errors import UserError
 from pipeline.shard.coco import CocoSplit, open_source
-from pipeline.shard.write import check_same_categories, plan_shards, shard_split, verify_shard, write_shard
+from pipeline.shard.write import (
+    ShardPlan,
+    WriteAll,
+    WriteTask,
+    WrittenShard,
+    check_same_categories,
+    plan_shards,
+    shard_split,
+    verify_shard,
+    write_in_a_row,
+    write_shard,
+)
 from tests.builders import (
     CocoFiles,
     disk_of,
@@ -299,6 +311,78 @@ class TestFullDisk:
         manifest = shard_files(files)
         assert not partial.exists()
         verify_shard(manifest, 0)
+
+
+def cut_off_after(shards: int) -> WriteAll:
+    """Writes some shards, then ends as by a signal."""
+
+    def write_all(plans: list[ShardPlan], task: WriteTask) -> Iterator[WrittenShard]:
+        for plan in plans[:shards]:
+            yield task(plan)
+        raise KeyboardInterrupt
+
+    return write_all
+
+
+class TestGoingOn:
+    """A command that was ended in the middle leaves the shards that were finished to the next one."""
+
+    @pytest.fixture
+    def files(self, tmp_path: Path) -> CocoFiles:
+        """Eight shards of one image, of which five are finished."""
+        files = write_coco(tmp_path, range(1, 9), ANNOTATIONS)
+        with pytest.raises(KeyboardInterrupt):
+            self.write(files, cut_off_after(5))
+        return files
+
+    def write(self, files: CocoFiles, write_all: WriteAll = write_in_a_row, **settings: Any) -> Manifest:
+        root = files.images.parent
+        sections = make_dataset_section(root), ShardsSection(**{"max_samples": 1, **settings})
+        return shard_split(open_source(*files), "train", root / "shards", *sections, write_all=write_all)
+
+    def times(self, folder: Path) -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
+
+    def expected(self, files: CocoFiles) -> dict[str, bytes]:
+        """What a command writes that nothing ends."""
+        whole = files.images.parent / "whole"
+        folder = shard_split(
+            open_source(*files), "train", whole, make_dataset_section(whole), ShardsSection(max_samples=1)
+        ).folder
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def test_what_is_finished_is_not_done_again(self, files: CocoFiles, caplog: pytest.LogCaptureFixture) -> None:
+        finished = self.times(files.images.parent / "shards" / ".train.partial")
+        assert len(finished) == 5
+        with caplog.at_level("INFO", logger="raydetr"):
+            manifest = self.write(files)
+        assert "going on with 5 shards" in caplog.text
+        assert finished.items() <= self.times(manifest.folder).items()
+        assert {path.name: path.read_bytes() for path in manifest.folder.iterdir()} == self.expected(files)
+        assert left_in(manifest.folder.parent) == {"train", *(f"train/{name}" for name in self.expected(files))}
+
+    @pytest.mark.parametrize("name", ["shard-000002.tar", "shard-000002.npy", "shard-000002.json", "job.json"])
+    @pytest.mark.parametrize("how", ["cut", "gone", "changed"])
+    def test_what_is_damaged_is_done_again(self, files: CocoFiles, name: str, how: str) -> None:
+        path = files.images.parent / "shards" / ".train.partial" / name
+        content = bytearray(path.read_bytes())
+        if how == "cut":
+            path.write_bytes(content[:-20])
+        elif how == "gone":
+            path.unlink()
+        else:
+            content[-9] ^= 1
+            path.write_bytes(content)
+        manifest = self.write(files)
+        assert {path.name: path.read_bytes() for path in manifest.folder.iterdir()} == self.expected(files)
+
+    @pytest.mark.parametrize("change", ["source", "settings"])
+    def test_another_job_begins_anew(self, files: CocoFiles, change: str) -> None:
+        finished = self.times(files.images.parent / "shards" / ".train.partial")
+        if change == "source":
+            write_image(files.images / "000000000008.jpg", 32, 24, seed=99)
+        manifest = self.write(files, **({"segmentations": True} if change == "settings" else {}))
+        assert not set(finished.items()) & set(self.times(manifest.folder).items())
 
 
 class TestVerify:

@@ -1,0 +1,97 @@
+"""Writing shards against GNU tar over the same files, in the same run; and two processes against one.
+
+    python tests/benchmarks/sharding.py [--images N]
+
+Ours also reads the annotation file, checks every image, takes checksums and sha256, and writes the JSON members and the
+index. The files are drawn noise of about 150 KB each, in the page's cache for both.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from pipeline.config.sections import DatasetSection, ShardsSection
+from pipeline.shard.coco import open_source
+from pipeline.shard.write import ShardPlan, WriteTask, WrittenShard, shard_split, write_in_a_row
+
+WIDTH, HEIGHT = 640, 480
+REPEATS = 3
+
+
+def draw(root: Path, count: int) -> None:
+    images = root / "train"
+    images.mkdir()
+    choose = np.random.default_rng(0)
+    contents = []
+    for _ in range(16):
+        small = choose.integers(0, 256, (HEIGHT // 3, WIDTH // 3, 3), dtype=np.uint8)
+        _, content = cv2.imencode(".jpg", cv2.resize(small, (WIDTH, HEIGHT)), [cv2.IMWRITE_JPEG_QUALITY, 92])
+        contents.append(content.tobytes())
+    entries, annotations = [], []
+    for number in range(1, count + 1):
+        (images / f"{number:012d}.jpg").write_bytes(contents[number % 16])
+        entries.append({"id": number, "file_name": f"{number:012d}.jpg", "width": WIDTH, "height": HEIGHT})
+        for _ in range(7):
+            left, top = int(choose.integers(0, 500)), int(choose.integers(0, 380))
+            box = [left + 0.25, top + 0.5, 90.75, 70.5]
+            annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": 1, "bbox": box,
+                                "area": 6397.9, "iscrowd": 0})  # fmt: skip
+    document = {"images": entries, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
+    (root / "train.json").write_text(json.dumps(document))
+    print(f"{count} files of {len(contents[0]) / 1024:.0f} KiB")
+
+
+def in_processes(plans: list[ShardPlan], task: WriteTask, pool: ProcessPoolExecutor) -> list[WrittenShard]:
+    return list(pool.map(task, plans))
+
+
+def shard(root: Path, write_all: Callable[[list[ShardPlan], WriteTask], object]) -> float:
+    begin = time.perf_counter()
+    source = open_source(root / "train.json", root / "train")
+    shard_split(source, "train", root / "shards", DatasetSection(), ShardsSection(), write_all=write_all)  # type: ignore[arg-type]
+    seconds = time.perf_counter() - begin
+    shutil.rmtree(root / "shards")
+    return seconds
+
+
+def tar(root: Path) -> float:
+    begin = time.perf_counter()
+    subprocess.run(["tar", "cf", root / "all.tar", "-C", root, "train"], check=True)
+    subprocess.run(["sync", root / "all.tar"], check=True)  # ours is on the disk, too
+    seconds = time.perf_counter() - begin
+    (root / "all.tar").unlink()
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=10_000)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(2) as pool:
+        root = Path(folder)
+        draw(root, options.images)
+        list(pool.map(abs, range(2)))
+        runs = [
+            (tar(root), shard(root, write_in_a_row), shard(root, partial(in_processes, pool=pool)))
+            for _ in range(REPEATS + 1)
+        ][1:]
+    theirs, one, two = (statistics.median(times) for times in zip(*runs, strict=True))
+    print(f"tar {theirs:.1f} s; one process {one:.1f} s: {theirs / one:.2f} of its speed, at least 0.8")
+    print(f"two processes {two:.1f} s: {one / two:.2f} times one, at least 1.7")
+    if theirs / one < 0.8 or one / two < 1.7:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
