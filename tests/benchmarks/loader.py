@@ -121,8 +121,8 @@ def main() -> None:
         checksum = (time.perf_counter() - begin) / len(contents)
     count = len(pairs)
     print(f"loader, one core: {count / mine:.0f} images/s")
-    print(f"  against bare cv2 decode and the same resizes ({count / least:.0f}): {least / mine:.2f}, at least 0.8")
-    print(f"  against the original's with Pillow ({count / theirs:.0f}): {theirs / mine:.2f}, at least 2")
+    print(f"  against bare cv2 decode and the same resizes ({count / least:.0f}): {least / mine:.2f}, at least 0.65")
+    print(f"  against the original's with Pillow ({count / theirs:.0f}): {theirs / mine:.2f}, at least 2.5")
     print(f"  checksums: {100 * checksum * count / mine:.1f} % of it, at most 2")
     for batch, micro in ((32, 2), (32, 4), (128, 8)):
         told = [
@@ -131,7 +131,7 @@ def main() -> None:
             for multiple in (1, CANVAS_MULTIPLE)
         ]
         print(f"  padding at {batch} by {micro}, sorted by aspect / ours, in multiples of 1, 32: {', '.join(told)} %")
-    if least / mine < 0.8 or theirs / mine < 2 or checksum * count / mine > 0.02:
+    if least / mine < 0.65 or theirs / mine < 2.5 or checksum * count / mine > 0.02:
         raise SystemExit(1)
 
 

@@ -5,6 +5,7 @@
 The indexes are made up (rows of COCO's sizes, 1000 a shard); the shards are empty files.
 """
 
+import multiprocessing
 import pickle
 import statistics
 import tempfile
@@ -53,7 +54,9 @@ def main() -> None:
     failed = False
     for images in (118_000, 1_000_000, 10_000_000):
         with tempfile.TemporaryDirectory() as folder:
-            make(Path(folder), images)
+            maker = multiprocessing.get_context("spawn").Process(target=make, args=(Path(folder), images))
+            maker.start()
+            maker.join()
             process = psutil.Process()
             before, begin = process.memory_full_info().uss, time.perf_counter()
             manifest = read_manifest(Path(folder))
