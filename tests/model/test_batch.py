@@ -19,6 +19,10 @@ def test_images_are_padded_right_and_below() -> None:
     assert not batch.pixels[1, :, :, 10:].any()
 
 
+def test_what_a_model_takes_is_laid_out_by_channel() -> None:
+    assert PixelBatch.collate([make_image(8, 6), make_image(9, 7)]).to("cpu").pixels.is_contiguous()
+
+
 def test_normalised_with_zero_padding() -> None:
     image = make_image(8, 6)
     ready = PixelBatch.collate([image, make_image(9, 7)]).to("cpu")
