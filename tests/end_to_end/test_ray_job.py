@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from model import ops
@@ -44,7 +45,9 @@ def head(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) 
     with (tmp_path_factory.mktemp("head") / "head.log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     yield f"http://127.0.0.1:{dashboard}"
-    process.terminate()
+    # Asked to end, a head drains itself for half a minute.
+    for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        each.kill()
     process.wait(timeout=60)
 
 
