@@ -36,12 +36,12 @@ def is_whole(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """Whether a value of JSON is a number (true and false are none), be it infinite."""
-    return type(value) in (int, float)
+    return type(value) in (int, float) or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def is_finite(value: Any) -> bool:
     """Whether a value of JSON is a number to reckon with."""
-    return type(value) in (int, float) and abs(value) <= GREATEST_NUMBER  # which NaN is not
+    return is_number(value) and abs(value) <= GREATEST_NUMBER  # which NaN is not
 
 
 def crowd(value: Any) -> int | None:
