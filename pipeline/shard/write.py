@@ -11,6 +11,7 @@ import io
 import json
 import os
 import shutil
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -22,9 +23,10 @@ import numpy as np
 
 from pipeline.config.sections import DatasetSection, OnError, ShardsSection
 from pipeline.data.images import BadImageError, decode_image, inspect_image, read_image_file
-from pipeline.data.index import INDEX_NAME, Rows, Sample, to_rows, write_rows
+from pipeline.data.index import INDEX_NAME, Sample, to_rows, write_rows
 from pipeline.data.labels import LabelMap
 from pipeline.data.manifest import (
+    FORMAT,
     MANIFEST_NAME,
     Manifest,
     Shard,
@@ -76,12 +78,13 @@ class ShardPlan:
 class WrittenShard:
     """What came of a plan: the shard (without samples, and no file, when every image was left out), what was cleaned.
 
-    The rows of its index lie beside the tar until `finish` gathers them.
+    The rows of its index lie beside the tar until `finish` gathers them; `rows_sha256` is that of their file.
     """
 
     number: int
     shard: Shard
     problems: dict[str, int]
+    rows_sha256: str | None
 
 
 WriteTask = Callable[[ShardPlan], WrittenShard]
@@ -125,6 +128,7 @@ def shard_split(
     """
     folder = out / split
     settings = _settings(dataset, shards)
+    key = "shards.out" if shards.out else "runs or shards.out"
     if (folder / MANIFEST_NAME).exists():  # nothing is written: a disk that is only read will do
         return _found(folder, source, settings, dataset.on_error)
     try:
@@ -137,9 +141,9 @@ def shard_split(
             if needs_objects:
                 _refuse_no_objects(cleaned)
             return _write_split(cleaned, folder, LabelMap(dataset.labels, cleaned.categories), settings,
-                                dataset.on_error, verify, write_all)  # fmt: skip
+                                dataset.on_error, verify, write_all, key)  # fmt: skip
     except OSError as error:
-        raise disk_error(out, error, "shards.out" if shards.out else "runs or shards.out") from error
+        raise disk_error(out, error, key) from error
 
 
 def plan_shards(split: CocoSplit, max_samples: int, max_bytes: int, *, segmentations: bool = False) -> list[ShardPlan]:
@@ -159,10 +163,20 @@ def plan_shards(split: CocoSplit, max_samples: int, max_bytes: int, *, segmentat
     return plans
 
 
-def write_shard(plan: ShardPlan, folder: Path, on_error: OnError, verify: bool) -> WrittenShard:
+def write_shard(
+    plan: ShardPlan, folder: Path, on_error: OnError, verify: bool, key: str = "shards.out"
+) -> WrittenShard:
     """Writes one shard, the rows of its index and its record, unless all of it is there already.
 
-    Each is written to a temporary name, then renamed, the record last.
+    Each is written to a temporary name, then renamed, the record last. The name is this call's own: a task whose
+    command was killed may still write the same shard.
+
+    Args:
+        plan: what is in it.
+        folder: where it goes.
+        on_error: what is done about a bad image.
+        verify: decode every image fully.
+        key: names, in messages, the setting that has it written elsewhere.
 
     Raises:
         UserError: a bad image when `on_error` is "fail", or no space.
@@ -171,7 +185,7 @@ def write_shard(plan: ShardPlan, folder: Path, on_error: OnError, verify: bool) 
     if recorded is not None:
         return recorded
     path = folder / plan.name
-    temporary = folder / f".{plan.name}.tmp"
+    temporary = folder / f".{plan.name}.{uuid.uuid4().hex}.tmp"
     findings = Findings(on_error)
     try:
         with temporary.open("wb", buffering=WRITE_BYTES) as file:
@@ -179,16 +193,15 @@ def write_shard(plan: ShardPlan, folder: Path, on_error: OnError, verify: bool) 
                 samples = list(_write_samples(plan, tar, findings, verify))
             file.flush()
             os.fsync(file.fileno())
+        rows_sha256 = None
         if samples:
             temporary.replace(path)
-        rows = _npy(to_rows(samples))
-        write_whole(_rows_path(path), rows)
+            rows_sha256 = _write_rows(_rows_path(path), samples)
         shard = Shard(plan.name, len(samples), tar.size, tar.sha256)
-        written = WrittenShard(plan.number, shard, dict(findings.counts))
-        record = {**asdict(written), "rows_sha256": hashlib.sha256(rows).hexdigest()}
-        write_whole(_record_path(path), json.dumps(record).encode())
+        written = WrittenShard(plan.number, shard, dict(findings.counts), rows_sha256)
+        write_whole(_record_path(path), json.dumps(asdict(written)).encode())
     except OSError as error:
-        raise disk_error(path, error, "shards.out") from error
+        raise disk_error(path, error, key) from error
     finally:
         temporary.unlink(missing_ok=True)
     return written
@@ -218,7 +231,7 @@ def finish(
     kept = {MANIFEST_NAME, INDEX_NAME, *(shard.name for shard in shards)}
     for path in folder.iterdir():
         if path.name not in kept:
-            path.unlink()
+            path.unlink(missing_ok=True)
     return manifest
 
 
@@ -273,16 +286,22 @@ def report_problems(split: str, manifest: Manifest) -> None:
 
 def _write_split(
     split: CocoSplit, folder: Path, labels: LabelMap, settings: dict[str, Any], on_error: OnError, verify: bool,
-    write_all: WriteAll,
+    write_all: WriteAll, key: str,
 ) -> Manifest:  # fmt: skip
     unfinished = folder.with_name(f".{folder.name}.partial")
-    job = {"source_digest": split.digest, "settings": settings, "on_error": on_error, "verify": verify}
+    job = {
+        "format": FORMAT,
+        "source_digest": split.digest,
+        "settings": settings,
+        "on_error": on_error,
+        "verify": verify,
+    }
     try:
         _go_on_with(unfinished, job)
         plans = plan_shards(
             split, settings["max_samples"], settings["max_bytes"], segmentations=settings["segmentations"]
         )
-        task = partial(write_shard, folder=unfinished, on_error=on_error, verify=verify)
+        task = partial(write_shard, folder=unfinished, on_error=on_error, verify=verify, key=key)
         manifest = finish(unfinished, folder.name, labels, split, settings, write_all(plans, task))
         unfinished.replace(folder)
         sync(folder.parent)
@@ -315,13 +334,13 @@ def _recorded(plan: ShardPlan, folder: Path) -> WrittenShard | None:
     path = folder / plan.name
     try:
         record = json.loads(_record_path(path).read_bytes())
-        written = WrittenShard(record["number"], Shard(**record["shard"]), record["problems"])
-        whole = _sha256(_rows_path(path)) == record["rows_sha256"]
-        if written.shard.samples:
-            whole = whole and path.stat().st_size == written.shard.bytes and _sha256(path) == written.shard.sha256
+        written = WrittenShard(**{**record, "shard": Shard(**record["shard"])})
+        same = (written.number, written.shard.name) == (plan.number, plan.name)
+        if same and written.shard.samples:
+            same = _sha256(path) == written.shard.sha256 and _sha256(_rows_path(path)) == written.rows_sha256
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return written if whole else None
+    return written if same else None
 
 
 def _rows_path(shard: Path) -> Path:
@@ -332,15 +351,17 @@ def _record_path(shard: Path) -> Path:
     return shard.with_suffix(".json")
 
 
-def _npy(rows: Rows) -> bytes:
-    content = io.BytesIO()
-    np.save(content, rows, allow_pickle=False)
-    return content.getvalue()
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_rows(path: Path, samples: list[Sample]) -> str:
+    """Hex sha256 of the file."""
+    content = io.BytesIO()
+    np.save(content, to_rows(samples), allow_pickle=False)
+    write_whole(path, content.getvalue())
+    return hashlib.sha256(content.getvalue()).hexdigest()
 
 
 def _write_samples(plan: ShardPlan, tar: ShardTar, findings: Findings, verify: bool) -> Iterator[Sample]:

@@ -2,7 +2,8 @@ import hashlib
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import webdataset
 from PIL import Image
 
 from pipeline.config.sections import ShardsSection
+from pipeline.data.images import read_image_file
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.errors import UserError
+from pipeline.shard import write
 from pipeline.shard.coco import CocoSplit, open_source
 from pipeline.shard.write import (
     ShardPlan,
@@ -296,6 +299,12 @@ class TestFullDisk:
         assert left_in(tmp_path / "shards") == set()
         assert len(shard_files(files, max_samples=20).samples) == 39
 
+    @pytest.mark.parametrize(("settings", "key"), [({}, "runs or shards.out"), ({"out": "elsewhere"}, "shards.out")])
+    def test_names_the_key_that_decides(self, tmp_path: Path, settings: dict[str, Any], key: str) -> None:
+        files = write_coco(tmp_path)
+        with disk_of(3000), pytest.raises(UserError, match=f"write elsewhere with {key}$"):
+            shard_files(files, **settings)
+
     def test_no_manifest_without_space(self, tmp_path: Path) -> None:
         files = write_coco(tmp_path, range(1, 200))
         # Every shard is one tar record of 10240 bytes; the manifest is larger.
@@ -313,76 +322,143 @@ class TestFullDisk:
         verify_shard(manifest, 0)
 
 
-def cut_off_after(shards: int) -> WriteAll:
-    """Writes some shards, then ends as by a signal."""
+class StoppedError(Exception):
+    """Ends a command where nothing is the user's fault."""
+
+
+SHARDS = 5
+
+
+def stopping_after(count: int) -> WriteAll:
+    """Writes so many shards, then is stopped."""
 
     def write_all(plans: list[ShardPlan], task: WriteTask) -> Iterator[WrittenShard]:
-        for plan in plans[:shards]:
-            yield task(plan)
-        raise KeyboardInterrupt
+        yield from map(task, plans[:count])
+        raise StoppedError
 
     return write_all
 
 
-class TestGoingOn:
-    """A command that was ended in the middle leaves the shards that were finished to the next one."""
+def write_some(root: Path, write_all: WriteAll = write_in_a_row, **settings: Any) -> Manifest:
+    """Ten images in five shards."""
+    files = CocoFiles(root / "annotations" / "train.json", root / "train")
+    if not files.annotations.exists():
+        write_coco(root, range(1, 2 * SHARDS + 1), ANNOTATIONS)
+    shards = ShardsSection(**{"max_samples": 2, **settings})
+    source = open_source(*files)
+    return shard_split(source, "train", root / "shards", make_dataset_section(root), shards, write_all=write_all)
 
-    @pytest.fixture
-    def files(self, tmp_path: Path) -> CocoFiles:
-        """Eight shards of one image, of which five are finished."""
-        files = write_coco(tmp_path, range(1, 9), ANNOTATIONS)
-        with pytest.raises(KeyboardInterrupt):
-            self.write(files, cut_off_after(5))
-        return files
 
-    def write(self, files: CocoFiles, write_all: WriteAll = write_in_a_row, **settings: Any) -> Manifest:
-        root = files.images.parent
-        sections = make_dataset_section(root), ShardsSection(**{"max_samples": 1, **settings})
-        return shard_split(open_source(*files), "train", root / "shards", *sections, write_all=write_all)
+def stop_after(root: Path, count: int, **settings: Any) -> Path:
+    """The unfinished folder of a write that was stopped."""
+    with pytest.raises(StoppedError):
+        write_some(root, stopping_after(count), **settings)
+    return root / "shards" / ".train.partial"
 
-    def times(self, folder: Path) -> dict[str, int]:
-        return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
 
-    def expected(self, files: CocoFiles) -> dict[str, bytes]:
-        """What a command writes that nothing ends."""
-        whole = files.images.parent / "whole"
-        folder = shard_split(
-            open_source(*files), "train", whole, make_dataset_section(whole), ShardsSection(max_samples=1)
-        ).folder
-        return {path.name: path.read_bytes() for path in folder.iterdir()}
+def inodes(folder: Path) -> dict[str, tuple[int, int]]:
+    stats = {path.name: path.stat() for path in folder.glob("shard-*.tar")}
+    return {name: (status.st_ino, status.st_mtime_ns) for name, status in stats.items()}
 
-    def test_what_is_finished_is_not_done_again(self, files: CocoFiles, caplog: pytest.LogCaptureFixture) -> None:
-        finished = self.times(files.images.parent / "shards" / ".train.partial")
-        assert len(finished) == 5
-        with caplog.at_level("INFO", logger="raydetr"):
-            manifest = self.write(files)
-        assert "going on with 5 shards" in caplog.text
-        assert finished.items() <= self.times(manifest.folder).items()
-        assert {path.name: path.read_bytes() for path in manifest.folder.iterdir()} == self.expected(files)
-        assert left_in(manifest.folder.parent) == {"train", *(f"train/{name}" for name in self.expected(files))}
 
-    @pytest.mark.parametrize("name", ["shard-000002.tar", "shard-000002.npy", "shard-000002.json", "job.json"])
-    @pytest.mark.parametrize("how", ["cut", "gone", "changed"])
-    def test_what_is_damaged_is_done_again(self, files: CocoFiles, name: str, how: str) -> None:
-        path = files.images.parent / "shards" / ".train.partial" / name
-        content = bytearray(path.read_bytes())
-        if how == "cut":
-            path.write_bytes(content[:-20])
-        elif how == "gone":
-            path.unlink()
-        else:
-            content[-9] ^= 1
-            path.write_bytes(content)
-        manifest = self.write(files)
-        assert {path.name: path.read_bytes() for path in manifest.folder.iterdir()} == self.expected(files)
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    @pytest.mark.parametrize("change", ["source", "settings"])
-    def test_another_job_begins_anew(self, files: CocoFiles, change: str) -> None:
-        finished = self.times(files.images.parent / "shards" / ".train.partial")
-        if change == "source":
-            write_image(files.images / "000000000008.jpg", 32, 24, seed=99)
-        manifest = self.write(files, **({"segmentations": True} if change == "settings" else {}))
-        assert not set(finished.items()) & set(self.times(manifest.folder).items())
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+class TestStopped:
+    @pytest.fixture(scope="class")
+    def unbroken(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+        return contents(write_some(tmp_path_factory.mktemp("unbroken")).folder)
+
+    @pytest.mark.parametrize("count", range(SHARDS + 1))
+    def test_the_next_goes_on(self, tmp_path: Path, unbroken: dict[str, bytes], count: int) -> None:
+        done = inodes(stop_after(tmp_path, count))
+        assert len(done) == count
+        folder = write_some(tmp_path).folder
+        assert {name: inodes(folder)[name] for name in done} == done
+        assert contents(folder) == unbroken
+        assert left_in(tmp_path / "shards") == {"train", *(f"train/{name}" for name in unbroken)}
+
+    @pytest.mark.parametrize("damage", [flip, shorten, empty, Path.unlink], ids=lambda value: value.__name__)
+    @pytest.mark.parametrize("suffix", ["tar", "npy", "json"])
+    def test_what_is_damaged_is_done_again(
+        self, tmp_path: Path, unbroken: dict[str, bytes], suffix: str, damage: Callable[[Path], None]
+    ) -> None:
+        partial = stop_after(tmp_path, 3)
+        done = inodes(partial)
+        damage(partial / f"shard-000001.{suffix}")
+        folder = write_some(tmp_path).folder
+        assert contents(folder) == unbroken
+        assert {name for name in done if inodes(folder)[name] == done[name]} == {
+            "shard-000000.tar",
+            "shard-000002.tar",
+        }
+
+    def test_a_record_of_another_shard_is_not_taken(self, tmp_path: Path, unbroken: dict[str, bytes]) -> None:
+        partial = stop_after(tmp_path, 3)
+        for suffix in ("tar", "npy", "json"):
+            (partial / f"shard-000002.{suffix}").write_bytes((partial / f"shard-000001.{suffix}").read_bytes())
+        assert contents(write_some(tmp_path).folder) == unbroken
+
+    @pytest.mark.parametrize("damage", [shorten, empty, Path.unlink], ids=lambda value: value.__name__)
+    def test_a_torn_job_begins_anew(
+        self, tmp_path: Path, unbroken: dict[str, bytes], damage: Callable[[Path], None]
+    ) -> None:
+        partial = stop_after(tmp_path, 3)
+        done = inodes(partial)
+        damage(partial / "job.json")
+        folder = write_some(tmp_path).folder
+        assert contents(folder) == unbroken
+        assert not set(inodes(folder).items()) & set(done.items())
+
+    def test_other_settings_begin_anew(self, tmp_path: Path, unbroken: dict[str, bytes]) -> None:
+        stop_after(tmp_path, 2, max_samples=4)
+        assert contents(write_some(tmp_path).folder) == unbroken
+
+    def test_another_source_begins_anew(self, tmp_path: Path) -> None:
+        stop_after(tmp_path, 3)
+        write_coco(tmp_path, range(1, 2 * SHARDS + 1), ANNOTATIONS[:1])
+        folder = write_some(tmp_path).folder
+        write_coco(tmp_path / "other", range(1, 2 * SHARDS + 1), ANNOTATIONS[:1])
+        assert contents(folder) == contents(write_some(tmp_path / "other").folder)
+
+    def test_a_task_of_a_killed_command_does_no_harm(self, tmp_path: Path, unbroken: dict[str, bytes]) -> None:
+        """Two write the same shard at the same time: here one within the other."""
+        write_coco(tmp_path, range(1, 2 * SHARDS + 1), ANNOTATIONS)
+
+        def write_all(plans: list[ShardPlan], task: WriteTask) -> Iterator[WrittenShard]:
+            for plan in plans:
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(write, "read_image_file", reading_after(lambda plan=plan: task(plan)))
+                    yield task(plan)
+
+        assert contents(write_some(tmp_path, write_all).folder) == unbroken
+
+
+def reading_after(first: Callable[[], object]) -> Callable[[Path], bytes]:
+    """Reads images, but calls something before the second one."""
+    calls = count()
+
+    def read(path: Path) -> bytes:
+        if next(calls) == 1:
+            first()
+        return read_image_file(path)
+
+    return read
 
 
 class TestVerify:
