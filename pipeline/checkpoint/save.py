@@ -5,7 +5,6 @@ whole folder stays.
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from pipeline.checkpoint.state import DIGEST, MODEL, NAME, OPTIMIZER, STATE, Sta
 from pipeline.config.values import digest
 from pipeline.distributed import World, on_rank_zero
 from pipeline.errors import UserError
-from pipeline.files import sync
+from pipeline.files import sha256_of, sync
 from pipeline.log import get_logger
 
 logger = get_logger(__name__)
@@ -102,9 +101,6 @@ def _write(folder: Path, weights: dict[str, torch.Tensor], moments: dict[str, to
 
 def _state_text(path: Path, state: State) -> str:
     """state.json of the files that lie in a folder."""
-    sums = {}
-    for name in (MODEL, OPTIMIZER):
-        with (path / name).open("rb") as file:
-            sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    sums = {name: sha256_of(path / name) for name in (MODEL, OPTIMIZER)}
     content = asdict(replace(state, files=sums))
     return json.dumps({**content, DIGEST: digest(content)}, indent=1)

@@ -9,7 +9,6 @@ Parameters are kept in fp32 at every precision, so the weights are their own mas
 the other files, and a digest of its own content.
 """
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from model.config import DetrConfig
 from pipeline.config.sections import LabelKind, Section, TrainSection
 from pipeline.config.values import digest
 from pipeline.errors import UserError
+from pipeline.files import sha256_of
 from pipeline.log import get_logger
 
 FORMAT = 1
@@ -237,8 +237,7 @@ def checked_sum(path: Path, state: State, name: str) -> str:
     """
     file = path / name
     try:
-        with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = sha256_of(file)
         if not state.files:
             _tell_unchecked(path)
             safe_open(file, framework="pt")

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from pipeline.data.index import INDEX_NAME, Index, Member, Sample, open_rows
 from pipeline.data.labels import LabelMap
 from pipeline.errors import UserError, shown
-from pipeline.files import write_whole
+from pipeline.files import sha256_of, write_whole
 
 FORMAT = 2
 MANIFEST_NAME = "manifest.json"
@@ -118,7 +118,8 @@ def read_manifest(folder: Path) -> Manifest:
     again = f"delete {folder} and shard again"
     for shard in manifest.shards:
         _refuse_other_size(folder / shard.name, shard.bytes, again)
-    if _sha256(folder / INDEX_NAME) != index_sha256:
+    # Read and not mapped: what is mapped and touched counts as this process's memory.
+    if sha256_of(folder / INDEX_NAME) != index_sha256:
         raise UserError(f"{folder / INDEX_NAME}: its sha256 is not the manifest's: the file has changed; {again}")
     return manifest
 
@@ -141,7 +142,7 @@ def write_manifest(
         "source_digest": source_digest,
         "settings": settings,
         "problems": dict(sorted(problems.items())),
-        "index": {"name": INDEX_NAME, "sha256": _sha256(folder / INDEX_NAME)},
+        "index": {"name": INDEX_NAME, "sha256": sha256_of(folder / INDEX_NAME)},
         "shards": [asdict(shard) for shard in shards],
     }
     write_whole(folder / MANIFEST_NAME, (json.dumps(content, sort_keys=True, indent=1) + "\n").encode())
@@ -187,12 +188,6 @@ def _read(folder: Path) -> tuple[Manifest, str]:
         raise UserError(f"{folder / INDEX_NAME}: not the index of these shards ({shown(error)}); {again}") from None
     digest = hashlib.sha256(text).hexdigest()
     return Manifest(folder=folder, digest=digest, shards=shards, samples=samples, **values), index_sha256
-
-
-def _sha256(path: Path) -> str:
-    """Of a file, read and not mapped: what was mapped would count as this process's memory."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _refuse_other_size(path: Path, size: int, again: str) -> None:

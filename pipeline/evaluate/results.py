@@ -1,6 +1,5 @@
 """The results of an evaluation on disk: scored once, found again, told apart by what was scored."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from pipeline.data.manifest import Manifest, ground_truth
 from pipeline.errors import UserError
 from pipeline.evaluate.detect import DetectAll, sort_detections
 from pipeline.evaluate.score import score
-from pipeline.files import make_folder, read_json, write_json
+from pipeline.files import make_folder, read_json, sha256_of, write_json
 
 METRICS_FILE = "metrics.json"
 
@@ -68,8 +67,7 @@ def weights_digest(checkpoint: Path) -> str:
     """
     if (checkpoint / STATE).is_file():
         return checked_sum(checkpoint, read_state(checkpoint), MODEL)
-    with (checkpoint / MODEL).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(checkpoint / MODEL)
 
 
 def _known_metrics(path: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:

@@ -38,7 +38,7 @@ from pipeline.data.manifest import (
     write_manifest,
 )
 from pipeline.errors import UserError, shown
-from pipeline.files import disk_error, locked, sync, write_whole
+from pipeline.files import disk_error, locked, sha256_of, sync, write_whole
 from pipeline.log import get_logger, outcome
 from pipeline.shard.coco import NOTES, CocoImage, CocoSplit, Findings, Source, clean
 from pipeline.shard.tar import ShardTar, tar_size
@@ -245,7 +245,7 @@ def verify_shard(manifest: Manifest, number: int) -> None:
     path = manifest.folder / shard.name
     mend = f"delete {manifest.folder} and shard again"
     try:
-        digest = _sha256(path)
+        digest = sha256_of(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {mend}") from error
     if digest != shard.sha256:
@@ -337,7 +337,7 @@ def _recorded(plan: ShardPlan, folder: Path) -> WrittenShard | None:
         written = WrittenShard(**{**record, "shard": Shard(**record["shard"])})
         same = (written.number, written.shard.name) == (plan.number, plan.name)
         if same and written.shard.samples:
-            same = _sha256(path) == written.shard.sha256 and _sha256(_rows_path(path)) == written.rows_sha256
+            same = sha256_of(path) == written.shard.sha256 and sha256_of(_rows_path(path)) == written.rows_sha256
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return written if same else None
@@ -349,11 +349,6 @@ def _rows_path(shard: Path) -> Path:
 
 def _record_path(shard: Path) -> Path:
     return shard.with_suffix(".json")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_rows(path: Path, samples: list[Sample]) -> str:

@@ -1,6 +1,7 @@
 """Writing files whole, one writer at a time, and what is said when it cannot be done."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.files import disk_error, held, locked, make_folder, read_json, write_json, write_whole
+from pipeline.files import disk_error, held, locked, make_folder, read_json, sha256_of, write_json, write_whole
 from tests.builders import disk_of
 
 HOLD = """
@@ -192,3 +193,9 @@ def test_another_error_stays_as_it_is() -> None:
     assert disk_error(Path("out"), error, "shards.out") is error
     nameless = PermissionError(errno.EACCES, "Permission denied")
     assert str(disk_error(Path("out"), nameless, "runs")).startswith("out: cannot be written")
+
+
+def test_the_sha256_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 5000
+    (tmp_path / "file").write_bytes(content)
+    assert sha256_of(tmp_path / "file") == hashlib.sha256(content).hexdigest()
