@@ -7,6 +7,8 @@
 """
 
 import argparse
+import logging
+import os
 import sys
 
 from pipeline.config.load import load_config
@@ -55,4 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    # Not through the interpreter's own end: where a thread of gloo lets go of its last tensors during it, C++ aborts.
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)
