@@ -13,7 +13,7 @@ from jobs.tasks import run_tasks
 from pipeline.checkpoint.find import all_whole
 from pipeline.config.sections import METRICS, Config
 from pipeline.config.values import digest, plain
-from pipeline.data.manifest import Manifest, read_manifest
+from pipeline.data.manifest import Manifest
 from pipeline.evaluate.detect import Detection, detect
 from pipeline.evaluate.report import plot_categories, write_category_table, write_pictures
 from pipeline.evaluate.results import DETECTIONS_FILE, METRICS_FILE, evaluate_checkpoint
@@ -139,7 +139,7 @@ class _Tasks:
         device = device_of(config.cluster)
         settings = {
             "checkpoint": str(checkpoint.resolve()),
-            "shards": str(self._manifest.folder.resolve()),
+            "manifest": self._manifest,
             "evaluate": plain(config.evaluate),
             "device": device,
             "threads": max(1, int(config.cluster.cpus_per_worker)),
@@ -167,7 +167,7 @@ def _detect_share(settings: dict[str, Any], batches: list[list[int]]) -> list[De
     torch.set_num_threads(settings["threads"])
     return detect(
         Path(settings["checkpoint"]),
-        read_manifest(Path(settings["shards"])),
+        settings["manifest"],
         batches,
         EvaluateSection(**settings["evaluate"]),
         settings["device"],

@@ -4,13 +4,14 @@ from pathlib import Path
 
 from model.complexity import MEAN_SIZE, measure
 from pipeline.config.sections import Config
+from pipeline.data.cache import cache_of
 from pipeline.data.labels import COCO91_LOGITS
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import UserError
 from pipeline.files import disk_told, make_folder
-from pipeline.shard.coco import open_source
+from pipeline.shard.coco import open_split
 from pipeline.shard.look import write_look
-from pipeline.shard.synthetic import draw_dataset
+from pipeline.shard.synthetic import draw_configured
 
 
 def inspect_model(config: Config, classes: int | None = None) -> dict[str, str]:
@@ -41,14 +42,9 @@ def inspect_data(config: Config, out: Path) -> None:
     Raises:
         UserError: bad input, or the page cannot be written.
     """
-    root = Path(config.dataset.root)
-    if config.dataset.synthetic is not None:
-        draw_dataset(root, config.dataset.synthetic)
+    draw_configured(config.dataset)
     splits = {"train": config.dataset.train, "val": config.dataset.val}
-    sources = {
-        name: open_source(root / split.annotations, root / split.images, allow_outside=config.dataset.allow_outside)
-        for name, split in splits.items()
-    }
+    sources = {name: open_split(config.dataset, split) for name, split in splits.items()}
     make_folder(out.parent, "give another --out")
     with disk_told(out, "another --out"):
         write_look(out, config.dataset.name, sources, config.train.augment)
@@ -58,6 +54,6 @@ def _classes(config: Config) -> int:
     if config.dataset.labels == "coco91":
         return COCO91_LOGITS
     try:
-        return read_manifest(config.shards_folder / "train").labels.num_classes
+        return read_manifest(config.shards_folder / "train", cache_of(config.shards)).labels.num_classes
     except UserError as error:
         raise UserError(f"{error}; or say how many classes there are with --classes") from error

@@ -17,6 +17,7 @@ from pipeline.checkpoint.find import newest_whole
 from pipeline.checkpoint.state import latest
 from pipeline.config.load import dump_config
 from pipeline.config.sections import Config
+from pipeline.data.cache import cache_of
 from pipeline.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from pipeline.errors import UserError
 from pipeline.files import held
@@ -146,7 +147,7 @@ class Pipeline:
         return register.register(self.config, self._last_checkpoint(), self.tracker)
 
     def _manifest(self, split: str) -> Manifest:
-        return read_manifest(self.config.shards_folder / split)
+        return read_manifest(self.config.shards_folder / split, cache_of(self.config.shards))
 
     def _last_checkpoint(self) -> Path:
         folder = self.config.folder.checkpoints
@@ -194,8 +195,8 @@ def check_resume(config: Config) -> None:
         UserError: the run was trained with other settings or on other data.
     """
     shards = config.shards_folder / "train"
-    if latest(config.folder.checkpoints) is not None and (shards / MANIFEST_NAME).is_file():
-        manifest = read_manifest(shards)
+    if latest(config.folder.checkpoints) is not None and (shards / MANIFEST_NAME).exists():
+        manifest = read_manifest(shards, cache_of(config.shards))
         resume_point(train.make_job(config, manifest), manifest)
 
 

@@ -1,18 +1,17 @@
 """Shards both splits of a dataset as Ray tasks; what is sharded already is not done again."""
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import ray
 
 from jobs.console import ProgressDisplay, make_console
 from jobs.tasks import run_tasks
-from pipeline.config.sections import Config, SplitSection
-from pipeline.data.manifest import Manifest
+from pipeline.config.sections import Config
+from pipeline.data.manifest import MANIFEST_NAME, Manifest
 from pipeline.log import get_logger
-from pipeline.shard.coco import Source, open_source
-from pipeline.shard.synthetic import draw_dataset
+from pipeline.shard.coco import open_split
+from pipeline.shard.synthetic import draw_configured
 from pipeline.shard.write import (
     ShardPlan,
     WriteAll,
@@ -44,17 +43,14 @@ def shard(
     Raises:
         UserError: bad input, other shards in the folder, or no space.
     """
-    root = Path(config.dataset.root).absolute()
-    if config.dataset.synthetic is not None:
-        draw_dataset(root, config.dataset.synthetic)
-    outside = config.dataset.allow_outside
-    sources = {split: _open(root, getattr(config.dataset, split), outside) for split in splits}
+    draw_configured(config.dataset)
+    sources = {split: open_split(config.dataset, getattr(config.dataset, split)) for split in splits}
     if len(sources) == 2:
         check_same_categories(sources["train"], sources["val"])
     out = config.shards_folder
     manifests: dict[str, Manifest] = {}
     for split, source in sources.items():
-        found = (out / split / "manifest.json").exists()
+        found = (out / split / MANIFEST_NAME).exists()
         manifests[split] = shard_split(
             source,
             split,
@@ -68,10 +64,6 @@ def shard(
         if verify and found:
             _verify(manifests[split], config.shards.workers)
     return manifests
-
-
-def _open(root: Path, split: SplitSection, allow_outside: bool) -> Source:
-    return open_source(root / split.annotations, root / split.images, allow_outside=allow_outside)
 
 
 def _write_with_ray(split: str, workers: int | None) -> WriteAll:

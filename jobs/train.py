@@ -99,9 +99,10 @@ def make_job(config: Config, manifest: Manifest) -> TrainJob:
     return TrainJob(
         model=config.model_for(manifest.labels.num_classes),
         train=config.train,
-        shards=manifest.folder.resolve(),
+        shards=manifest.folder,
         out=config.folder,
         on_error=config.dataset.on_error,
+        cache=manifest.cache,
         root=Path.cwd(),
     )
 

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from pipeline.errors import UserError
 from pipeline.log import get_logger
+from pipeline.store import Place, StorePath
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -62,8 +63,11 @@ def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
     write_whole(path, (json.dumps(content, indent=indent) + "\n").encode())
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Place, content: bytes) -> None:
     """Write a file to a temporary name, flush it to the disk and rename it; nothing is left when that fails."""
+    if isinstance(path, StorePath):
+        path.write_bytes(content)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
@@ -74,8 +78,13 @@ def write_whole(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Place) -> str:
     """Hex sha256 of a file, which is read piece by piece."""
+    if isinstance(path, StorePath):
+        digest = hashlib.sha256()
+        for block in path.blocks():
+            digest.update(block)
+        return digest.hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -167,7 +176,7 @@ def disk_told(path: Path, key: str) -> Iterator[None]:
         raise disk_error(path, error, key) from error
 
 
-def disk_error(path: Path, error: OSError, key: str) -> Exception:
+def disk_error(path: Place, error: OSError, key: str) -> Exception:
     """The user's error for a full disk or a folder that cannot be written, mended by `key`; others as they are."""
     if error.errno in NO_SPACE:
         return UserError(f"{path}: no space left ({error.strerror}); free some, or write elsewhere with {key}")

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from pipeline.distributed import World, close, init_world
+from pipeline.store import StorePath
 from tests.ranks import Ranks, ranks_of
 from tests.servers import MlflowServer
+from tests.stores import S3Server
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -41,6 +43,22 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowSe
     server.start()
     yield server
     server.kill()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """One S3 server for all tests."""
+    server = S3Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3_folder(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> StorePath:
+    """A folder in a bucket of its own, which this process and those that it starts can reach."""
+    for name, value in s3.environment().items():
+        monkeypatch.setenv(name, value)
+    return StorePath(f"s3://{s3.bucket()}/folder")
 
 
 @pytest.fixture(scope="session")

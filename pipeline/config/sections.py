@@ -9,11 +9,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from model.config import CriterionConfig, DetrConfig
 from pipeline.config.address import sqlite_uri
 from pipeline.run_folder import RunFolder
+from pipeline.store import Place, absolute, place
 
 
 class Section(BaseModel):
@@ -35,6 +36,14 @@ def settings_with(section: type[Section], role: Role) -> tuple[str, ...]:
     return tuple(name for name, field in section.model_fields.items() if role in field.metadata)
 
 
+def _check_place(text: str) -> str:
+    place(text)
+    return text
+
+
+PlaceText = Annotated[str, AfterValidator(_check_place)]
+"""A path, or an address of a store."""
+
 OnError = Literal["fail", "skip"]
 """What unusable input does: stop with an error, or be left out and counted."""
 
@@ -44,9 +53,9 @@ LabelKind = Literal["contiguous", "coco91"]
 
 class SplitSection(Section):
     annotations: str
-    """COCO JSON file, relative to dataset.root."""
+    """COCO JSON file, packed by gzip or not, relative to dataset.root."""
     images: str
-    """Folder of the images, relative to dataset.root."""
+    """Folder of the images, or a zip or tar archive of them, relative to dataset.root."""
 
 
 class SyntheticSection(Section):
@@ -63,8 +72,8 @@ class SyntheticSection(Section):
 
 
 class DatasetSection(Section):
-    root: str = "data"
-    """Folder that the splits' paths are relative to."""
+    root: PlaceText = "data"
+    """Folder that the splits' paths are relative to, on a disk that every worker sees or in a store (`s3://`...)."""
     train: SplitSection = SplitSection(annotations="annotations/instances_train2017.json", images="train2017")
     """Training split."""
     val: SplitSection = SplitSection(annotations="annotations/instances_val2017.json", images="val2017")
@@ -81,12 +90,21 @@ class DatasetSection(Section):
     @property
     def name(self) -> str:
         """Name of the dataset, after its folder."""
-        return Path(self.root).resolve().name
+        return self.place.name
+
+    @property
+    def place(self) -> Place:
+        """The folder that `root` names."""
+        return absolute(self.root)
 
 
 class ShardsSection(Section):
-    out: str | None = None
-    """Folder of the shards; the default is <runs>/shards/<dataset>."""
+    out: PlaceText | None = None
+    """Folder of the shards, on a disk that every worker sees or in a store; the default is <runs>/shards/<dataset>."""
+    cache: str | None = None
+    """Folder of each machine that keeps the shards of a store; the default is in its folder of temporary files."""
+    cache_bytes: int = Field(100 * 2**30, ge=1)
+    """Most bytes of that folder; two windows of train.window shards should fit."""
     workers: int | None = Field(None, ge=1)
     """Shards written at once; the default is the number of CPUs of the cluster."""
     max_samples: int = Field(1000, ge=1)
@@ -326,9 +344,9 @@ class Config(Section):
         return RunFolder(Path(self.runs).resolve() / self.name)
 
     @property
-    def shards_folder(self) -> Path:
+    def shards_folder(self) -> Place:
         """Folder of the dataset's shards, shared by runs."""
-        return Path(self.shards.out or Path(self.runs) / "shards" / self.dataset.name).resolve()
+        return absolute(self.shards.out or str(Path(self.runs) / "shards" / self.dataset.name))
 
     @property
     def tracking_uri(self) -> str:

@@ -11,6 +11,12 @@ from pipeline.data.augment import (
 from pipeline.data.batching import (
     cut_batch,
 )
+from pipeline.data.cache import (
+    DEFAULT_CACHE,
+    Cache,
+    FetchAhead,
+    cache_of,
+)
 from pipeline.data.images import (
     BadImageError,
     ImageHeader,
@@ -71,11 +77,14 @@ from pipeline.data.samples import (
 )
 
 __all__ = [
+    "DEFAULT_CACHE",
     "BadImageError",
     "Boxes",
+    "Cache",
     "Category",
     "EvalBatch",
     "EvalLoader",
+    "FetchAhead",
     "ImageHeader",
     "Index",
     "LabelMap",
@@ -94,6 +103,7 @@ __all__ = [
     "TrainLoader",
     "UnreadableSampleError",
     "Value",
+    "cache_of",
     "cut_batch",
     "decode_image",
     "describe",

@@ -5,12 +5,15 @@ shares the pages. Its bytes depend on the samples alone: the digest of the data,
 augmentation, must not change with the version of a library.
 """
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pipeline.store import Place
 
 INDEX_NAME = "index.npy"
 
@@ -130,10 +133,10 @@ def open_rows(path: Path, count: int) -> Rows:
     return rows.view(np.ndarray)  # type: ignore[no-any-return]
 
 
-def write_rows(path: Path, parts: Sequence[Path], count: int) -> None:
+def write_rows(path: Path, parts: Sequence[Place], count: int) -> None:
     """Write an index file from those of its shards, which hold `count` rows together."""
     header = {"descr": np.lib.format.dtype_to_descr(ROW), "fortran_order": False, "shape": (count,)}
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for part in parts:
-            file.write(np.load(part, allow_pickle=False).tobytes())
+            file.write(np.load(io.BytesIO(part.read_bytes()), allow_pickle=False).tobytes())

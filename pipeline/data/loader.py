@@ -121,7 +121,8 @@ class TrainLoader:
         assert train.micro_batches % world == 0
         self._steps = range(start_step, stop_step)
         self._own = train.micro_batches // world
-        self._epoch_of = order.epoch_of
+        self._order = order
+        self._manifest = manifest
         self._train = train
         self._dataset = _TrainDataset(manifest, order, train, rank, world, self._steps, on_error)
 
@@ -130,12 +131,19 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Step]:
         _refuse_small_memory(self._train)
+        batch, ahead = self._train.global_batch, self._manifest.fetch_ahead()
+        wanted: list[int] = []
         items = iter(_data_loader(self._dataset, self._train.loader_workers))
         try:
             for step in self._steps:
+                if ahead is not None and (shards := self._order.shards_ahead(step, batch)) != wanted:
+                    wanted = shards
+                    ahead.want(wanted)
                 own = list(islice(items, self._own))
-                yield Step(step, self._epoch_of(step, self._train.global_batch), [_raised(item) for item in own])
+                yield Step(step, self._order.epoch_of(step, batch), [_raised(item) for item in own])
         finally:
+            if ahead is not None:
+                ahead.close()
             del items  # ends the workers now: an error's traceback would keep them until it is collected
 
 
@@ -211,6 +219,12 @@ class _TrainDataset(Dataset[Any]):
         return len(self._steps) * self._own
 
     def __getitem__(self, item: int) -> MicroBatch | _Failure:
+        try:
+            return self._micro_batch(item)
+        except UserError as error:  # of a shard's store
+            return _Failure(str(error))
+
+    def _micro_batch(self, item: int) -> MicroBatch | _Failure:
         step = self._steps[item // self._own]
         index = self._rank + item % self._own * self._world
         part = self._plan(step).part(index, self._train.micro_batch)
@@ -258,6 +272,12 @@ class _EvalDataset(Dataset[Any]):
         return len(self._batches)
 
     def __getitem__(self, item: int) -> tuple[EvalBatch | None, list[str]] | _Failure:
+        try:
+            return self._batch(item)
+        except UserError as error:  # of a shard's store
+            return _Failure(str(error))
+
+    def _batch(self, item: int) -> tuple[EvalBatch | None, list[str]] | _Failure:
         images: list[Pixels] = []
         samples: list[Sample] = []
         unreadable: list[str] = []

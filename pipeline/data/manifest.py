@@ -10,16 +10,17 @@ import math
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 
+from pipeline.data.cache import DEFAULT_CACHE, Cache, FetchAhead
 from pipeline.data.index import INDEX_NAME, Index, Member, Sample, open_rows
 from pipeline.data.labels import LabelMap
 from pipeline.errors import UserError, shown
 from pipeline.files import sha256_of, write_whole
+from pipeline.store import Place, StorePath, size_of
 
 FORMAT = 2
 MANIFEST_NAME = "manifest.json"
@@ -48,10 +49,10 @@ class Manifest:
 
     `digest` is the hex sha256 of the file: the name of this data in orders, checkpoints and the registry.
     `source_digest` is that of the COCO files, `settings` how they were sharded, `problems` what was cleaned.
-    `folder` is where the shards lie here. Pickled, it is that path and the digest.
+    `folder` is where the shards lie. Pickled, it is that path and the digest.
     """
 
-    folder: Path = field(compare=False)
+    folder: Place = field(compare=False)
     digest: str
     split: str
     labels: LabelMap
@@ -61,9 +62,11 @@ class Manifest:
     problems: dict[str, int]
     samples: Index = field(compare=False, repr=False)
     """All samples in the order of the shards."""
+    cache: Cache = field(default=DEFAULT_CACHE, compare=False, repr=False)
+    """Where the files of a folder in a store are kept on each machine."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _arrived, (self.folder, self.digest)
+        return _arrived, (self.folder, self.digest, self.cache)
 
     @cached_property
     def shard_sizes(self) -> tuple[int, ...]:
@@ -73,14 +76,37 @@ class Manifest:
     @cached_property
     def reader(self) -> "ShardReader":
         """Reads members; its files stay open in this process."""
-        return ShardReader([self.folder / shard.name for shard in self.shards])
+        return ShardReader(self._open)
+
+    def fetch_ahead(self) -> FetchAhead | None:
+        """Fetches shards by their numbers in the background, where they lie in a store; else None."""
+        folder = self.folder
+        if not isinstance(folder, StorePath):
+            return None
+
+        def fetch(number: int) -> None:
+            shard = self.shards[number]
+            self.cache.fetch(folder / shard.name, shard.sha256, shard.bytes, wait=False)
+
+        return FetchAhead(fetch)
+
+    def _open(self, number: int) -> int:
+        shard = self.shards[number]
+        path = self.folder / shard.name
+        if isinstance(path, StorePath):
+            return self.cache.open(path, shard.sha256, shard.bytes)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 class ShardReader:
-    """Reads byte ranges of tars by `os.pread`, keeping at most `OPEN_FILES` descriptors."""
+    """Reads byte ranges of tars by `os.pread`, keeping at most `OPEN_FILES` descriptors.
 
-    def __init__(self, paths: list[Path]) -> None:
-        self._paths = paths
+    Args:
+        open_shard: the descriptor of the shard of a number.
+    """
+
+    def __init__(self, open_shard: Callable[[int], int]) -> None:
+        self._open = open_shard
         self._descriptors: OrderedDict[int, int] = OrderedDict()
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
@@ -90,7 +116,7 @@ class ShardReader:
     def _descriptor(self, shard: int) -> int:
         descriptor = self._descriptors.get(shard)
         if descriptor is None:
-            descriptor = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = self._open(shard)
             self._descriptors[shard] = descriptor
             if len(self._descriptors) > OPEN_FILES:
                 os.close(self._descriptors.popitem(last=False)[1])
@@ -107,17 +133,26 @@ class ShardReader:
         self.close()
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Place, cache: Cache = DEFAULT_CACHE) -> Manifest:
     """The manifest of a folder of shards, whose tars are all there and whose index is the one that was written.
+
+    Args:
+        folder: of this machine or in a store.
+        cache: where the files of a store are kept on this machine.
 
     Raises:
         UserError: there is none, it is not one that this version reads, a tar is missing or of another size, or the
             index is missing or changed.
     """
-    manifest, index_sha256 = _read(folder)
+    manifest, index_sha256 = _read(folder, cache)
     again = f"delete {folder} and shard again"
+    if isinstance(folder, StorePath):
+        sizes = folder.list()
+        for shard in manifest.shards:
+            _refuse_other_size(folder / shard.name, sizes.get(shard.name), shard.bytes, again)
+        return manifest
     for shard in manifest.shards:
-        _refuse_other_size(folder / shard.name, shard.bytes, again)
+        _refuse_other_size(folder / shard.name, size_of(folder / shard.name), shard.bytes, again)
     # Read and not mapped: what is mapped and touched counts as this process's memory.
     if sha256_of(folder / INDEX_NAME) != index_sha256:
         raise UserError(f"{folder / INDEX_NAME}: its sha256 is not the manifest's: the file has changed; {again}")
@@ -125,13 +160,14 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def write_manifest(
-    folder: Path,
+    folder: Place,
     split: str,
     labels: LabelMap,
     source_digest: str,
     settings: dict[str, Any],
     shards: Sequence[Shard],
     problems: Mapping[str, int],
+    cache: Cache = DEFAULT_CACHE,
 ) -> Manifest:
     """Write `manifest.json` into a folder that holds its shards and its index, and read it."""
     content = {
@@ -146,23 +182,29 @@ def write_manifest(
         "shards": [asdict(shard) for shard in shards],
     }
     write_whole(folder / MANIFEST_NAME, (json.dumps(content, sort_keys=True, indent=1) + "\n").encode())
-    return _read(folder)[0]
+    return _read(folder, cache)[0]
 
 
-def _arrived(folder: Path, digest: str) -> Manifest:
+def _arrived(folder: Place, digest: str, cache: Cache) -> Manifest:
     """The manifest that another process has read and checked."""
-    manifest, _ = _read(folder)
+    manifest, _ = _read(folder, cache, digest)
     if manifest.digest != digest:
         raise UserError(f"{folder / MANIFEST_NAME}: it was replaced by another while it was in use; start again")
     return manifest
 
 
-def _read(folder: Path) -> tuple[Manifest, str]:
-    """The manifest, its files unchecked, and the sha256 that its index has to have."""
+def _read(folder: Place, cache: Cache, digest: str | None = None) -> tuple[Manifest, str]:
+    """The manifest, its files unchecked, and the sha256 that its index has to have.
+
+    A manifest in a store whose digest is known is read from there once a machine.
+    """
     path = folder / MANIFEST_NAME
     again = f"delete {folder} and shard again"
     try:
-        text = path.read_bytes()
+        if isinstance(path, StorePath) and digest is not None:
+            text = cache.fetch(path, digest, None).read_bytes()
+        else:
+            text = path.read_bytes()
         content = json.loads(text)
     except FileNotFoundError:
         raise UserError(f"{path}: no such manifest; write the shards first with `raydetr shard`") from None
@@ -181,20 +223,21 @@ def _read(folder: Path) -> tuple[Manifest, str]:
         raise UserError(f"{path}: not a manifest ({shown(repr(error))}); {again}") from None
     sizes = [shard.samples for shard in shards]
     try:
-        samples = Index(open_rows(folder / INDEX_NAME, sum(sizes)), sizes)
+        index = folder / INDEX_NAME
+        local = cache.fetch(index, index_sha256, None) if isinstance(index, StorePath) else index
+        samples = Index(open_rows(local, sum(sizes)), sizes)
     except OSError as error:
         raise UserError(f"{folder / INDEX_NAME}: cannot be read ({error.strerror}); {again}") from error
     except (ValueError, EOFError) as error:
         raise UserError(f"{folder / INDEX_NAME}: not the index of these shards ({shown(error)}); {again}") from None
     digest = hashlib.sha256(text).hexdigest()
-    return Manifest(folder=folder, digest=digest, shards=shards, samples=samples, **values), index_sha256
+    manifest = Manifest(folder=folder, digest=digest, shards=shards, samples=samples, cache=cache, **values)
+    return manifest, index_sha256
 
 
-def _refuse_other_size(path: Path, size: int, again: str) -> None:
-    try:
-        found = path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path}: this shard cannot be read ({error.strerror}); {again}") from error
+def _refuse_other_size(path: Place, found: int | None, size: int, again: str) -> None:
+    if found is None:
+        raise UserError(f"{path}: this shard is missing or cannot be read; {again}")
     if found != size:
         raise UserError(f"{path}: this shard has {found} bytes, the manifest says {size}; {again}")
 

@@ -93,6 +93,17 @@ class SampleOrder:
             begin += len(taken)
         return np.concatenate(epochs), np.concatenate(indices)
 
+    def shards_ahead(self, step: int, global_batch: int) -> list[int]:
+        """The shards of the window in which a step begins and of the window after it, in their order."""
+        epoch, offset = divmod(step * global_batch, self.samples)
+        shards, ends = _kept(self._epochs, epoch, KEPT_EPOCHS, lambda: self._draw_epoch(epoch))
+        first = int(np.searchsorted(ends, offset, side="right")) * self.window
+        ahead = shards[first : first + 2 * self.window]
+        if first + self.window >= len(shards):
+            later, _ = _kept(self._epochs, epoch + 1, KEPT_EPOCHS, lambda: self._draw_epoch(epoch + 1))
+            ahead = np.concatenate([ahead, later[: self.window]])
+        return [int(shard) for shard in ahead]
+
     def epoch_of(self, step: int, global_batch: int) -> int:
         """The epoch a step belongs to.
 

@@ -4,17 +4,22 @@ from pipeline.shard.coco import (
     CocoImage,
     CocoSplit,
     Findings,
-    OnError,
     Source,
     clean,
     open_source,
+    open_split,
     source_digest,
 )
 from pipeline.shard.look import (
     write_look,
 )
+from pipeline.shard.origin import (
+    Images,
+    open_images,
+)
 from pipeline.shard.synthetic import (
     Mask,
+    draw_configured,
     draw_dataset,
 )
 from pipeline.shard.write import (
@@ -37,8 +42,8 @@ __all__ = [
     "CocoImage",
     "CocoSplit",
     "Findings",
+    "Images",
     "Mask",
-    "OnError",
     "PlannedImage",
     "ShardPlan",
     "Source",
@@ -47,9 +52,12 @@ __all__ = [
     "WrittenShard",
     "check_same_categories",
     "clean",
+    "draw_configured",
     "draw_dataset",
     "finish",
+    "open_images",
     "open_source",
+    "open_split",
     "plan_shards",
     "report_problems",
     "shard_split",

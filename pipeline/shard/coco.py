@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pipeline.data.images import EXIF_ASSUMED, EXIF_IGNORED, BadImageError, refuse_odd_file
+from pipeline.config.sections import DatasetSection, OnError, SplitSection
+from pipeline.data.images import EXIF_ASSUMED, EXIF_IGNORED, BadImageError
 from pipeline.data.labels import Category
 from pipeline.errors import UserError, shown
 from pipeline.shard.document import (
@@ -30,8 +30,8 @@ from pipeline.shard.document import (
     text,
     whole,
 )
-
-OnError = Literal["fail", "skip"]
+from pipeline.shard.origin import Images, open_images
+from pipeline.store import Place
 
 EXAMPLES = 3
 """Problems of each rule whose messages are kept where they are cleaned."""
@@ -108,7 +108,6 @@ class CocoImage:
 
     id: int
     file_name: str
-    path: Path
     width: int
     height: int
     bytes: int
@@ -119,7 +118,8 @@ class CocoImage:
 class CocoSplit:
     """A split that passed the rules: images sorted by id."""
 
-    source: Path
+    source: Place
+    files: Images
     digest: str
     categories: tuple[Category, ...]
     images: tuple[CocoImage, ...]
@@ -132,19 +132,19 @@ class CocoSplit:
 class Source:
     """A parsed annotation file and the sizes of its images' files (None where a file is missing)."""
 
-    path: Path
+    path: Place
     document: dict[str, Any]
     sizes: dict[str, int | None]
-    images: Path
+    files: Images
     digest: str
 
 
-def open_source(annotations: Path, images: Path, *, allow_outside: bool = False) -> Source:
+def open_source(annotations: Place, images: Place, *, allow_outside: bool = False) -> Source:
     """Parses the annotation file and takes the digest of the source; judges only the structure.
 
     Args:
         annotations: COCO JSON file, packed by gzip or not.
-        images: folder of the images.
+        images: folder of the images, or a zip or tar archive of them.
         allow_outside: let names of files lead out of that folder.
 
     Raises:
@@ -158,13 +158,22 @@ def open_source(annotations: Path, images: Path, *, allow_outside: bool = False)
     for name in ("images", "categories"):
         if not document[name]:
             raise UserError(f"{annotations}: `{name}` is empty; a split needs at least one entry")
-    if not images.is_dir():
-        raise UserError(f"{images}: no such folder of images; set dataset.root or the split's images")
+    opened = open_images(images)
     names = {image["file_name"] for image in document["images"]}
-    if not allow_outside:
-        _refuse_outside(annotations, images, names)
-    sizes = {name: _file_size(images / name) for name in names}
-    return Source(annotations, document, sizes, images, source_digest(content, sizes))
+    outside = None if allow_outside else opened.outside(names)
+    if outside is not None:  # a foreign annotation file must not have other files of this machine copied into shards
+        raise UserError(
+            f"{annotations}: the file_name {shown(repr(outside))} leads out of {images}; mend it, or set "
+            "dataset.allow_outside: true if you trust this file"
+        )
+    sizes = opened.sizes(names)
+    return Source(annotations, document, sizes, opened, source_digest(content, sizes))
+
+
+def open_split(dataset: DatasetSection, split: SplitSection) -> Source:
+    """The configured source of a split; errors as of `open_source`."""
+    root = dataset.place
+    return open_source(root / split.annotations, root / split.images, allow_outside=dataset.allow_outside)
 
 
 def source_digest(annotations: bytes, sizes: Mapping[str, int | None]) -> str:
@@ -188,7 +197,6 @@ def clean(source: Source, on_error: OnError) -> CocoSplit:
         CocoImage(
             id=image_id,
             file_name=image["file_name"],
-            path=source.images / image["file_name"],
             width=int(image["width"]),
             height=int(image["height"]),
             bytes=source.sizes[image["file_name"]] or 0,
@@ -197,38 +205,9 @@ def clean(source: Source, on_error: OnError) -> CocoSplit:
         for image_id, image in sorted(images.items())
     )
     if not split:
-        raise UserError(f"{source.path}: none of its {len(declared)} images is in {source.images}; check the folder")
+        raise UserError(f"{source.path}: none of its {len(declared)} images is in {source.files}; check the folder")
     problems = dict(sorted(findings.counts.items()))
-    return CocoSplit(source.path, source.digest, categories, split, problems, findings.examples)
-
-
-def _refuse_outside(annotations: Path, images: Path, names: Iterable[str]) -> None:
-    """A foreign annotation file must not have other files of this machine copied into shards."""
-    root = os.path.realpath(images)
-    real_folders: dict[str, str] = {}
-    for name in names:
-        path = os.path.join(root, name)
-        folder = os.path.dirname(path)
-        if folder not in real_folders:
-            real_folders[folder] = os.path.realpath(folder)
-        real = os.path.join(real_folders[folder], os.path.basename(path))
-        if os.path.islink(path) or os.path.basename(path) == "..":
-            real = os.path.realpath(path)
-        if not real.startswith(os.path.join(root, "")):
-            raise UserError(
-                f"{annotations}: the file_name {shown(repr(name))} leads out of {images}; mend it, or set "
-                "dataset.allow_outside: true if you trust this file"
-            )
-
-
-def _file_size(path: Path) -> int | None:
-    """Bytes of a regular file of a size that an image can have; None for all else."""
-    try:
-        status = os.stat(path)
-        refuse_odd_file(status)
-    except (OSError, ValueError, BadImageError):
-        return None
-    return status.st_size
+    return CocoSplit(source.path, source.files, source.digest, categories, split, problems, findings.examples)
 
 
 def _categories(source: Source) -> tuple[Category, ...]:
@@ -283,17 +262,17 @@ def _present(
         if number in merged:
             continue
         if source.sizes[name] is None:
-            rule, told = _missing(source.images / name)
-            findings.report(rule, f"{shown(source.images / name, 400)}: image {number} of {source.path} {told}")
+            rule, told = _missing(source.files, name)
+            findings.report(rule, f"{shown(source.files.where(name), 400)}: image {number} of {source.path} {told}")
             continue
         present[number] = image
     return present
 
 
-def _missing(path: Path) -> tuple[str, str]:
+def _missing(images: Images, name: str) -> tuple[str, str]:
     """The rule that a file without a size breaks, and its message."""
     try:
-        refuse_odd_file(os.stat(path))
+        images.read(name)
     except BadImageError as error:
         return error.rule, f"cannot be read: {error}"
     except (OSError, ValueError):

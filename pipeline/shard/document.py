@@ -16,6 +16,7 @@ from typing import Any
 import pydantic_core
 
 from pipeline.errors import UserError, shown
+from pipeline.store import Place
 
 GZIP = b"\x1f\x8b"
 GREATEST_ID = 2**53 - 1
@@ -88,7 +89,7 @@ def anything(value: Any) -> None:
     """Check of a value whose rules come later."""
 
 
-def read_document(path: Path, what: str, mend: str = "") -> tuple[bytes, Any]:
+def read_document(path: Place, what: str, mend: str = "") -> tuple[bytes, Any]:
     """Read a JSON file, packed by gzip or not.
 
     Args:
@@ -103,7 +104,7 @@ def read_document(path: Path, what: str, mend: str = "") -> tuple[bytes, Any]:
         UserError: it cannot be read, or is not JSON.
     """
     try:
-        if stat.S_ISCHR(path.stat().st_mode):
+        if isinstance(path, Path) and stat.S_ISCHR(path.stat().st_mode):
             raise UserError(f"{path}: cannot read the {what}: it is a device{mend}")
         content = path.read_bytes()
         if content.startswith(GZIP):

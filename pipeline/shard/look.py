@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.config.sections import AugmentSection
 from pipeline.data.augment import DRAWS, Plan, plan_train
-from pipeline.data.images import BadImageError, Pixels, decode_image, inspect_image, read_image_file
+from pipeline.data.images import BadImageError, Pixels, decode_image, inspect_image
 from pipeline.data.samples import xyxy
 from pipeline.errors import shown
 from pipeline.files import write_whole
@@ -136,11 +136,14 @@ def _check_files(split: CocoSplit) -> tuple[int, Findings]:
     images = _spread(split.images, CHECKED)
     for image in images:
         try:
-            findings.note(inspect_image(read_image_file(image.path), image.width, image.height).note)
+            findings.note(inspect_image(split.files.read(image.file_name), image.width, image.height).note)
         except BadImageError as error:
-            findings.report(error.rule, f"{shown(image.path, 400)}: image {image.id}: {error}")
+            findings.report(error.rule, f"{shown(split.files.where(image.file_name), 400)}: image {image.id}: {error}")
         except OSError as error:
-            findings.report("image_unreadable", f"{shown(image.path, 400)}: image {image.id}: {error.strerror}")
+            findings.report(
+                "image_unreadable",
+                f"{shown(split.files.where(image.file_name), 400)}: image {image.id}: {error.strerror}",
+            )
     return len(images), findings
 
 
@@ -155,14 +158,16 @@ def _problems(split: CocoSplit, checked: int, findings: Findings) -> str:
 
 
 def _pictures(split: CocoSplit, names: Mapping[int, str], augment: AugmentSection) -> str:
-    figures = [_figure(view) for image in _spread(split.images, PICTURES) for view in _views(image, names, augment)]
+    figures = [
+        _figure(view) for image in _spread(split.images, PICTURES) for view in _views(split, image, names, augment)
+    ]
     return f'<div class="pictures">{"".join(figures)}</div>'
 
 
-def _views(image: CocoImage, names: Mapping[int, str], augment: AugmentSection) -> list[_View]:
+def _views(split: CocoSplit, image: CocoImage, names: Mapping[int, str], augment: AugmentSection) -> list[_View]:
     """The picture as it is, and augmented; none where it cannot be read, which is told as a problem."""
     try:
-        pixels = decode_image(read_image_file(image.path), image.width, image.height)
+        pixels = decode_image(split.files.read(image.file_name), image.width, image.height)
     except (BadImageError, OSError):
         return []
     boxes = xyxy([entry["bbox"] for entry in image.annotations])

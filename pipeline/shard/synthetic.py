@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config.sections import SyntheticSection
+from pipeline.config.sections import DatasetSection, SyntheticSection
 from pipeline.errors import UserError
 from pipeline.files import disk_error, locked
 from pipeline.log import get_logger, outcome
@@ -50,6 +50,15 @@ SUBPIXEL_BITS = 4
 
 Mask = NDArray[np.bool_]
 logger = get_logger(__name__)
+
+
+def draw_configured(dataset: DatasetSection) -> None:
+    """Draws the dataset where one is configured, into its root; errors as of `draw_dataset`."""
+    if dataset.synthetic is None:
+        return
+    if not isinstance(dataset.place, Path):
+        raise UserError(f"dataset.root {dataset.root}: a dataset is drawn into a folder of this machine; set one")
+    draw_dataset(dataset.place, dataset.synthetic)
 
 
 def draw_dataset(root: Path, settings: SyntheticSection, key: str = "dataset.root") -> Path:

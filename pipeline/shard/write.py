@@ -1,9 +1,10 @@
-"""Writes a split as WebDataset tars with a manifest.
+"""Writes a split as WebDataset tars with a manifest, on a disk or into a store.
 
 A sample is `<image id, 12 digits>.<jpg|png|webp|bmp|tif>`, the source's bytes untouched, followed by `<same key>.json`.
 What stands in which shard is planned from the annotation file and the files' sizes, so the bytes do not depend on who
-writes them; each shard is one task. All is written into a hidden folder beside the final one, the manifest last, then
-renamed. A finished shard leaves a record there, with which the next command goes on where this one was ended.
+writes them; each shard is one task. On a disk all is written into a hidden folder beside the final one, the manifest
+last, then renamed; a store knows no renaming, and a folder there is finished once it has its manifest. A finished shard
+leaves a record, with which the next command goes on where this one was ended.
 """
 
 import hashlib
@@ -11,9 +12,11 @@ import io
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.config.sections import DatasetSection, OnError, ShardsSection
-from pipeline.data.images import BadImageError, decode_image, inspect_image, read_image_file
+from pipeline.data.cache import DEFAULT_CACHE, Cache, cache_of
+from pipeline.data.images import BadImageError, decode_image, inspect_image
 from pipeline.data.index import INDEX_NAME, Sample, to_rows, write_rows
 from pipeline.data.labels import LabelMap
 from pipeline.data.manifest import (
@@ -41,7 +45,9 @@ from pipeline.errors import UserError, shown
 from pipeline.files import disk_error, locked, sha256_of, sync, write_whole
 from pipeline.log import get_logger, outcome
 from pipeline.shard.coco import NOTES, CocoImage, CocoSplit, Findings, Source, clean
+from pipeline.shard.origin import Images
 from pipeline.shard.tar import ShardTar, tar_size
+from pipeline.store import Place
 
 WRITE_BYTES = 2**20
 """Bytes of a shard that are given to the system at once."""
@@ -55,7 +61,7 @@ class PlannedImage(NamedTuple):
     """An image and the JSON member that follows it."""
 
     id: int
-    path: Path
+    file_name: str
     width: int
     height: int
     json: bytes
@@ -100,7 +106,7 @@ def write_in_a_row(plans: list[ShardPlan], task: WriteTask) -> Iterator[WrittenS
 def shard_split(
     source: Source,
     split: str,
-    out: Path,
+    out: Place,
     dataset: DatasetSection,
     shards: ShardsSection,
     *,
@@ -126,22 +132,21 @@ def shard_split(
     Raises:
         UserError: bad input, another dataset or other settings in the folder, no space.
     """
-    folder = out / split
+    folder, cache = out / split, cache_of(shards)
     settings = _settings(dataset, shards)
     key = "shards.out" if shards.out else "runs or shards.out"
     if (folder / MANIFEST_NAME).exists():  # nothing is written: a disk that is only read will do
-        return _found(folder, source, settings, dataset.on_error)
+        return _found(folder, cache, source, settings, dataset.on_error)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with locked(out / f".{split}.lock"):
+        with _alone(out, split):
             if (folder / MANIFEST_NAME).exists():
-                return _found(folder, source, settings, dataset.on_error)
+                return _found(folder, cache, source, settings, dataset.on_error)
             _refuse_foreign(folder)
             cleaned = clean(source, dataset.on_error)
             if needs_objects:
                 _refuse_no_objects(cleaned)
             return _write_split(cleaned, folder, LabelMap(dataset.labels, cleaned.categories), settings,
-                                dataset.on_error, verify, write_all, key)  # fmt: skip
+                                dataset.on_error, verify, write_all, key, cache)  # fmt: skip
     except OSError as error:
         raise disk_error(out, error, key) from error
 
@@ -152,7 +157,8 @@ def plan_shards(split: CocoSplit, max_samples: int, max_bytes: int, *, segmentat
     images: list[PlannedImage] = []
     size = 0
     for image in split.images:
-        planned = PlannedImage(image.id, image.path, image.width, image.height, _json_member(image, segmentations))
+        member = _json_member(image, segmentations)
+        planned = PlannedImage(image.id, image.file_name, image.width, image.height, member)
         sample_size = tar_size(image.bytes) + tar_size(len(planned.json))
         if images and (len(images) == max_samples or size + sample_size > max_bytes):
             plans.append(ShardPlan(len(plans), tuple(images)))
@@ -164,15 +170,16 @@ def plan_shards(split: CocoSplit, max_samples: int, max_bytes: int, *, segmentat
 
 
 def write_shard(
-    plan: ShardPlan, folder: Path, on_error: OnError, verify: bool, key: str = "shards.out"
+    plan: ShardPlan, files: Images, folder: Place, on_error: OnError, verify: bool, key: str = "shards.out"
 ) -> WrittenShard:
     """Writes one shard, the rows of its index and its record, unless all of it is there already.
 
-    Each is written to a temporary name, then renamed, the record last. The name is this call's own: a task whose
-    command was killed may still write the same shard.
+    Each is written to a temporary name, then renamed or copied into the store, the record last. The name is this call's
+    own: a task whose command was killed may still write the same shard.
 
     Args:
         plan: what is in it.
+        files: where the images lie.
         folder: where it goes.
         on_error: what is done about a bad image.
         verify: decode every image fully.
@@ -185,17 +192,17 @@ def write_shard(
     if recorded is not None:
         return recorded
     path = folder / plan.name
-    temporary = folder / f".{plan.name}.{uuid.uuid4().hex}.tmp"
+    temporary = _scratch(folder) / f".{plan.name}.{uuid.uuid4().hex}.tmp"
     findings = Findings(on_error)
     try:
         with temporary.open("wb", buffering=WRITE_BYTES) as file:
             with ShardTar(file) as tar:
-                samples = list(_write_samples(plan, tar, findings, verify))
+                samples = list(_write_samples(plan, files, tar, findings, verify))
             file.flush()
             os.fsync(file.fileno())
         rows_sha256 = None
         if samples:
-            temporary.replace(path)
+            _move(temporary, path)
             rows_sha256 = _write_rows(_rows_path(path), samples)
         shard = Shard(plan.name, len(samples), tar.size, tar.sha256)
         written = WrittenShard(plan.number, shard, dict(findings.counts), rows_sha256)
@@ -208,8 +215,8 @@ def write_shard(
 
 
 def finish(
-    folder: Path, split: str, labels: LabelMap, source: CocoSplit, settings: dict[str, Any],
-    written: Iterable[WrittenShard],
+    folder: Place, split: str, labels: LabelMap, source: CocoSplit, settings: dict[str, Any],
+    written: Iterable[WrittenShard], cache: Cache = DEFAULT_CACHE,
 ) -> Manifest:  # fmt: skip
     """Writes the index and the manifest of a folder whose shards are all written, and removes what led to them.
 
@@ -225,13 +232,16 @@ def finish(
     if not shards:
         raise UserError(f"{source.source}: none of its images can be used: {_told(problems)}")
     parts = [_rows_path(folder / shard.name) for shard in shards]
-    write_rows(folder / INDEX_NAME, parts, sum(shard.samples for shard in shards))
-    sync(folder / INDEX_NAME)
-    manifest = write_manifest(folder, split, labels, source.digest, settings, shards, problems)
+    temporary = _scratch(folder) / f".{INDEX_NAME}.{uuid.uuid4().hex}.tmp"
+    try:
+        write_rows(temporary, parts, sum(shard.samples for shard in shards))
+        sync(temporary)
+        _move(temporary, folder / INDEX_NAME)
+    finally:
+        temporary.unlink(missing_ok=True)
+    manifest = write_manifest(folder, split, labels, source.digest, settings, shards, problems, cache)
     kept = {MANIFEST_NAME, INDEX_NAME, *(shard.name for shard in shards)}
-    for path in folder.iterdir():
-        if path.name not in kept:
-            path.unlink(missing_ok=True)
+    _remove(folder, [name for name in _names(folder) if name not in kept])
     return manifest
 
 
@@ -285,10 +295,10 @@ def report_problems(split: str, manifest: Manifest) -> None:
 
 
 def _write_split(
-    split: CocoSplit, folder: Path, labels: LabelMap, settings: dict[str, Any], on_error: OnError, verify: bool,
-    write_all: WriteAll, key: str,
+    split: CocoSplit, folder: Place, labels: LabelMap, settings: dict[str, Any], on_error: OnError, verify: bool,
+    write_all: WriteAll, key: str, cache: Cache,
 ) -> Manifest:  # fmt: skip
-    unfinished = folder.with_name(f".{folder.name}.partial")
+    unfinished = folder.with_name(f".{folder.name}.partial") if isinstance(folder, Path) else folder
     job = {
         "format": FORMAT,
         "source_digest": split.digest,
@@ -301,12 +311,13 @@ def _write_split(
         plans = plan_shards(
             split, settings["max_samples"], settings["max_bytes"], segmentations=settings["segmentations"]
         )
-        task = partial(write_shard, folder=unfinished, on_error=on_error, verify=verify, key=key)
-        manifest = finish(unfinished, folder.name, labels, split, settings, write_all(plans, task))
-        unfinished.replace(folder)
-        sync(folder.parent)
+        task = partial(write_shard, files=split.files, folder=unfinished, on_error=on_error, verify=verify, key=key)
+        manifest = finish(unfinished, folder.name, labels, split, settings, write_all(plans, task), cache)
+        if isinstance(unfinished, Path) and isinstance(folder, Path):
+            unfinished.replace(folder)
+            sync(folder.parent)
     except (UserError, OSError):  # what has to be mended makes another job of it, and a full disk needs the room
-        shutil.rmtree(unfinished, ignore_errors=True)
+        _clear(unfinished)
         raise
     manifest = replace(manifest, folder=folder)
     logger.info(outcome("shard", _summary(manifest), is_new=True))
@@ -314,44 +325,93 @@ def _write_split(
     return manifest
 
 
-def _go_on_with(unfinished: Path, job: dict[str, Any]) -> None:
+@contextmanager
+def _alone(out: Place, split: str) -> Iterator[None]:
+    """Holds a lock among the commands that write this split. A store has none: there they write the same bytes."""
+    if not isinstance(out, Path):
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out / f".{split}.lock"):
+        yield
+
+
+def _scratch(folder: Place) -> Path:
+    """Where a file is written before it is moved into a folder."""
+    return folder if isinstance(folder, Path) else Path(tempfile.gettempdir())
+
+
+def _move(temporary: Path, path: Place) -> None:
+    if isinstance(path, Path):
+        temporary.replace(path)
+    else:
+        path.upload(temporary)
+
+
+def _names(folder: Place) -> list[str]:
+    return [path.name for path in folder.iterdir()] if isinstance(folder, Path) else list(folder.list())
+
+
+def _remove(folder: Place, names: Iterable[str]) -> None:
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _clear(unfinished: Place) -> None:
+    """Removes all that was written."""
+    if isinstance(unfinished, Path):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    else:
+        _remove(unfinished, unfinished.list())
+
+
+def _go_on_with(unfinished: Place, job: dict[str, Any]) -> None:
     """The folder of a job, with what an earlier command finished of the same one."""
     try:
         same = json.loads((unfinished / JOB).read_bytes()) == job
     except (OSError, ValueError):
         same = False
     if same:
-        done = sum(path.suffix == ".json" for path in unfinished.iterdir()) - 1
+        done = sum(name.endswith(".json") for name in _names(unfinished)) - 1
         logger.info("shard: going on with %d shards in %s", done, unfinished)
         return
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
+    _clear(unfinished)
+    if isinstance(unfinished, Path):
+        unfinished.mkdir()
     write_whole(unfinished / JOB, json.dumps(job).encode())
 
 
-def _recorded(plan: ShardPlan, folder: Path) -> WrittenShard | None:
-    """What an earlier command recorded of a shard, if its tar and its rows are still those that it wrote."""
+def _recorded(plan: ShardPlan, folder: Place) -> WrittenShard | None:
+    """What an earlier command recorded of a shard, if its tar and its rows are still those that it wrote.
+
+    In a store a file is there whole or not at all, and all tars would have to be fetched: its size has to do.
+    """
     path = folder / plan.name
     try:
         record = json.loads(_record_path(path).read_bytes())
         written = WrittenShard(**{**record, "shard": Shard(**record["shard"])})
         same = (written.number, written.shard.name) == (plan.number, plan.name)
         if same and written.shard.samples:
-            same = sha256_of(path) == written.shard.sha256 and sha256_of(_rows_path(path)) == written.rows_sha256
+            is_tar = (
+                sha256_of(path) == written.shard.sha256
+                if isinstance(path, Path)
+                else path.size() == written.shard.bytes
+            )
+            same = is_tar and sha256_of(_rows_path(path)) == written.rows_sha256
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return written if same else None
 
 
-def _rows_path(shard: Path) -> Path:
+def _rows_path(shard: Place) -> Place:
     return shard.with_suffix(".npy")
 
 
-def _record_path(shard: Path) -> Path:
+def _record_path(shard: Place) -> Place:
     return shard.with_suffix(".json")
 
 
-def _write_rows(path: Path, samples: list[Sample]) -> str:
+def _write_rows(path: Place, samples: list[Sample]) -> str:
     """Hex sha256 of the file."""
     content = io.BytesIO()
     np.save(content, to_rows(samples), allow_pickle=False)
@@ -359,9 +419,9 @@ def _write_rows(path: Path, samples: list[Sample]) -> str:
     return hashlib.sha256(content.getvalue()).hexdigest()
 
 
-def _write_samples(plan: ShardPlan, tar: ShardTar, findings: Findings, verify: bool) -> Iterator[Sample]:
+def _write_samples(plan: ShardPlan, files: Images, tar: ShardTar, findings: Findings, verify: bool) -> Iterator[Sample]:
     for image in plan.images:
-        content, extension = _image_content(image, findings, verify)
+        content, extension = _image_content(image, files, findings, verify)
         if extension is None:
             continue
         key = f"{image.id:012d}"
@@ -369,10 +429,10 @@ def _write_samples(plan: ShardPlan, tar: ShardTar, findings: Findings, verify: b
         yield Sample(image.id, image.width, image.height, plan.number, extension, *members)
 
 
-def _image_content(image: PlannedImage, findings: Findings, verify: bool) -> tuple[bytes, str | None]:
+def _image_content(image: PlannedImage, files: Images, findings: Findings, verify: bool) -> tuple[bytes, str | None]:
     """The file's bytes and the extension of its member; None when the image has to be left out."""
     try:
-        content = read_image_file(image.path)
+        content = files.read(image.file_name)
         header = inspect_image(content, image.width, image.height)
         if verify:
             decode_image(content, image.width, image.height)
@@ -385,7 +445,7 @@ def _image_content(image: PlannedImage, findings: Findings, verify: bool) -> tup
     else:
         findings.note(header.note)
         return content, header.extension
-    findings.report(rule, f"{shown(image.path, 400)}: image {image.id}{told}")
+    findings.report(rule, f"{shown(files.where(image.file_name), 400)}: image {image.id}{told}")
     return b"", None
 
 
@@ -443,9 +503,9 @@ def _refuse_other(manifest: Manifest, source: Source, settings: dict[str, Any], 
         )
 
 
-def _found(folder: Path, source: Source, settings: dict[str, Any], on_error: OnError) -> Manifest:
+def _found(folder: Place, cache: Cache, source: Source, settings: dict[str, Any], on_error: OnError) -> Manifest:
     """The manifest of a split that is written already, if it is that of this source and these settings."""
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, cache)
     _refuse_other(manifest, source, settings, on_error)
     logger.info(outcome("shard", _summary(manifest), is_new=False))
     return manifest
@@ -460,8 +520,13 @@ def _refuse_no_objects(split: CocoSplit) -> None:
         raise UserError(f"{split.source}: there is no object to train on: {crowds}; check dataset.train.annotations")
 
 
-def _refuse_foreign(folder: Path) -> None:
-    if folder.exists() and any(folder.iterdir()):
+def _refuse_foreign(folder: Place) -> None:
+    if isinstance(folder, Path):
+        is_foreign = folder.exists() and any(folder.iterdir())
+    else:
+        names = folder.list()
+        is_foreign = bool(names) and JOB not in names
+    if is_foreign:
         raise UserError(
             f"{folder}: it has no {MANIFEST_NAME} and is not empty; set another shards.out, or delete that folder"
         )

@@ -12,6 +12,7 @@ import os
 import sys
 
 from pipeline.config.load import load_config
+from pipeline.data.cache import cache_of
 from pipeline.data.manifest import read_manifest
 from pipeline.distributed import close, init_world, together
 from pipeline.errors import UserError
@@ -37,12 +38,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     set_up_logging(world.rank)
     try:
-        shards = config.shards_folder / "train"
-        labels = together(world, lambda: read_manifest(shards)).labels
+        shards, cache = config.shards_folder / "train", cache_of(config.shards)
+        labels = together(world, lambda: read_manifest(shards, cache)).labels
         model = config.model_for(labels.num_classes)
         stop = StopRequest(config.folder.stop)
         stop.on_signals()
-        train(TrainJob(model, config.train, shards, config.folder, config.dataset.on_error), world, stop)
+        train(TrainJob(model, config.train, shards, config.folder, config.dataset.on_error, cache), world, stop)
     except UserError as error:
         if world.rank == 0:
             print(f"error: {error}", file=sys.stderr)

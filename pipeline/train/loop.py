@@ -56,7 +56,7 @@ def train(job: TrainJob, world: World, stop: StopRequest | None = None) -> Path:
             every rank, and the checkpoint before it is whole.
         StoppedError: it was asked to end before the last step, and what was trained is kept.
     """
-    run = Run(job, world, together(world, lambda: read_manifest(job.shards)))
+    run = Run(job, world, together(world, lambda: read_manifest(job.shards, job.cache)))
     found = find_checkpoint(run)
     if found is not None and found[1].step == run.total:
         logger.info(outcome("train", found[0], is_new=False))

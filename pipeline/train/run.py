@@ -18,11 +18,13 @@ from pipeline.checkpoint.save import clean
 from pipeline.checkpoint.state import STATE, State
 from pipeline.config.sections import OnError, Role, TrainSection, settings_with
 from pipeline.config.values import differences, plain
+from pipeline.data.cache import DEFAULT_CACHE, Cache
 from pipeline.data.manifest import Manifest
 from pipeline.distributed import World, on_rank_zero
 from pipeline.errors import UserError
 from pipeline.files import make_folder
 from pipeline.run_folder import RunFolder
+from pipeline.store import Place
 from pipeline.train.optim import lr_factor
 
 MAY_DIFFER = {f"train.{name}" for name in settings_with(TrainSection, Role.MAY_DIFFER)}
@@ -37,12 +39,14 @@ class TrainJob:
     """Architecture, with the number of classes of the data."""
     train: TrainSection
     """Schedule, batches, optimizer."""
-    shards: Path
+    shards: Place
     """Folder of the training split's shards."""
     out: RunFolder
     """Where checkpoints and curves are kept."""
     on_error: OnError = "fail"
     """Whether a sample that cannot be read stops the run, or is left out and counted."""
+    cache: Cache = DEFAULT_CACHE
+    """Where the shards of a store are kept on each machine."""
     root: Path = Path()
     """Folder that relative paths in `train.init` begin in: where the command was given, whichever host reads them."""
 

@@ -141,7 +141,7 @@ class TestReader:
         paths = [tmp_path / f"{number}" for number in range(OPEN_FILES + 40)]
         for path in paths:
             path.write_text(path.name)
-        reader = ShardReader(paths)
+        reader = ShardReader(lambda number: os.open(paths[number], os.O_RDONLY))
         before = len(os.listdir("/proc/self/fd"))
         for number, path in enumerate(paths):
             assert reader.read(number, 0, 10).decode() == path.name

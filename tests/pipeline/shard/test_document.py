@@ -137,7 +137,8 @@ def read_shards(folder: Path, document: Any) -> None:
         (plan,) = plan_shards(split, 1000, 10**9, segmentations=True)
         labels = LabelMap("contiguous", split.categories)
         assert json.dumps([labels.to_json(), split.digest, split.problems]).encode()
-        assert all(image.path.resolve().is_relative_to(folder / "train") for image in plan.images)
+        root = folder / "train"
+        assert all((root / image.file_name).resolve().is_relative_to(root) for image in plan.images)
         for image in plan.images:
             for annotation in json.loads(image.json)["annotations"]:
                 labels.label(annotation["category_id"])

@@ -1,3 +1,4 @@
+import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -39,7 +40,7 @@ class TestContent:
     def test_counts_and_sizes(self, splits: dict[str, CocoSplit]) -> None:
         assert {name: len(split.images) for name, split in splits.items()} == {"train": 120, "val": 40}
         assert all((image.width, image.height) == (128, 128) for split in splits.values() for image in split.images)
-        with Image.open(splits["train"].images[0].path) as image:
+        with Image.open(io.BytesIO(splits["train"].files.read(splits["train"].images[0].file_name))) as image:
             assert image.size == (128, 128)
 
     def test_categories_have_gaps(self, splits: dict[str, CocoSplit]) -> None:
@@ -92,7 +93,7 @@ class TestContent:
         """The mean colour inside a square, whose box it fills, is far from that of the border of the image."""
         distances = []
         for image in splits["train"].images:
-            pixels = np.asarray(Image.open(image.path), dtype=float)
+            pixels = np.asarray(Image.open(io.BytesIO(splits["train"].files.read(image.file_name))), dtype=float)
             background = np.median(pixels.reshape(-1, 3), axis=0)
             for annotation in image.annotations:
                 x, y, width, height = annotation["bbox"]

@@ -16,7 +16,7 @@ from pipeline.config.sections import ShardsSection
 from pipeline.data.images import read_image_file
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.errors import UserError
-from pipeline.shard import write
+from pipeline.shard import origin
 from pipeline.shard.coco import CocoSplit, open_source
 from pipeline.shard.write import (
     ShardPlan,
@@ -144,7 +144,7 @@ class TestPlan:
         plans = plan_shards(split, 100, size)
         assert len(plans) > 1
         for plan in plans:
-            shard = write_shard(plan, tmp_path, "fail", verify=False).shard
+            shard = write_shard(plan, split.files, tmp_path, "fail", verify=False).shard
             assert shard.bytes <= size + 10240  # a tar is padded to its record size
         assert [image.id for plan in plans for image in plan.images] == list(range(1, 7))
 
@@ -443,7 +443,7 @@ class TestStopped:
         def write_all(plans: list[ShardPlan], task: WriteTask) -> Iterator[WrittenShard]:
             for plan in plans:
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(write, "read_image_file", reading_after(lambda plan=plan: task(plan)))
+                    patch.setattr(origin, "read_image_file", reading_after(lambda plan=plan: task(plan)))
                     yield task(plan)
 
         assert contents(write_some(tmp_path, write_all).folder) == unbroken
