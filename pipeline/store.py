@@ -96,7 +96,7 @@ class StorePath:
         """Write the whole file."""
 
         def write() -> None:
-            with self._files.open_output_stream(self._path) as stream:
+            with self._files.open_output_stream(self._path, compression=None) as stream:
                 stream.write(content)
 
         self._try("written", write)
@@ -105,7 +105,7 @@ class StorePath:
         """Copy a file of this machine here."""
 
         def write() -> None:
-            with path.open("rb") as file, self._files.open_output_stream(self._path) as stream:
+            with path.open("rb") as file, self._files.open_output_stream(self._path, compression=None) as stream:
                 stream.upload(file, CHUNK)
 
         self._try("written", write)
@@ -123,8 +123,10 @@ class StorePath:
         """The sizes of all files in the folder and those below it, by their paths under it."""
         import pyarrow.fs
 
-        where = pyarrow.fs.FileSelector(self._path, recursive=True, allow_not_found=True)
-        found = self._try("listed", lambda: self._files.get_file_info(where))
+        def files() -> Any:
+            return self._files.get_file_info(pyarrow.fs.FileSelector(self._path, recursive=True, allow_not_found=True))
+
+        found = self._try("listed", files)
         start = len(self._path.rstrip("/")) + 1
         return {info.path[start:]: int(info.size) for info in found if info.is_file}
 
@@ -271,7 +273,6 @@ class _Blocks(io.RawIOBase):
 @lru_cache(maxsize=16)
 def _opened(root: str) -> tuple[Any, str]:
     """The file system of an address, and the path there. pyarrow takes a while to import, and few need it."""
-    import pyarrow
     import pyarrow.fs
 
     if root.startswith(WEB):
@@ -280,9 +281,8 @@ def _opened(root: str) -> tuple[Any, str]:
         return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fsspec.filesystem("http"))), root.rstrip("/")
     try:
         files, path = pyarrow.fs.FileSystem.from_uri(root)
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        told = " ".join(str(error).split())
-        raise UserError(f"{root.partition('?')[0]}: this store cannot be opened ({shown(told, 300)})") from error
+    except (ValueError, NotImplementedError) as error:  # ArrowInvalid is a ValueError
+        raise UserError(f"{root.partition('?')[0]}: not an address of a store ({shown(error, 300)})") from error
     return files, path
 
 

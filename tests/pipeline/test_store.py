@@ -20,7 +20,7 @@ def served(
     request: pytest.FixtureRequest, s3: S3Server, s3_folder: StorePath, tmp_path: Path
 ) -> Iterator[tuple[StorePath, dict[str, bytes]]]:
     """A folder of a store, and the files in it."""
-    files = {"a.json": b"{}", "below/b #?.bin": os.urandom(100_000), "empty": b""}
+    files = {"a.json.gz": b"{}", "below/b #?.bin": os.urandom(100_000), "empty": b""}
     if request.param == "s3":
         for name, content in files.items():
             (s3_folder / name).write_bytes(content)
@@ -113,7 +113,7 @@ class TestFailure:
             StorePath("s3://no-such-bucket/x").write_bytes(b"x")
 
     def test_an_option_that_there_is_not(self) -> None:
-        with pytest.raises(UserError, match=r"^s3://bucket/x: this store cannot be opened .*colour"):
+        with pytest.raises(UserError, match=r"^s3://bucket/x: not an address of a store .*colour"):
             StorePath("s3://bucket/x?colour=red").exists()
 
 

@@ -1,4 +1,5 @@
 import pickle
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ import torch
 
 from pipeline.config.sections import AugmentSection, EvaluateSection, TrainSection
 from pipeline.data.augment import plan_eval
+from pipeline.data.cache import Cache
 from pipeline.data.loader import PLACEHOLDER_SIDE, EvalLoader, MicroBatch, Step, TrainLoader, eval_batches
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.data.order import SampleOrder
 from pipeline.data.samples import load_image, plan_step
 from pipeline.errors import UserError
+from pipeline.store import StorePath
 from tests.builders import make_annotation, make_manifest, spoil
+from tests.stores import S3Server
 
 AUGMENT = AugmentSection(short_sides=(32, 40), max_side=64, crop_short_sides=(30, 36), crop_min=20, crop_max=30)
 
@@ -107,6 +111,49 @@ class TestOrderContract:
     def test_nothing_to_do(self, manifest: Manifest) -> None:
         assert list(loader(manifest, 3, 3)) == []
         assert len(loader(manifest, 3, 5)) == 2
+
+
+class TestStore:
+    @pytest.fixture
+    def stored(self, manifest: Manifest, s3: S3Server, tmp_path: Path) -> Manifest:
+        """The same shards in a store, with a cache that is empty and holds few of them.
+
+        Worker processes have the environment of the first test that had any: all stands in the address.
+        """
+        options = f"scheme=http&endpoint_override=127.0.0.1:{s3.port}&region=us-east-1"
+        folder = StorePath(f"s3://user:planted-secret@{s3.bucket()}/folder?{options}")
+        assert isinstance(manifest.folder, Path)
+        for path in manifest.folder.iterdir():
+            (folder / path.name).upload(path)
+        return read_manifest(folder, Cache(tmp_path, 4 * max(shard.bytes for shard in manifest.shards)))
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_nothing_changes(self, straight: list[Step], stored: Manifest, workers: int) -> None:
+        for step, other in zip(straight, loader(stored, 0, 8, loader_workers=workers), strict=True):
+            for micro, other_micro in zip(step.micro_batches, other.micro_batches, strict=True):
+                assert_same(micro, other_micro)
+
+    def test_the_next_window_is_fetched_while_one_is_read(self, stored: Manifest, tmp_path: Path) -> None:
+        steps = iter(loader(stored, 0, 8, global_batch=2))
+        next(steps)
+        order = SampleOrder(stored.digest, stored.shard_sizes, 5, 2)
+        ahead = [tmp_path / stored.shards[number].sha256 for number in order.shards_ahead(0, 2)]
+        assert len(ahead) > order.window
+        for _ in range(200):
+            if all(path.exists() for path in ahead):
+                break
+            time.sleep(0.05)
+        else:
+            raise AssertionError([path.exists() for path in ahead])
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_a_shard_that_has_gone_ends_it_with_one_error(self, stored: Manifest, workers: int) -> None:
+        for shard in stored.shards:
+            (stored.folder / shard.name).unlink()
+        with pytest.raises(UserError, match=r"shard-\d+.tar: it is not in its store; shard again$"):
+            list(loader(stored, 0, 1, loader_workers=workers, on_error="skip"))
+        with pytest.raises(UserError, match="it is not in its store"):
+            list(EvalLoader(stored, eval_batches(stored, 4), EvaluateSection(), workers))
 
 
 class TestMicroBatches:

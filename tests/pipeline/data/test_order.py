@@ -84,6 +84,16 @@ class TestEpoch:
         assert [epoch_of(one, epoch) for epoch in (3, 0, 2, 1)] == [epochs[3], epochs[0], epochs[2], epochs[1]]
 
 
+@pytest.mark.parametrize("batch", [1, 3, 8, 40])
+def test_the_shards_ahead_are_those_of_two_windows(batch: int) -> None:
+    one = order(4, 4, 4, 4, 4, 4)
+    stream = [index // 4 for epoch in range(30) for index in epoch_of(one, epoch)]
+    for step in range(16):
+        first = step * batch // 8 * 8
+        ahead = one.shards_ahead(step, batch)
+        assert (set(ahead[:2]), set(ahead[2:])) == (set(stream[first : first + 8]), set(stream[first + 8 : first + 16]))
+
+
 class TestStream:
     @pytest.mark.parametrize("batch", [1, 4, 26, 40])
     def test_steps_are_the_epochs_end_to_end(self, batch: int) -> None:

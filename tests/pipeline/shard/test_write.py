@@ -1,8 +1,13 @@
+import gzip
 import hashlib
 import os
+import pickle
+import shutil
 import tarfile
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -12,12 +17,13 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipeline.config.sections import ShardsSection
+from pipeline.config.sections import DatasetSection, ShardsSection, SplitSection
+from pipeline.data.cache import Cache
 from pipeline.data.images import read_image_file
-from pipeline.data.manifest import Manifest, read_manifest
+from pipeline.data.manifest import Manifest, read_image_bytes, read_manifest
 from pipeline.errors import UserError
 from pipeline.shard import origin
-from pipeline.shard.coco import CocoSplit, open_source
+from pipeline.shard.coco import CocoSplit, open_source, open_split
 from pipeline.shard.write import (
     ShardPlan,
     WriteAll,
@@ -30,6 +36,7 @@ from pipeline.shard.write import (
     write_in_a_row,
     write_shard,
 )
+from pipeline.store import Place, StorePath
 from tests.builders import (
     CocoFiles,
     disk_of,
@@ -339,14 +346,15 @@ def stopping_after(count: int) -> WriteAll:
     return write_all
 
 
-def write_some(root: Path, write_all: WriteAll = write_in_a_row, **settings: Any) -> Manifest:
+def write_some(root: Path, write_all: WriteAll = write_in_a_row, out: Place | None = None, **settings: Any) -> Manifest:
     """Ten images in five shards."""
     files = CocoFiles(root / "annotations" / "train.json", root / "train")
     if not files.annotations.exists():
         write_coco(root, range(1, 2 * SHARDS + 1), ANNOTATIONS)
     shards = ShardsSection(**{"max_samples": 2, **settings})
     source = open_source(*files)
-    return shard_split(source, "train", root / "shards", make_dataset_section(root), shards, write_all=write_all)
+    dataset = make_dataset_section(root)
+    return shard_split(source, "train", out or root / "shards", dataset, shards, write_all=write_all)
 
 
 def stop_after(root: Path, count: int, **settings: Any) -> Path:
@@ -447,6 +455,98 @@ class TestStopped:
                     yield task(plan)
 
         assert contents(write_some(tmp_path, write_all).folder) == unbroken
+
+
+class TestStore:
+    @pytest.fixture(autouse=True)
+    def _own_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def stored(self, folder: StorePath) -> dict[str, bytes]:
+        return {name: (folder / name).read_bytes() for name in folder.list()}
+
+    @pytest.mark.parametrize("count", [0, 3, SHARDS])
+    def test_the_same_bytes_as_on_a_disk(self, tmp_path: Path, s3_folder: StorePath, count: int) -> None:
+        """After a command that was stopped, too, whose shards are not written again."""
+        with pytest.raises(StoppedError):
+            write_some(tmp_path, stopping_after(count), s3_folder)
+        uploaded: list[str] = []
+        upload = StorePath.upload
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(StorePath, "upload", lambda self, path: (uploaded.append(self.name), upload(self, path)))
+            manifest = write_some(tmp_path, out=s3_folder)
+        assert uploaded == [*(f"shard-{number:06d}.tar" for number in range(count, SHARDS)), "index.npy"]
+        local = write_some(tmp_path)
+        assert self.stored(s3_folder / "train") == contents(local.folder)
+        assert manifest == local == read_manifest(s3_folder / "train") == write_some(tmp_path, out=s3_folder)
+        assert not list(tmp_path.glob(".*.tmp"))
+        for sample in local.samples:
+            assert read_image_bytes(manifest, sample) == read_image_bytes(local, sample)
+        for number in range(SHARDS):
+            verify_shard(manifest, number)
+
+    def test_a_manifest_travels_to_a_process_with_an_empty_cache(self, tmp_path: Path, s3_folder: StorePath) -> None:
+        manifest = write_some(tmp_path, out=s3_folder, cache=str(tmp_path / "one"))
+        copy = pickle.loads(pickle.dumps(replace(manifest, cache=Cache(tmp_path / "other"))))
+        assert read_image_bytes(copy, copy.samples[7]) == read_image_bytes(manifest, manifest.samples[7])
+        assert len(list((tmp_path / "other").iterdir())) == 3  # the manifest, the index, and the shard
+
+    def test_a_shard_of_another_size_and_a_missing_one(self, tmp_path: Path, s3_folder: StorePath) -> None:
+        write_some(tmp_path, out=s3_folder)
+        shard = s3_folder / "train" / "shard-000001.tar"
+        shard.write_bytes(shard.read_bytes()[:-512])
+        with pytest.raises(UserError, match=r"shard-000001.tar: this shard has \d+ bytes, the manifest says"):
+            read_manifest(s3_folder / "train")
+        shard.unlink()
+        with pytest.raises(UserError, match=r"shard-000001.tar: this shard is missing"):
+            read_manifest(s3_folder / "train")
+
+    def test_a_shard_that_has_changed_is_not_used(self, tmp_path: Path, s3_folder: StorePath) -> None:
+        write_some(tmp_path, out=s3_folder)
+        shard = s3_folder / "train" / "shard-000001.tar"
+        content = bytearray(shard.read_bytes())
+        content[600] ^= 1
+        shard.write_bytes(bytes(content))
+        manifest = read_manifest(s3_folder / "train", Cache(tmp_path / "empty"))
+        with pytest.raises(UserError, match="the file has changed"):
+            verify_shard(manifest, 1)
+        with pytest.raises(UserError, match="the file has changed in its store"):
+            read_image_bytes(manifest, manifest.samples[2])
+
+    def test_other_files_are_left_alone(self, tmp_path: Path, s3_folder: StorePath) -> None:
+        (s3_folder / "train" / "thesis.tex").write_bytes(b"x")
+        with pytest.raises(UserError, match="is not empty"):
+            write_some(tmp_path, out=s3_folder)
+        assert s3_folder.list() == {"train/thesis.tex": 1}
+
+    def test_another_source_begins_anew(self, tmp_path: Path, s3_folder: StorePath) -> None:
+        with pytest.raises(StoppedError):
+            write_some(tmp_path, stopping_after(3), s3_folder)
+        write_coco(tmp_path, range(1, 2 * SHARDS + 1), ANNOTATIONS[:1])
+        write_some(tmp_path, out=s3_folder)
+        assert self.stored(s3_folder / "train") == contents(write_some(tmp_path).folder)
+
+    @pytest.mark.parametrize("kind", ["folder", "zip", "gzip and tar"])
+    def test_a_dataset_in_a_store_gives_the_same_shards(self, tmp_path: Path, s3_folder: StorePath, kind: str) -> None:
+        expected = write_some(tmp_path)
+        root = tmp_path / "annotations" / "train.json"
+        (s3_folder / "annotations" / "train.json").upload(root)
+        images, annotations = "train", "annotations/train.json"
+        if kind == "folder":
+            for path in (tmp_path / "train").iterdir():
+                (s3_folder / "train" / path.name).upload(path)
+        else:
+            images = "train.zip" if kind == "zip" else "train.tar"
+            packed = shutil.make_archive(str(tmp_path / "packed"), images[-3:], tmp_path / "train")
+            (s3_folder / images).upload(Path(packed))
+        if kind == "gzip and tar":
+            annotations = "annotations/train.json.gz"
+            (s3_folder / annotations).write_bytes(gzip.compress(root.read_bytes()))
+        section = SplitSection(annotations=annotations, images=images)
+        dataset = DatasetSection(root=str(s3_folder), train=section)
+        source = open_split(dataset, section)
+        manifest = shard_split(source, "train", tmp_path / "other", dataset, ShardsSection(max_samples=2))
+        assert contents(manifest.folder) == contents(expected.folder)
 
 
 def reading_after(first: Callable[[], object]) -> Callable[[Path], bytes]:
