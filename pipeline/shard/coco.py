@@ -6,12 +6,14 @@ What a rule of `RULES` finds stops the reading with one `UserError` (on_error="f
 """
 
 import hashlib
+import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.config.sections import DatasetSection, OnError, SplitSection
 from pipeline.data.images import EXIF_ASSUMED, EXIF_IGNORED, BadImageError
@@ -26,7 +28,7 @@ from pipeline.shard.document import (
     is_number,
     is_whole,
     pixels,
-    read_document,
+    read_large_document,
     text,
     whole,
 )
@@ -98,20 +100,20 @@ class Findings:
             self.counts[note] += 1
 
 
-@dataclass(frozen=True)
-class CocoImage:
-    """An image of a split.
-
-    Its annotations hold id, image_id, category_id, bbox (xywh pixels), area, iscrowd, and segmentation where the source
-    has one.
-    """
+class CocoImage(NamedTuple):
+    """An image of a split; `size` is the bytes of its file, `annotations_json` the text of its annotations."""
 
     id: int
     file_name: str
     width: int
     height: int
-    bytes: int
-    annotations: tuple[dict[str, Any], ...] = ()
+    size: int
+    annotations_json: bytes
+
+    @property
+    def annotations(self) -> list[dict[str, Any]]:
+        """Each with id, image_id, category_id, bbox (xywh pixels), area, iscrowd, and segmentation if it is kept."""
+        return json.loads(self.annotations_json)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def open_source(annotations: Place, images: Place, *, allow_outside: bool = Fals
     mend = "; set dataset.root or the split's annotations to a COCO JSON file"
     if not annotations.exists():
         raise UserError(f"{annotations}: no such annotation file{mend}")
-    content, document = read_document(annotations, "annotation file", mend)
+    content, document = read_large_document(annotations, "annotation file", mend)
     check_document(str(annotations), document, NEEDS)
     for name in ("images", "categories"):
         if not document[name]:
@@ -184,23 +186,32 @@ def source_digest(annotations: bytes, sizes: Mapping[str, int | None]) -> str:
     return digest.hexdigest()
 
 
-def clean(source: Source, on_error: OnError) -> CocoSplit:
-    """Applies the rules to a source: everything but the content of the image files, which `shards` checks."""
+def clean(source: Source, on_error: OnError, *, segmentations: bool = True) -> CocoSplit:
+    """Applies the rules to a source: everything but the content of the image files, which `shards` checks.
+
+    Args:
+        source: the opened annotation file.
+        on_error: whether what a rule finds stops this, or is cleaned and counted.
+        segmentations: keep those of the annotations.
+
+    Raises:
+        UserError: what is wrong, or cannot be cleaned.
+    """
     findings = Findings(on_error)
     categories = _categories(source)
     declared = _declared(source, findings)
     merged = _merged(source, declared, findings)
     images = _present(source, declared, merged, findings)
-    annotations = _annotations(source, declared, merged, {category.id for category in categories}, findings)
-    _refuse_fractions(source, annotations.values())
+    category_ids = {category.id for category in categories}
+    annotations = _annotations(source, declared, merged, category_ids, segmentations, findings)
     split = tuple(
         CocoImage(
             id=image_id,
             file_name=image["file_name"],
             width=int(image["width"]),
             height=int(image["height"]),
-            bytes=source.sizes[image["file_name"]] or 0,
-            annotations=tuple(annotations.get(image_id, ())),
+            size=source.sizes[image["file_name"]] or 0,
+            annotations_json=b"[%b]" % bytes(annotations.pop(image_id, b"")),
         )
         for image_id, image in sorted(images.items())
     )
@@ -285,10 +296,15 @@ def _annotations(
     images: Mapping[int, Any],
     merged: Mapping[int, int],
     category_ids: set[int],
+    segmentations: bool,
     findings: Findings,
-) -> dict[int, list[dict[str, Any]]]:
-    """The cleaned annotations by image id, in the order of the file."""
-    cleaned: dict[int, list[dict[str, Any]]] = {}
+) -> dict[int, bytearray]:
+    """The text of the cleaned annotations by image id, in the order of the file.
+
+    Text, since ten million of them as values take more memory than a machine has to spare.
+    """
+    cleaned: dict[int, bytearray] = {}
+    below = boxes = 0
     ids = _AnnotationIds(source.document["annotations"], findings)
     for position, entry in enumerate(source.document["annotations"]):
         number = int(entry["image_id"])
@@ -306,19 +322,42 @@ def _annotations(
         annotation = _annotation(entry, int(image["width"]), int(image["height"]), where, findings)
         if annotation is not None:
             number = merged.get(number, number)
+            if not segmentations:
+                annotation.pop("segmentation", None)
             annotation = {"id": ids.unique(own, where), "image_id": number, **annotation}
-            cleaned.setdefault(number, []).append(annotation)
+            told = cleaned.setdefault(number, bytearray())
+            told += b"," if told else b""
+            told += to_json(annotation)
+            boxes += 1
+            below += annotation["bbox"][2] < 1 and annotation["bbox"][3] < 1
+    if 2 * below > boxes:  # they would be trained on as objects below a pixel
+        raise UserError(
+            f"{source.path}: {below} of its {boxes} boxes are smaller than a pixel: COCO's bbox is "
+            "[x, y, width, height] in pixels; if these are fractions of the image, multiply them by its size"
+        )
     return cleaned
+
+
+def to_json(value: dict[str, Any]) -> bytes:
+    """The text of a value in a shard: the same bytes for the same value."""
+    return _json.encode(value).encode()
+
+
+_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 
 class _AnnotationIds:
     """Keeps annotations' ids unique: an object whose id is missing or taken is an object all the same."""
 
-    def __init__(self, annotations: list[dict[str, Any]], findings: Findings) -> None:
-        known = [int(entry["id"]) for entry in annotations if is_whole(entry.get("id"))]
-        self._new = count(max(known, default=0) + 1)
+    def __init__(self, annotations: Iterable[dict[str, Any]], findings: Findings) -> None:
+        self._annotations = annotations
         self._taken: set[int] = set()
         self._findings = findings
+
+    @cached_property
+    def _new(self) -> Iterator[int]:
+        known = [int(entry["id"]) for entry in self._annotations if is_whole(entry.get("id"))]
+        return count(max(known, default=0) + 1)
 
     def unique(self, value: Any, where: str) -> int:
         """The id, or a new one."""
@@ -331,17 +370,6 @@ class _AnnotationIds:
             return next(self._new)
         self._taken.add(int(value))
         return int(value)
-
-
-def _refuse_fractions(source: Source, annotations: Iterable[list[dict[str, Any]]]) -> None:
-    """Boxes in 0..1 would be trained on as objects below a pixel."""
-    boxes = [annotation["bbox"] for own in annotations for annotation in own]
-    below = sum(width < 1 and height < 1 for _, _, width, height in boxes)
-    if 2 * below > len(boxes):
-        raise UserError(
-            f"{source.path}: {below} of its {len(boxes)} boxes are smaller than a pixel: COCO's bbox is "
-            "[x, y, width, height] in pixels; if these are fractions of the image, multiply them by its size"
-        )
 
 
 def _annotation(

@@ -9,10 +9,11 @@ import gzip
 import json
 import stat
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
+import msgspec
 import pydantic_core
 
 from pipeline.errors import UserError, shown
@@ -103,6 +104,11 @@ def read_document(path: Place, what: str, mend: str = "") -> tuple[bytes, Any]:
     Raises:
         UserError: it cannot be read, or is not JSON.
     """
+    content = _unpacked(path, what, mend)
+    return content, _document(path, what, content)
+
+
+def _unpacked(path: Place, what: str, mend: str) -> bytes:
     try:
         if isinstance(path, Path) and stat.S_ISCHR(path.stat().st_mode):
             raise UserError(f"{path}: cannot read the {what}: it is a device{mend}")
@@ -114,10 +120,65 @@ def read_document(path: Place, what: str, mend: str = "") -> tuple[bytes, Any]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot read the {what}: {reason}{mend}") from error
+    return content
+
+
+def _document(path: Place, what: str, content: bytes) -> Any:
     try:
-        return content, _parsed(content)
+        return _parsed(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: the {what} is not JSON ({shown(error)})") from None
+
+
+class Entries(Sequence[Any]):
+    """The entries of a list in a JSON file, each parsed whenever it is asked for: as values they take much more room.
+
+    Asking for one raises UserError where it is not JSON after all.
+    """
+
+    def __init__(self, where: str, entries: list[msgspec.Raw]) -> None:
+        self._where = where
+        self._entries = entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @overload
+    def __getitem__(self, position: int) -> Any: ...
+    @overload
+    def __getitem__(self, position: slice) -> list[Any]: ...
+    def __getitem__(self, position: int | slice) -> Any:
+        if isinstance(position, slice):
+            return [self[each] for each in range(*position.indices(len(self)))]
+        return self._value(self._entries[position])
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._value, self._entries)
+
+    def _value(self, entry: msgspec.Raw) -> Any:
+        try:
+            return _value(bytes(entry))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self._where}: not JSON ({shown(error)})") from None
+
+
+def read_large_document(path: Place, what: str, mend: str = "") -> tuple[bytes, Any]:
+    """As `read_document`, but the lists of an object at the top come as `Entries`.
+
+    What msgspec does not take, such as `NaN` for a number, is parsed at once all the same.
+    """
+    content = _unpacked(path, what, mend)
+    try:
+        lists = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
+        document = {
+            name: Entries(str(path), msgspec.json.decode(value, type=list[msgspec.Raw]))
+            if bytes(memoryview(value)[:1]) == b"["
+            else _value(bytes(value))
+            for name, value in lists.items()
+        }
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return content, _document(path, what, content)
+    return content, document
 
 
 def _parsed(content: bytes) -> Any:
@@ -128,12 +189,17 @@ def _parsed(content: bytes) -> Any:
     collects = gc.isenabled()
     gc.disable()
     try:
-        return pydantic_core.from_json(content)
-    except ValueError:  # it takes UTF-8 alone, and its messages are others
-        return json.loads(content)
+        return _value(content)
     finally:
         if collects:
             gc.enable()
+
+
+def _value(content: bytes) -> Any:
+    try:
+        return pydantic_core.from_json(content)
+    except ValueError:  # it takes UTF-8 alone, and its messages are others
+        return json.loads(content)
 
 
 def check_document(
@@ -157,7 +223,7 @@ def check_document(
     for name, keys in needs.items():
         if name not in document and name in may_lack:
             continue
-        if not isinstance(document.get(name), list):
+        if not isinstance(document.get(name), list | Entries):
             state = "missing" if name not in document else "null" if document[name] is None else "not a list"
             raise UserError(f"{where}: not COCO: the list `{name}` is {state}; it needs the lists {lists}")
         for position, entry in enumerate(document[name]):

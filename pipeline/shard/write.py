@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +44,7 @@ from pipeline.data.manifest import (
 from pipeline.errors import UserError, shown
 from pipeline.files import disk_error, locked, sha256_of, sync, write_whole
 from pipeline.log import get_logger, outcome
-from pipeline.shard.coco import NOTES, CocoImage, CocoSplit, Findings, Source, clean
+from pipeline.shard.coco import NOTES, CocoImage, CocoSplit, Findings, Source, clean, to_json
 from pipeline.shard.origin import Images
 from pipeline.shard.tar import ShardTar, tar_size
 from pipeline.store import Place
@@ -57,22 +57,12 @@ JOB = "job.json"
 logger = get_logger(__name__)
 
 
-class PlannedImage(NamedTuple):
-    """An image and the JSON member that follows it."""
-
-    id: int
-    file_name: str
-    width: int
-    height: int
-    json: bytes
-
-
 @dataclass(frozen=True)
 class ShardPlan:
     """The images of one shard, in order."""
 
     number: int
-    images: tuple[PlannedImage, ...]
+    images: tuple[CocoImage, ...]
 
     @property
     def name(self) -> str:
@@ -142,7 +132,7 @@ def shard_split(
             if (folder / MANIFEST_NAME).exists():
                 return _found(folder, cache, source, settings, dataset.on_error)
             _refuse_foreign(folder)
-            cleaned = clean(source, dataset.on_error)
+            cleaned = clean(source, dataset.on_error, segmentations=shards.segmentations)
             if needs_objects:
                 _refuse_no_objects(cleaned)
             return _write_split(cleaned, folder, LabelMap(dataset.labels, cleaned.categories), settings,
@@ -151,22 +141,26 @@ def shard_split(
         raise disk_error(out, error, key) from error
 
 
-def plan_shards(split: CocoSplit, max_samples: int, max_bytes: int, *, segmentations: bool = False) -> list[ShardPlan]:
+def plan_shards(split: CocoSplit, max_samples: int, max_bytes: int) -> list[ShardPlan]:
     """Cuts a split, in the order of the image ids, into shards of at most `max_samples` and `max_bytes`."""
     plans: list[ShardPlan] = []
-    images: list[PlannedImage] = []
+    images: list[CocoImage] = []
     size = 0
     for image in split.images:
-        member = _json_member(image, segmentations)
-        planned = PlannedImage(image.id, image.file_name, image.width, image.height, member)
-        sample_size = tar_size(image.bytes) + tar_size(len(planned.json))
+        sample_size = tar_size(image.size) + tar_size(len(json_member(image)))
         if images and (len(images) == max_samples or size + sample_size > max_bytes):
             plans.append(ShardPlan(len(plans), tuple(images)))
             images, size = [], 0
-        images.append(planned)
+        images.append(image)
         size += sample_size
     plans.append(ShardPlan(len(plans), tuple(images)))
     return plans
+
+
+def json_member(image: CocoImage) -> bytes:
+    """The member that follows an image in its shard: image_id, file_name, width, height, annotations."""
+    rest = {"file_name": image.file_name, "height": image.height, "image_id": image.id, "width": image.width}
+    return b'{"annotations":%b,%b' % (image.annotations_json, to_json(rest)[1:])
 
 
 def write_shard(
@@ -308,9 +302,7 @@ def _write_split(
     }
     try:
         _go_on_with(unfinished, job)
-        plans = plan_shards(
-            split, settings["max_samples"], settings["max_bytes"], segmentations=settings["segmentations"]
-        )
+        plans = plan_shards(split, settings["max_samples"], settings["max_bytes"])
         task = partial(write_shard, files=split.files, folder=unfinished, on_error=on_error, verify=verify, key=key)
         manifest = finish(unfinished, folder.name, labels, split, settings, write_all(plans, task), cache)
         if isinstance(unfinished, Path) and isinstance(folder, Path):
@@ -425,11 +417,11 @@ def _write_samples(plan: ShardPlan, files: Images, tar: ShardTar, findings: Find
         if extension is None:
             continue
         key = f"{image.id:012d}"
-        members = tar.add(f"{key}.{extension}", content), tar.add(f"{key}.json", image.json)
+        members = tar.add(f"{key}.{extension}", content), tar.add(f"{key}.json", json_member(image))
         yield Sample(image.id, image.width, image.height, plan.number, extension, *members)
 
 
-def _image_content(image: PlannedImage, files: Images, findings: Findings, verify: bool) -> tuple[bytes, str | None]:
+def _image_content(image: CocoImage, files: Images, findings: Findings, verify: bool) -> tuple[bytes, str | None]:
     """The file's bytes and the extension of its member; None when the image has to be left out."""
     try:
         content = files.read(image.file_name)
@@ -447,24 +439,6 @@ def _image_content(image: PlannedImage, files: Images, findings: Findings, verif
         return content, header.extension
     findings.report(rule, f"{shown(files.where(image.file_name), 400)}: image {image.id}{told}")
     return b"", None
-
-
-def _json_member(image: CocoImage, segmentations: bool) -> bytes:
-    content = {
-        "image_id": image.id,
-        "file_name": image.file_name,
-        "width": image.width,
-        "height": image.height,
-        "annotations": image.annotations if segmentations else [_unsegmented(entry) for entry in image.annotations],
-    }
-    return _json.encode(content).encode()
-
-
-_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
-
-
-def _unsegmented(annotation: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in annotation.items() if key != "segmentation"}
 
 
 def _settings(dataset: DatasetSection, shards: ShardsSection) -> dict[str, Any]:
@@ -512,12 +486,14 @@ def _found(folder: Place, cache: Cache, source: Source, settings: dict[str, Any]
 
 
 def _refuse_no_objects(split: CocoSplit) -> None:
-    entries = [annotation for image in split.images for annotation in image.annotations]
-    if all(annotation["iscrowd"] for annotation in entries):
-        crowds = (
-            f"its {len(entries)} annotations are crowd regions, which are not trained on" if entries else "it has none"
-        )
-        raise UserError(f"{split.source}: there is no object to train on: {crowds}; check dataset.train.annotations")
+    crowds = 0
+    for image in split.images:
+        entries = image.annotations
+        if any(not annotation["iscrowd"] for annotation in entries):
+            return
+        crowds += len(entries)
+    told = f"its {crowds} annotations are crowd regions, which are not trained on" if crowds else "it has none"
+    raise UserError(f"{split.source}: there is no object to train on: {told}; check dataset.train.annotations")
 
 
 def _refuse_foreign(folder: Place) -> None:

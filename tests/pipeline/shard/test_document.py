@@ -23,7 +23,7 @@ from pipeline.evaluate.report import metrics_table, write_category_table
 from pipeline.evaluate.score import score
 from pipeline.shard.coco import clean, open_source
 from pipeline.shard.document import read_document
-from pipeline.shard.write import plan_shards, shard_split
+from pipeline.shard.write import json_member, plan_shards, shard_split
 from tests.builders import make_annotation, make_dataset_section, write_coco, write_image
 
 EXAMPLES = int(os.environ.get("RAYDETR_EXAMPLES", "200"))
@@ -134,13 +134,13 @@ def read_shards(folder: Path, document: Any) -> None:
 
     def read(on_error: Any) -> None:
         split = clean(open_source(path, folder / "train"), on_error)
-        (plan,) = plan_shards(split, 1000, 10**9, segmentations=True)
+        (plan,) = plan_shards(split, 1000, 10**9)
         labels = LabelMap("contiguous", split.categories)
         assert json.dumps([labels.to_json(), split.digest, split.problems]).encode()
         root = folder / "train"
         assert all((root / image.file_name).resolve().is_relative_to(root) for image in plan.images)
         for image in plan.images:
-            for annotation in json.loads(image.json)["annotations"]:
+            for annotation in json.loads(json_member(image))["annotations"]:
                 labels.label(annotation["category_id"])
                 assert annotation["iscrowd"] in (0, 1)
                 assert all(math.isfinite(value) for value in (*annotation["bbox"], annotation["area"]))
