@@ -7,6 +7,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,9 @@ from pipeline.store import Place, StorePath
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 """Archives in which a file can be reached only by unpacking all before it."""
+
+AT_ONCE, PART = 16, 1000
+"""Threads that ask a disk for the sizes of files, and how many each asks for."""
 
 
 class Images(Protocol):
@@ -73,7 +77,11 @@ class FolderImages:
         return str(self.folder / name)
 
     def sizes(self, names: Iterable[str]) -> dict[str, int | None]:
-        return {name: self._size(name) for name in names}
+        wanted = list(names)
+        parts = [wanted[start : start + PART] for start in range(0, len(wanted), PART)]
+        with ThreadPoolExecutor(AT_ONCE) as pool:  # a disk of many hosts takes its time for each
+            found = list(pool.map(lambda part: {name: self._size(name) for name in part}, parts))
+        return {name: size for sizes in found for name, size in sizes.items()}
 
     def read(self, name: str) -> bytes:
         return read_image_file(self.folder / name)
