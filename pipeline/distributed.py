@@ -90,9 +90,17 @@ def all_reduce_sum(world: World, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def sum_over_ranks(world: World, *values: float) -> list[float]:
-    """Each of the numbers summed over all ranks, on the host."""
-    return all_reduce_sum(world, torch.tensor(values, dtype=torch.float64)).tolist()
+def begin_sum_over_ranks(world: World, *values: float) -> Callable[[], list[float]]:
+    """Begin to sum each of the numbers over all ranks, on the host, while this one goes on; the call gives the sums."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    work = dist.all_reduce(tensor, group=world.host_group, async_op=True) if world.size > 1 else None
+
+    def wait() -> list[float]:
+        if work is not None:
+            work.wait()
+        return tensor.tolist()
+
+    return wait
 
 
 def gather_objects(world: World, value: Any) -> list[Any]:

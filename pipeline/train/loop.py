@@ -6,7 +6,7 @@ depend on the number of ranks.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from pipeline.data.order import SampleOrder
 from pipeline.distributed import (
     World,
     all_reduce_sum,
+    begin_sum_over_ranks,
     broadcast_object,
     gather_objects,
     raise_together,
-    sum_over_ranks,
     together,
 )
 from pipeline.errors import UserError
@@ -67,11 +67,15 @@ def train(job: TrainJob, world: World, stop: StopRequest | None = None) -> Path:
     criterion = Criterion(job.train.criterion, job.model.class_loss)
     spool = job.out.train_spool if world.rank == 0 else None
     curves = together(world, lambda: Curves(spool, job.train, run.total, run.epochs, first))
+    stop = stop or StopRequest(job.out.stop)
+    asked = any(gather_objects(world, stop.asked()))
     try:
-        for step, num_boxes, unreadable in _global_steps(run, first, stop or StopRequest(job.out.stop), curves):
+        for step, num_boxes, unreadable in _global_steps(run, first):
+            if asked:
+                break
             set_learning_rates(engine.basic_optimizer, run.factor(step.step))
             losses = _forward_backward(engine, criterion, step, num_boxes, run)
-            values = _agree_on_finite(losses, gradient_norm(engine), step, run)
+            values, asked = _agree(losses, gradient_norm(engine), step, run, stop.asked(), curves.error)
             engine.step()
             skipped += unreadable
             curves.step_done(step.step, {**values, "skipped": skipped}, engine.basic_optimizer)
@@ -98,32 +102,33 @@ def _save(engine: Any, run: Run, done: int, skipped: int) -> Path:
     return path
 
 
-def _global_steps(run: Run, first: int, stop: StopRequest, curves: Curves) -> Iterator[tuple[Step, float, int]]:
+def _global_steps(run: Run, first: int) -> Iterator[tuple[Step, float, int]]:
     """This rank's part of every step from `first`, the boxes and the unreadable samples of the whole step.
 
-    What stops the loader of one rank stops all ranks, before any of them waits for the other's gradients; so do a point
-    of the step before that could not be written, and a request to end, which ends the steps here.
+    The ranks sum these while they compute the step before, so that no forward pass waits for another rank. What stops
+    the loader of one rank stops all ranks, before any of them waits for the other's gradients.
     """
     job, world, manifest = run.job, run.world, run.manifest
     order = SampleOrder(manifest.digest, manifest.shard_sizes, job.train.seed, job.train.window)
     steps = iter(TrainLoader(manifest, order, job.train, world.rank, world.size, first, run.total, job.on_error))
-    for _ in range(first, run.total):
-        error = curves.error
-        boxes = skipped = 0
+
+    def begin() -> tuple[Step | Exception, Callable[[], list[float]]]:
         try:
             step = next(steps)
-            boxes = sum(len(target["labels"]) for micro in step.micro_batches for target in micro.targets)
-            skipped = sum(micro.skipped for micro in step.micro_batches)
-        except Exception as caught:
-            error = caught
-        boxes_of_all, skipped_of_all, failed, asked = sum_over_ranks(
-            world, boxes, skipped, error is not None, stop.asked()
-        )
+        except Exception as error:
+            return error, begin_sum_over_ranks(world, 0, 0, 1)
+        boxes = sum(len(target["labels"]) for micro in step.micro_batches for target in micro.targets)
+        return step, begin_sum_over_ranks(world, boxes, sum(micro.skipped for micro in step.micro_batches), 0)
+
+    following = begin() if first < run.total else None
+    while following is not None:
+        step, sums = following
+        boxes, skipped, failed = sums()
         if failed:
-            raise_together(world, error)
-        if asked:
-            return
-        yield step, boxes_of_all, int(skipped_of_all)
+            raise_together(world, step if isinstance(step, Exception) else None)
+        assert isinstance(step, Step)
+        following = begin() if step.step + 1 < run.total else None
+        yield step, boxes, int(skipped)
 
 
 def dropout_seed(seed: int, step: int, index: int) -> int:
@@ -155,14 +160,27 @@ def _forward_backward(
     return sums
 
 
-def _agree_on_finite(losses: dict[str, torch.Tensor], norm: torch.Tensor, step: Step, run: Run) -> dict[str, float]:
-    """The losses of the global batch and the gradient's norm, or the same error on every rank before weights change."""
+def _agree(
+    losses: dict[str, torch.Tensor],
+    norm: torch.Tensor,
+    step: Step,
+    run: Run,
+    asked: bool,
+    error: Exception | None,
+) -> tuple[dict[str, float], bool]:
+    """The losses of the global batch with the gradient's norm, and whether a rank was asked to end; alike on all ranks.
+
+    Where one of the numbers is not finite, or a rank has met an error, every rank raises before weights change.
+    """
     world, names = run.world, list(losses)
     own = torch.stack(list(losses.values()))
-    sums = all_reduce_sum(world, own.clone())
-    values = dict(zip([*names, "grad_norm"], torch.cat([sums, norm.double().view(1)]).tolist(), strict=True))
+    sums = all_reduce_sum(world, torch.cat([own, own.new_tensor([asked, error is not None])]))
+    *numbers, any_asked, any_error, grad_norm = torch.cat([sums, norm.double().view(1)]).tolist()
+    if any_error:
+        raise_together(world, error)
+    values = dict(zip([*names, "grad_norm"], [*numbers, grad_norm], strict=True))
     if all(math.isfinite(value) for value in values.values()):
-        return values
+        return values, any_asked > 0
     ids = [] if torch.isfinite(own).all() else [image for micro in step.micro_batches for image in micro.image_ids]
     images = sorted(image for part in gather_objects(world, ids) for image in part)
     bad = ", ".join(f"{name} {value}" for name, value in values.items() if not math.isfinite(value))

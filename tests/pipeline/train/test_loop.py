@@ -17,7 +17,7 @@ from pipeline.data.loader import MicroBatch, Step
 from pipeline.data.manifest import Manifest, UnreadableSampleError, read_image_bytes, read_manifest
 from pipeline.distributed import World, close, init_world
 from pipeline.errors import UserError
-from pipeline.train.loop import _agree_on_finite, dropout_seed, train
+from pipeline.train.loop import _agree, dropout_seed, train
 from pipeline.train.run import Run, TrainJob
 from tests.builders import spoil
 from tests.pipeline.train.runs import SAMPLES, assert_same_weights, losses, make_job, points, train_on
@@ -156,11 +156,15 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(manifest: Manifest, ranks: Ra
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
-def disagree_on_finite(world: World, job: TrainJob, manifest: Manifest, bad: float, norm: float) -> dict[str, float]:
+def disagree(
+    world: World, job: TrainJob, manifest: Manifest, bad: float, norm: float, asked: bool = False, fails: bool = False
+) -> tuple[dict[str, float], bool]:
     value = bad if world.rank == 1 else 1.0
     micro = MicroBatch(batch=None, targets=[], index=world.rank, image_ids=[10 * world.rank + 1])  # type: ignore[arg-type]
     mine = {"loss": torch.tensor(value, dtype=torch.float64), "loss_ce": torch.tensor(0.25, dtype=torch.float64)}
-    return _agree_on_finite(mine, torch.tensor(norm), Step(3, 0, [micro]), Run(job, world, manifest))
+    error = UserError("no space") if fails and world.rank == 1 else None
+    run = Run(job, world, manifest)
+    return _agree(mine, torch.tensor(norm), Step(3, 0, [micro]), run, asked and world.rank == 1, error)
 
 
 @pytest.mark.parametrize(
@@ -175,13 +179,20 @@ def disagree_on_finite(world: World, job: TrainJob, manifest: Manifest, bad: flo
 def test_what_one_rank_sees_is_raised_on_all(
     manifest: Manifest, ranks: Ranks, tmp_path: Path, bad: float, norm: float, message: str
 ) -> None:
-    outcomes = ranks.outcomes(disagree_on_finite, make_job(manifest, tmp_path), manifest, bad, norm)
+    outcomes = ranks.outcomes(disagree, make_job(manifest, tmp_path), manifest, bad, norm)
     assert all(isinstance(outcome, UserError) and message in str(outcome) for outcome in outcomes)
 
 
 def test_finite_losses_are_summed_over_ranks(manifest: Manifest, ranks: Ranks, tmp_path: Path) -> None:
-    results = ranks.run(disagree_on_finite, make_job(manifest, tmp_path), manifest, 2.0, 0.5)
-    assert results == [{"loss": 3.0, "loss_ce": 0.5, "grad_norm": 0.5}] * 2
+    expected = {"loss": 3.0, "loss_ce": 0.5, "grad_norm": 0.5}
+    for asked in (False, True):
+        results = ranks.run(disagree, make_job(manifest, tmp_path), manifest, 2.0, 0.5, asked)
+        assert results == [(expected, asked)] * 2
+
+
+def test_an_error_of_one_rank_is_raised_on_all(manifest: Manifest, ranks: Ranks, tmp_path: Path) -> None:
+    outcomes = ranks.outcomes(disagree, make_job(manifest, tmp_path), manifest, math.nan, 0.5, False, True)
+    assert [str(outcome) for outcome in outcomes] == ["no space"] * 2
 
 
 @pytest.fixture
