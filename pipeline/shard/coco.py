@@ -309,13 +309,11 @@ def _annotations(
     for position, entry in enumerate(source.document["annotations"]):
         number = int(entry["image_id"])
         own = entry.get("id")
-        name = f"annotation {int(own)}" if is_whole(own) else f"annotations[{position}]"
-        where = f"{source.path}: {name} of image {number}"
         image = images.get(number)
+        where = _Where(source.path, position, own, number, image)
         if image is None:
             findings.report("annotation_of_unknown_image", f"{where}: there is no image with this id")
             continue
-        where = f"{where} ({shown(image['file_name'])})"
         if int(entry["category_id"]) not in category_ids:
             findings.report("annotation_of_unknown_category", f"{where}: there is no category {entry['category_id']}")
             continue
@@ -346,6 +344,21 @@ def to_json(value: dict[str, Any]) -> bytes:
 _json = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 
+class _Where(NamedTuple):
+    """Which annotation a message is about; a text only where there is one."""
+
+    path: Place
+    position: int
+    own_id: Any
+    image_id: int
+    image: Mapping[str, Any] | None
+
+    def __str__(self) -> str:
+        name = f"annotation {int(self.own_id)}" if is_whole(self.own_id) else f"annotations[{self.position}]"
+        file = f" ({shown(self.image['file_name'])})" if self.image is not None else ""
+        return f"{self.path}: {name} of image {self.image_id}{file}"
+
+
 class _AnnotationIds:
     """Keeps annotations' ids unique: an object whose id is missing or taken is an object all the same."""
 
@@ -359,7 +372,7 @@ class _AnnotationIds:
         known = [int(entry["id"]) for entry in self._annotations if is_whole(entry.get("id"))]
         return count(max(known, default=0) + 1)
 
-    def unique(self, value: Any, where: str) -> int:
+    def unique(self, value: Any, where: _Where) -> int:
         """The id, or a new one."""
         if not is_whole(value):
             told = "it has no id" if value is None else f"its id is {shown(repr(value))}, not a whole number"
@@ -373,7 +386,7 @@ class _AnnotationIds:
 
 
 def _annotation(
-    entry: Mapping[str, Any], width: int, height: int, where: str, findings: Findings
+    entry: Mapping[str, Any], width: int, height: int, where: _Where, findings: Findings
 ) -> dict[str, Any] | None:
     """What an annotation holds but its ids; None when it has to go."""
     box = _box(entry["bbox"], width, height, where, findings)
@@ -401,13 +414,14 @@ def _annotation(
     return annotation
 
 
-def _box(box: Any, width: int, height: int, where: str, findings: Findings) -> list[Any] | None:
+def _box(box: Any, width: int, height: int, where: _Where, findings: Findings) -> list[Any] | None:
     """The box xywh, clipped to the image when it sticks out by more than the slack; None when it has to go."""
-    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-        findings.report("box_malformed", f"{where}: its bbox {shown(repr(box))} is not [x, y, width, height] in pixels")
-        return None
-    if not all(map(is_finite, box)):
-        findings.report("box_not_finite", f"{where}: its bbox {shown(box)} is not finite")
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_finite, box)):
+        if isinstance(box, list) and len(box) == 4 and all(map(is_number, box)):
+            findings.report("box_not_finite", f"{where}: its bbox {shown(box)} is not finite")
+        else:
+            told = f"its bbox {shown(repr(box))} is not [x, y, width, height] in pixels"
+            findings.report("box_malformed", f"{where}: {told}")
         return None
     x, y, box_width, box_height = box
     if box_width <= 0 or box_height <= 0:
