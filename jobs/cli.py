@@ -194,6 +194,26 @@ def synth(
     typer.echo(f"{train_images} + {val_images} images in {out}")
 
 
+@app.command("import", epilog="Example: raydetr import yolo cells-roboflow --out data/cells")
+def import_(
+    kind: Annotated[Literal["yolo", "voc", "cvat"], typer.Argument(metavar="yolo|voc|cvat", help="The format.")],
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the dataset, with its images.")],
+    out: Annotated[Path, typer.Option(help="Folder in COCO's format to write; nothing may be there.")],
+    val_share: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Draw this part of the images for validation, where DIR has no such split."),
+    ] = None,
+) -> None:
+    """Make a dataset of another format one that the pipeline reads: YOLO, Pascal VOC, or CVAT for images 1.1."""
+    from pipeline.shard.imported import import_dataset
+
+    imported = import_dataset(kind, source, out, val_share)
+    typer.echo(f"{out}: {imported.categories} classes")
+    for split, (images, objects) in imported.counts.items():
+        typer.echo(f"{split}: {images} images, {objects} objects")
+    typer.echo(f"\nA configuration for it:\n\n{imported.config}", nl=False)
+
+
 @app.command(epilog="Example: raydetr convert r50_deformable_detr-checkpoint.pth detector --to hf")
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Weights of any format: a file, folder or checkpoint.")],

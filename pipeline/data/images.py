@@ -23,6 +23,9 @@ Pixels = NDArray[np.uint8]
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif"}
 """The formats that are taken, by Pillow's names, with the extension that their members have in a shard."""
 
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+"""Suffixes of the files in a folder that are taken for images."""
+
 TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
 

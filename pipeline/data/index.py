@@ -8,6 +8,7 @@ augmentation, must not change with the version of a library.
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -127,7 +128,10 @@ def open_rows(path: Path, count: int) -> Rows:
         ValueError: it is no index of so many samples.
         OSError: it cannot be read.
     """
-    rows: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        rows: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (SyntaxError, TokenError) as error:  # NumPy reads a header as Python
+        raise ValueError("its header is damaged") from error
     if rows.dtype != ROW or rows.shape != (count,):
         raise ValueError(f"it holds {rows.shape} of {rows.dtype}, not the rows of {count} samples")
     return rows.view(np.ndarray)  # type: ignore[no-any-return]

@@ -1,7 +1,8 @@
 """The manifest of a split's shards: what is in which tar, and reading it back.
 
 `<out>/<split>/manifest.json` is written last, so a folder that has one is complete. It is small; where each sample is
-stands in the index beside it. Members are read by `os.pread`; nothing is unpacked.
+stands in the index beside it, and its own sha256 in `manifest.sha256`, as `sha256sum` writes it. Members are read by
+`os.pread`; nothing is unpacked.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from pipeline.store import Place, StorePath, size_of
 
 FORMAT = 2
 MANIFEST_NAME = "manifest.json"
+SUM_NAME = "manifest.sha256"
 OPEN_FILES = 128
 
 Value = TypeVar("Value")
@@ -141,11 +143,12 @@ def read_manifest(folder: Place, cache: Cache = DEFAULT_CACHE) -> Manifest:
         cache: where the files of a store are kept on this machine.
 
     Raises:
-        UserError: there is none, it is not one that this version reads, a tar is missing or of another size, or the
-            index is missing or changed.
+        UserError: there is none, it is not one that this version reads or has changed, a tar is missing or of another
+            size, or the index is missing or changed.
     """
     manifest, index_sha256 = _read(folder, cache)
     again = f"delete {folder} and shard again"
+    _refuse_other_sum(folder, manifest.digest, again)
     if isinstance(folder, StorePath):
         sizes = folder.list()
         for shard in manifest.shards:
@@ -169,7 +172,7 @@ def write_manifest(
     problems: Mapping[str, int],
     cache: Cache = DEFAULT_CACHE,
 ) -> Manifest:
-    """Write `manifest.json` into a folder that holds its shards and its index, and read it."""
+    """Write `manifest.json`, and before it its sum, into a folder that holds its shards and its index, and read it."""
     content = {
         "format": FORMAT,
         "split": split,
@@ -181,7 +184,9 @@ def write_manifest(
         "index": {"name": INDEX_NAME, "sha256": sha256_of(folder / INDEX_NAME)},
         "shards": [asdict(shard) for shard in shards],
     }
-    write_whole(folder / MANIFEST_NAME, (json.dumps(content, sort_keys=True, indent=1) + "\n").encode())
+    text = (json.dumps(content, sort_keys=True, indent=1) + "\n").encode()
+    write_whole(folder / SUM_NAME, _sum_line(hashlib.sha256(text).hexdigest()))
+    write_whole(folder / MANIFEST_NAME, text)
     return _read(folder, cache)[0]
 
 
@@ -233,6 +238,24 @@ def _read(folder: Place, cache: Cache, digest: str | None = None) -> tuple[Manif
     digest = hashlib.sha256(text).hexdigest()
     manifest = Manifest(folder=folder, digest=digest, shards=shards, samples=samples, cache=cache, **values)
     return manifest, index_sha256
+
+
+def _sum_line(digest: str) -> bytes:
+    return f"{digest}  {MANIFEST_NAME}\n".encode()
+
+
+def _refuse_other_sum(folder: Place, digest: str, again: str) -> None:
+    """Raise a `UserError` where the sum is another; shards of a release that wrote none are taken as they are."""
+    try:
+        told = (folder / SUM_NAME).read_bytes()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{folder / SUM_NAME}: cannot be read ({error.strerror}); {again}") from error
+    if told != _sum_line(digest):
+        raise UserError(
+            f"{folder / MANIFEST_NAME}: its sha256 is not the one in {SUM_NAME}: one of them has changed; {again}"
+        )
 
 
 def _refuse_other_size(path: Place, found: int | None, size: int, again: str) -> None:

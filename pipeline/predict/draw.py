@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.data.images import BadImageError, read_image_file
+from pipeline.data.images import PICTURES, BadImageError, read_image_file
 from pipeline.errors import UserError, shown
 from pipeline.files import make_folder, write_json
 from pipeline.log import get_logger
@@ -17,8 +17,6 @@ from pipeline.predict.attention import MOST_NAME, check_samples, look, save_look
 from pipeline.predict.detector import Detector, read_picture
 
 logger = get_logger(__name__)
-
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def draw_boxes(

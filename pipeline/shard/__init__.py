@@ -1,4 +1,4 @@
-"""Makes: COCO data checked, written as WebDataset tars with a manifest, or drawn."""
+"""Makes: COCO data checked, written as WebDataset tars with a manifest, drawn, or converted."""
 
 from pipeline.shard.coco import (
     CocoImage,
@@ -9,6 +9,14 @@ from pipeline.shard.coco import (
     open_source,
     open_split,
     source_digest,
+)
+from pipeline.shard.foreign import (
+    Split,
+    read_foreign,
+)
+from pipeline.shard.imported import (
+    Imported,
+    import_dataset,
 )
 from pipeline.shard.look import (
     write_look,
@@ -43,9 +51,11 @@ __all__ = [
     "CocoSplit",
     "Findings",
     "Images",
+    "Imported",
     "Mask",
     "ShardPlan",
     "Source",
+    "Split",
     "WriteAll",
     "WriteTask",
     "WrittenShard",
@@ -54,11 +64,13 @@ __all__ = [
     "draw_configured",
     "draw_dataset",
     "finish",
+    "import_dataset",
     "json_member",
     "open_images",
     "open_source",
     "open_split",
     "plan_shards",
+    "read_foreign",
     "report_problems",
     "shard_split",
     "source_digest",

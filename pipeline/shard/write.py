@@ -32,6 +32,7 @@ from pipeline.data.labels import LabelMap
 from pipeline.data.manifest import (
     FORMAT,
     MANIFEST_NAME,
+    SUM_NAME,
     Manifest,
     Shard,
     UnreadableSampleError,
@@ -234,7 +235,7 @@ def finish(
     finally:
         temporary.unlink(missing_ok=True)
     manifest = write_manifest(folder, split, labels, source.digest, settings, shards, problems, cache)
-    kept = {MANIFEST_NAME, INDEX_NAME, *(shard.name for shard in shards)}
+    kept = {MANIFEST_NAME, SUM_NAME, INDEX_NAME, *(shard.name for shard in shards)}
     _remove(folder, [name for name in _names(folder) if name not in kept])
     return manifest
 

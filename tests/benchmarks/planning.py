@@ -60,9 +60,7 @@ def main() -> None:
         process.start()
         shards, seconds, peak = ours.recv()
         process.join()
-    print(
-        f"{IMAGES:,} images, {IMAGES * BOXES_AN_IMAGE:,} boxes: {shards} shards planned in {seconds:.0f} s, {peak:.1f} GiB"
-    )
+    print(f"{IMAGES:,} images, {IMAGES * BOXES_AN_IMAGE:,} boxes: {shards} shards in {seconds:.0f} s, {peak:.1f} GiB")
     if seconds > MOST_SECONDS or peak > MOST_GIB:
         raise SystemExit(1)
 

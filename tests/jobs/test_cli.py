@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.pipeline.shard.test_foreign import yolo_ultralytics
+
 PROJECT = Path(__file__).resolve().parents[2]
 COMMANDS = [
     *("run", "shard", "train", "evaluate", "register", "predict"),
-    *("synth", "convert", "config", "inspect", "doctor", "track sync"),
+    *("synth", "import", "convert", "config", "inspect", "doctor", "track sync"),
 ]
 
 
@@ -73,6 +75,19 @@ def test_synth_draws_a_dataset(tmp_path: Path) -> None:
     result = raydetr("synth", str(tmp_path / "shapes"), "--train-images", "3", "--val-images", "2")
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "shapes").rglob("*.jpg")) + list((tmp_path / "shapes").rglob("*.png"))) == 5
+
+
+def test_import_ends_with_a_configuration(tmp_path: Path) -> None:
+    yolo_ultralytics(tmp_path / "yolo")
+    result = raydetr("import", "yolo", str(tmp_path / "yolo"), "--out", str(tmp_path / "cells"))
+    assert result.returncode == 0, result.stderr
+    counts, config = result.stdout.split("\n\nA configuration for it:\n\n")
+    assert counts == f"{tmp_path}/cells: 3 classes\ntrain: 3 images, 3 objects\nval: 1 images, 1 objects"
+    (tmp_path / "cells.yaml").write_text(config)
+    assert raydetr("config", "-c", str(tmp_path / "cells.yaml")).returncode == 0
+    again = raydetr("import", "yolo", str(tmp_path / "yolo"), "--out", str(tmp_path / "cells"))
+    assert again.returncode == 2
+    assert again.stderr == f"error: {tmp_path}/cells: is there already; delete it, or choose another --out\n"
 
 
 def test_files_are_scored_without_a_config(shared_data: Path, tmp_path: Path) -> None:

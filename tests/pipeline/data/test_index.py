@@ -64,3 +64,13 @@ def test_another_array_is_told(tmp_path: Path) -> None:
     np.save(tmp_path / "index.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError):  # noqa: PT011 nothing is unpickled
         open_rows(tmp_path / "index.npy", 1)
+
+
+@pytest.mark.parametrize(("position", "value"), [(10, ord("z")), (35, ord(","))], ids=["token", "syntax"])
+def test_a_damaged_header_is_told(tmp_path: Path, position: int, value: int) -> None:
+    written(tmp_path, 4)
+    content = bytearray((tmp_path / "index.npy").read_bytes())
+    content[position] = value
+    (tmp_path / "index.npy").write_bytes(content)
+    with pytest.raises(ValueError, match="its header is damaged"):
+        open_rows(tmp_path / "index.npy", 4)

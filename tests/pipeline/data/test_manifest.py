@@ -2,8 +2,10 @@ import hashlib
 import json
 import os
 import pickle
+import random
+import subprocess
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ from pipeline.data.manifest import (
     read_image_bytes,
     read_manifest,
 )
+from pipeline.data.samples import load_image
 from pipeline.errors import UserError
-from tests.builders import make_annotation, make_manifest, write_coco
+from pipeline.shard.write import verify_shard
+from tests.builders import make_annotation, make_manifest, make_varied_manifest, write_coco
 
 ANNOTATIONS = [make_annotation(1, 1), make_annotation(2, 3, (1, 1, 4, 4), 90, iscrowd=1, area=7.5)]
 
@@ -79,7 +83,17 @@ class TestReading:
 class TestWriting:
     def test_leaves_no_temporary_file(self, tmp_path: Path) -> None:
         folder = make_manifest(tmp_path).folder
-        assert {path.name for path in folder.iterdir()} == {"index.npy", "manifest.json", "shard-000000.tar"}
+        names = {path.name for path in folder.iterdir()}
+        assert names == {"index.npy", "manifest.json", "manifest.sha256", "shard-000000.tar"}
+
+    def test_the_sum_is_one_that_sha256sum_checks(self, tmp_path: Path) -> None:
+        folder = make_manifest(tmp_path).folder
+        subprocess.run(["sha256sum", "--check", "--quiet", "manifest.sha256"], cwd=folder, check=True)
+
+    def test_shards_without_a_sum_are_read(self, tmp_path: Path) -> None:
+        manifest = make_manifest(tmp_path)
+        (manifest.folder / "manifest.sha256").unlink()
+        assert read_manifest(manifest.folder) == manifest
 
 
 class TestDamage:
@@ -134,6 +148,65 @@ class TestDamage:
             path.write_bytes((make_manifest(tmp_path / "b", [1, 2]).folder / "index.npy").read_bytes())
         with pytest.raises(UserError, match=r"index\.npy: .*; delete .* and shard again$"):
             read_manifest(folder)
+
+
+class TestOneChangedByte:
+    """Of any file of a split: it is told, or no reader uses it. Nothing is trained on or scored silently."""
+
+    def split(self, root: Path) -> Manifest:
+        """Two tars of JPEG and JSON members."""
+        return make_varied_manifest(root, 8, max_samples=5)
+
+    def all_samples(self, manifest: Manifest) -> list[Any]:
+        return [
+            (sample, read_annotations(manifest, sample), load_image(manifest, sample).tobytes())
+            for sample in manifest.samples
+        ]
+
+    @pytest.mark.parametrize("name", ["index.npy", "manifest.json", "manifest.sha256"])
+    def test_of_what_describes_the_shards_is_told_when_it_is_read(self, tmp_path: Path, name: str) -> None:
+        path = self.split(tmp_path).folder / name
+        for _ in changed_bytes(path, 40):
+            with pytest.raises(UserError, match=r"again$"):
+                read_manifest(path.parent)
+
+    @pytest.mark.parametrize("number", [0, 1])
+    def test_of_a_tar_is_told_or_in_no_member(self, tmp_path: Path, number: int) -> None:
+        before = self.split(tmp_path)
+        whole = self.all_samples(before)
+        path = before.folder / before.shards[number].name
+        unused = 0
+        for position in changed_bytes(path, 40):
+            manifest = read_manifest(before.folder)
+            hit = [
+                sample
+                for sample in manifest.samples
+                for offset, size, _ in (sample.image, sample.json)
+                if sample.shard == number and offset <= position < offset + size
+            ]
+            if hit:
+                with pytest.raises(UnreadableSampleError, match=rf"image id {hit[0].image_id}\).* have changed"):
+                    self.all_samples(manifest)
+            else:  # a member's header, which only other readers use, or what fills its last block or ends the tar
+                unused += 1
+                assert self.all_samples(manifest) == whole
+                assert manifest.digest == before.digest
+            with pytest.raises(UserError, match="its sha256 is not the manifest's"):
+                verify_shard(manifest, number)
+        assert 0 < unused < 40, "both kinds are met"
+
+
+def changed_bytes(path: Path, count: int) -> Iterator[int]:
+    """The positions of bytes of a file, each changed in its turn to another value, all drawn from the file's name."""
+    content = path.read_bytes()
+    draw = random.Random(path.name)
+    for _ in range(count):
+        position = draw.randrange(len(content))
+        damaged = bytearray(content)
+        damaged[position] ^= draw.randrange(1, 256)
+        path.write_bytes(damaged)
+        yield position
+    path.write_bytes(content)
 
 
 class TestReader:
@@ -199,6 +272,7 @@ def test_a_foreign_manifest_is_refused_when_it_is_read(tmp_path: Path, change: C
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+    (path.parent / "manifest.sha256").unlink()
     with pytest.raises(UserError, match=told) as caught:
         read_manifest(path.parent)
     assert str(path.parent) in str(caught.value)

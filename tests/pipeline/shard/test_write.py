@@ -274,7 +274,8 @@ class TestBadImages:
         assert [sample.shard for sample in manifest.samples] == [0, 1]
         assert manifest.problems == {rule: 1}
         assert f"train: cleaned: 1 {rule}" in caplog.text
-        assert left_in(manifest.folder) == {"index.npy", "manifest.json", "shard-000001.tar", "shard-000002.tar"}
+        metadata = {"index.npy", "manifest.json", "manifest.sha256"}
+        assert left_in(manifest.folder) == {*metadata, "shard-000001.tar", "shard-000002.tar"}
         assert read_manifest(manifest.folder) == manifest
 
     def test_nothing_left(self, tmp_path: Path) -> None:
