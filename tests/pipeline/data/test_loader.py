@@ -1,5 +1,6 @@
 import pickle
 from collections import Counter
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,15 @@ import torch
 
 from pipeline.config.sections import AugmentSection, EvaluateSection, TrainSection
 from pipeline.data.augment import plan_eval
-from pipeline.data.loader import PLACEHOLDER_SIDE, EvalLoader, MicroBatch, Step, TrainLoader, eval_batches
+from pipeline.data.loader import (
+    PLACEHOLDER_SIDE,
+    EvalLoader,
+    MicroBatch,
+    Step,
+    TrainLoader,
+    eval_batches,
+    prepare_workers,
+)
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import SampleOrder
 from pipeline.data.samples import load_image, plan_step
@@ -87,6 +96,14 @@ class TestOrderContract:
         for step in steps:
             for one, other in zip(step.micro_batches, straight[step.step].micro_batches, strict=True):
                 assert_same(one, other)
+
+    def test_worker_processes_are_forked_from_what_was_prepared(self, manifest: Manifest) -> None:
+        prepare_workers(0)
+        prepare_workers(1)
+        server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+        assert server is not None
+        assert len(list(loader(manifest, 0, 1, loader_workers=1))) == 1
+        assert forkserver._forkserver._forkserver_pid == server  # type: ignore[attr-defined]
 
     def test_far_steps_cost_no_more(self, manifest: Manifest) -> None:
         (step,) = loader(manifest, 10**9, 10**9 + 1)
