@@ -43,6 +43,7 @@ from pipeline.data.loader import (
     Step,
     TrainLoader,
     eval_batches,
+    prepare_workers,
 )
 from pipeline.data.manifest import (
     Manifest,
@@ -120,6 +121,7 @@ __all__ = [
     "plan_samples",
     "plan_step",
     "plan_train",
+    "prepare_workers",
     "read_annotations",
     "read_image_bytes",
     "read_image_file",

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple
 
@@ -145,6 +146,17 @@ class TrainLoader:
             if ahead is not None:
                 ahead.close()
             del items  # ends the workers now: an error's traceback would keep them until it is collected
+
+
+def prepare_workers(workers: int) -> None:
+    """Have what worker processes are forked from import torch while the caller goes on, which takes seconds.
+
+    Args:
+        workers: of the loader that is made later.
+    """
+    if workers:
+        _forkserver()
+        forkserver.ensure_running()
 
 
 def eval_batches(manifest: Manifest, batch_size: int) -> list[list[int]]:

@@ -42,6 +42,7 @@ SERVED = (
     "errors.py",
     "log.py",
     "files.py",
+    "store.py",
     "run_folder.py",
     "config/sections.py",
     "config/address.py",

@@ -17,7 +17,7 @@ from model.losses.criterion import Criterion
 from model.losses.groups import groups_of
 from pipeline.checkpoint.save import save
 from pipeline.checkpoint.state import latest
-from pipeline.data.loader import Step, TrainLoader
+from pipeline.data.loader import Step, TrainLoader, prepare_workers
 from pipeline.data.manifest import read_manifest
 from pipeline.data.order import SampleOrder
 from pipeline.distributed import (
@@ -63,6 +63,7 @@ def train(job: TrainJob, world: World, stop: StopRequest | None = None) -> Path:
         return found[0]
     path, first, skipped = (found[0], found[1].step, found[1].skipped) if found else (None, 0, 0)
     done = first
+    prepare_workers(job.train.loader_workers)
     engine = make_engine(run, found)
     criterion = Criterion(job.train.criterion, job.model.class_loss)
     spool = job.out.train_spool if world.rank == 0 else None

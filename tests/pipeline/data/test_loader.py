@@ -1,23 +1,39 @@
+import json
 import pickle
 import time
 from collections import Counter
+from itertools import islice
+from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.config.sections import AugmentSection, EvaluateSection, TrainSection
 from pipeline.data.augment import plan_eval
 from pipeline.data.cache import Cache
-from pipeline.data.loader import PLACEHOLDER_SIDE, EvalLoader, MicroBatch, Step, TrainLoader, eval_batches
-from pipeline.data.manifest import Manifest, read_manifest
+from pipeline.data.index import INDEX_NAME, Sample, to_rows
+from pipeline.data.labels import Category, LabelMap
+from pipeline.data.loader import (
+    PLACEHOLDER_SIDE,
+    EvalLoader,
+    MicroBatch,
+    Step,
+    TrainLoader,
+    eval_batches,
+    prepare_workers,
+)
+from pipeline.data.manifest import Manifest, Shard, read_manifest, write_manifest
 from pipeline.data.order import SampleOrder
 from pipeline.data.samples import load_image, plan_step
 from pipeline.errors import UserError
+from pipeline.shard.tar import ShardTar
 from pipeline.store import StorePath
-from tests.builders import make_annotation, make_manifest, spoil
+from tests.builders import make_annotation, make_manifest, spoil, write_image
 from tests.stores import S3Server
 
 AUGMENT = AugmentSection(short_sides=(32, 40), max_side=64, crop_short_sides=(30, 36), crop_min=20, crop_max=30)
@@ -92,6 +108,14 @@ class TestOrderContract:
             for one, other in zip(step.micro_batches, straight[step.step].micro_batches, strict=True):
                 assert_same(one, other)
 
+    def test_worker_processes_are_forked_from_what_was_prepared(self, manifest: Manifest) -> None:
+        prepare_workers(0)
+        prepare_workers(1)
+        server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+        assert server is not None
+        assert len(list(loader(manifest, 0, 1, loader_workers=1))) == 1
+        assert forkserver._forkserver._forkserver_pid == server  # type: ignore[attr-defined]
+
     def test_far_steps_cost_no_more(self, manifest: Manifest) -> None:
         (step,) = loader(manifest, 10**9, 10**9 + 1)
         assert step.epoch == 10**9 * 12 // 31
@@ -154,6 +178,82 @@ class TestStore:
             list(loader(stored, 0, 1, loader_workers=workers, on_error="skip"))
         with pytest.raises(UserError, match="it is not in its store"):
             list(EvalLoader(stored, eval_batches(stored, 4), EvaluateSection(), workers))
+class Case(NamedTuple):
+    """Shards, the batches that are made of them, and a run that is interrupted: (steps, ranks) of each of its parts."""
+
+    shard_sizes: list[int]
+    window: int
+    micro_batch: int
+    micro_batches: int
+    parts: list[tuple[int, int]]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    shard_sizes = draw(st.lists(st.integers(1, 7), min_size=1, max_size=6))
+    micro_batches = draw(st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 12]))
+    worlds = [world for world in range(1, 9) if micro_batches % world == 0]
+    parts = draw(st.lists(st.tuples(st.integers(1, 3), st.sampled_from(worlds)), min_size=1, max_size=3))
+    return Case(shard_sizes, draw(st.integers(1, 7)), draw(st.integers(1, 2)), micro_batches, parts)
+
+
+class TestExactlyOnce:
+    """Whatever the shards, the window, the ranks and their processes are, and wherever a run is interrupted."""
+
+    @given(cases(), st.integers(0, 40))
+    @settings(max_examples=30, deadline=None)
+    def test_in_the_same_order(self, tmp_path_factory: pytest.TempPathFactory, case: Case, first: int) -> None:
+        self.check(write_shards(tmp_path_factory.mktemp("case"), case.shard_sizes), case, first, workers=0)
+
+    @pytest.mark.filterwarnings("ignore:This DataLoader will create")
+    @pytest.mark.parametrize("workers", [1, 2, 3, 4])
+    def test_in_the_same_order_with_processes(self, tmp_path: Path, workers: int) -> None:
+        case = Case([4, 1, 6, 2], window=2, micro_batch=2, micro_batches=6, parts=[(2, 2), (1, 1), (2, 3)])
+        self.check(write_shards(tmp_path, case.shard_sizes), case, 0, workers)
+
+    def check(self, manifest: Manifest, case: Case, first: int, workers: int) -> None:
+        train = {"micro_batch": case.micro_batch, "global_batch": case.micro_batch * case.micro_batches}
+        train |= {"window": case.window}
+        total = first + sum(steps for steps, _ in case.parts)
+        straight = {step.step: step.micro_batches for step in loader(manifest, first, total, **train)}
+        begin = first
+        for steps, world in case.parts:
+            for rank in range(world):
+                # The loader has more to give when it is left: what its processes worked ahead is lost.
+                run = iter(loader(manifest, begin, begin + steps + 9, rank, world, loader_workers=workers, **train))
+                for step in islice(run, steps):
+                    expected = straight[step.step][rank::world]
+                    for one, other in zip(step.micro_batches, expected, strict=True):
+                        assert_same(one, other)
+                run.close()  # type: ignore[attr-defined]
+            begin += steps
+        # Each of these steps' positions in the stream once, and each image once among the positions of an epoch.
+        ids = [image for step in range(first, total) for batch in straight[step] for image in batch.image_ids]
+        order = SampleOrder(manifest.digest, manifest.shard_sizes, 5, case.window)
+        begin, end = (step * train["global_batch"] for step in (first, total))
+        image_ids = manifest.samples.rows["image_id"]
+        assert Counter(ids) == Counter(int(image_ids[order.step_samples(n, 1)[1].item()]) for n in range(begin, end))
+        images = len(manifest.samples)
+        for epoch in range(begin // images, end // images + 1):
+            assert sorted(order.step_samples(epoch, images)[1].tolist()) == list(range(images))
+
+
+def write_shards(folder: Path, sizes: list[int]) -> Manifest:
+    """Shards of some numbers of small images, all of one picture."""
+    picture = write_image(folder / "picture.jpg").read_bytes()
+    shards, samples = [], []
+    for number, size in enumerate(sizes):
+        name = f"shard-{number:06d}.tar"
+        with (folder / name).open("wb") as file, ShardTar(file) as tar:
+            for image_id in range(len(samples) + 1, len(samples) + size + 1):
+                annotations = [make_annotation(image_id, image_id)]
+                told = {"image_id": image_id, "file_name": "", "width": 32, "height": 24, "annotations": annotations}
+                members = [tar.add(f"{image_id:012d}.{kind}", content) for kind, content in
+                           (("jpg", picture), ("json", json.dumps(told).encode()))]  # fmt: skip
+                samples.append(Sample(image_id, 32, 24, number, "jpg", *members))
+        shards.append(Shard(name, size, tar.size, tar.sha256))
+    np.save(folder / INDEX_NAME, to_rows(samples))
+    return write_manifest(folder, "train", LabelMap("contiguous", (Category(1, "thing"),)), "0" * 64, {}, shards, {})
 
 
 class TestMicroBatches:
