@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from queue import SimpleQueue
 from types import FrameType
 from typing import TypeVar
 
@@ -53,6 +54,45 @@ def _first(number: int, frame: FrameType | None) -> None:
 def _second(number: int, frame: FrameType | None) -> None:
     end_descendants(wait_seconds=0)
     os._exit(128 + number)
+
+
+@contextmanager
+def at_first_signal(call: Callable[[], None], wait_seconds: float) -> Iterator[Callable[[], None]]:
+    """In the block, the first signal has a thread begin a call at once, before anything is unwound.
+
+    Args:
+        call: what comes first of all, as whoever sent the signal may kill this process before it has ended in order.
+        wait_seconds: longest wait for the call at the end of the block.
+
+    Yields:
+        What begins the call without a signal, unless it has begun.
+    """
+    wanted: SimpleQueue[bool] = SimpleQueue()  # a handler may put into it whatever it cuts into
+    began = False
+
+    def begin() -> None:
+        nonlocal began
+        began = True
+        wanted.put(True)
+
+    def first(number: int, frame: FrameType | None) -> None:
+        begin()
+        _first(number, frame)
+
+    thread = threading.Thread(target=lambda: call() if wanted.get() else None, name="at-first-signal", daemon=True)
+    thread.start()
+    ours = [number for number in SIGNALS if signal.getsignal(number) is _first]
+    for number in ours:
+        signal.signal(number, first)
+    try:
+        yield begin
+    finally:
+        if began:
+            thread.join(wait_seconds)
+        else:
+            for number in ours:
+                signal.signal(number, _first)
+            wanted.put(False)
 
 
 def in_thread(call: Callable[[], Result], name: str) -> "Future[Result]":

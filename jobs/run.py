@@ -1,6 +1,5 @@
 """The pipeline: its steps on one Ray and under one MLflow run, with what they do shown while they do it."""
 
-import threading
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.console import Console
 from jobs import evaluate, register, shard, track, train
 from jobs.cluster import connected
 from jobs.console import ProgressDisplay, make_console
-from jobs.interrupt import Interrupted
+from jobs.interrupt import Interrupted, at_first_signal
 from pipeline.checkpoint.find import newest_whole
 from pipeline.checkpoint.state import latest
 from pipeline.config.load import dump_config
@@ -62,6 +61,7 @@ class Pipeline:
                 name = f"the run {self.config.name}"
                 self._stack.enter_context(held(self.config.folder.lock, name, wait=self._wait, mend="set runs"))
                 check_resume(self.config)
+            self._begin_kill = self._stack.enter_context(at_first_signal(self._kill, FINISH_SECONDS))
             self._ray = self._stack.enter_context(ExitStack())
             self._open = self._stack.pop_all()
         return self
@@ -69,29 +69,29 @@ class Pipeline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and issubclass(kind, Interrupted | KeyboardInterrupt):
-            finishing = threading.Thread(target=self._finish, args=("KILLED",), daemon=True)
-            finishing.start()
-            self._open.close()
-            finishing.join(FINISH_SECONDS)
-            return
+        is_interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
         with self._open:
-            self._ray.close()  # which is not needed while uploads wait; the run's lock is
-            if kind is not None:
-                self._finish("FAILED")
-            elif self._tracker is not None:
+            if is_interrupted:
+                self._begin_kill()
+            self._ray.__exit__(kind, error, trace)  # which is not needed while uploads wait; the run's lock is
+            if self._tracker is None or is_interrupted:
+                return
+            if kind is None:
                 self._tracker.finish("FINISHED")
                 self._tracker.settle(self.config.tracking.patience, self._say_waiting)
+            else:
+                with suppress(UserError):  # what went wrong before is to be read, not that the disk is full as well
+                    self._tracker.finish("FAILED")
 
     def _connect(self) -> None:
         """Be connected to Ray from now on."""
         self._ray.enter_context(connected(self.config.cluster))  # another time, this is the connection that there is
 
-    def _finish(self, status: str) -> None:
-        """End the MLflow run; what went wrong before is to be read, not that the disk is full as well."""
+    def _kill(self) -> None:
+        """Tell the tracking server that the run ends, as quickly as can be."""
         if self._tracker is not None:
             with suppress(UserError):
-                self._tracker.finish(status)
+                self._tracker.kill()
 
     def _say_waiting(self) -> None:
         minutes = self.config.tracking.patience / 60
@@ -101,7 +101,9 @@ class Pipeline:
     def tracker(self) -> Tracker:
         """The MLflow run: continued if this pipeline run has one, made otherwise."""
         if self._tracker is None:
-            self._tracker = track.open_tracker(self.config)
+            # It is known before its run is made: that may be cut, and then the run has to be ended.
+            self._tracker = track.open_tracker(self.config, reach=False)
+            self._tracker.reach()
             self._tracker.start()
             self._tracker.log_params(dump_config(self.config))
         return self._tracker

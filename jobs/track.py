@@ -9,14 +9,15 @@ from pipeline.registry.register import VERSION, register_version
 from pipeline.tracking.tracker import Tracker
 
 
-def open_tracker(config: Config) -> Tracker:
-    """The MLflow run of a pipeline run, with all that its outbox may hold."""
+def open_tracker(config: Config, *, reach: bool = True) -> Tracker:
+    """The MLflow run of a pipeline run, with all that its outbox may hold; `reach` as of `Tracker`."""
     return Tracker(
         config.tracking_uri,
         config.tracking.experiment,
         config.name,
         config.folder.mlflow_run,
         required=config.tracking.required,
+        reach=reach,
         handlers={VERSION: register_version},
     )
 

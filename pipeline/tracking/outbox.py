@@ -72,12 +72,21 @@ class Outbox:
             again: append it in any case.
         """
         operation = Operation(kind, subject, time.time(), dict(body))
-        last = next((each for each in reversed(self._operations) if (each.kind, each.subject) == (kind, subject)), None)
+        last = self.last(kind, subject)
         if last is not None and last.key == operation.key and not again:
             return last
-        self._append(self._file, asdict(operation))
-        self._operations.append(operation)
+        try:
+            self._append(self._file, asdict(operation))
+            self._operations.append(operation)
+        except BaseException:  # a signal may come between the two
+            self._operations = list(_read(self._file))
+            raise
         return operation
+
+    def last(self, kind: str, subject: str = "") -> Operation | None:
+        """The newest operation of a kind and a subject."""
+        alike = (each for each in reversed(self._operations) if (each.kind, each.subject) == (kind, subject))
+        return next(alike, None)
 
     def since(self) -> float:
         """When the run began, in seconds since the epoch: the time of its first operation."""

@@ -63,6 +63,7 @@ class Tracker:
         run_file: JSON file that remembers the run (`uri`, `experiment`, `run_id`): when it is there, and the uri is the
             same, the run is continued, else a new one is made. The outbox is beside it.
         required: refuse a server that is away now, instead of making the run when it is back.
+        reach: call `reach` at once.
         handlers: what operations of other kinds do, by kind.
 
     Raises:
@@ -77,6 +78,7 @@ class Tracker:
         run_file: Path,
         *,
         required: bool = False,
+        reach: bool = True,
         handlers: Mapping[str, Handler] | None = None,
     ) -> None:
         self.uri = shown(uri)
@@ -91,6 +93,7 @@ class Tracker:
             **(handlers or {}),
         }
         self._address, self._experiment, self._run_name, self._run_file = uri, experiment, run_name, run_file
+        self._required = required
         self._experiment_id = ""
         self._client: MlflowClient | None = None
         self._lock = threading.Lock()
@@ -98,7 +101,8 @@ class Tracker:
         self._next_try = 0.0
         self._results: dict[str, Any] = {}
         self._recorded = _read_run_file(run_file)
-        self._reach(required)
+        if reach:
+            self.reach()
 
     @property
     def client(self) -> "MlflowClient":
@@ -138,19 +142,40 @@ class Tracker:
         """End the run: FINISHED, FAILED or KILLED."""
         self._want("status", "", {"status": status})
 
+    def kill(self) -> None:
+        """End the run before anything else that waits is sent: this process may be killed at any moment.
+
+        The run is KILLED, unless another end is wanted by now. For a thread of its own, while another one may be in any
+        call of this tracker.
+        """
+        with self._lock:
+            operation = self.outbox.last("status")
+            if operation is None or operation.body["status"] == "RUNNING":
+                operation = self.outbox.add("status", "", {"status": "KILLED"})
+            if self._client is None:
+                return  # it has told the server nothing
+            try:
+                self._find_run()
+                self._send_status(operation)
+            except server_errors() as error:
+                self._say_away(error)
+        self.sync()
+
     def request(self, kind: str, subject: str, body: Mapping[str, Any]) -> Any | None:
         """Have an operation of the kind of a handler done, and return what the handler does.
 
         Returns:
             None where it waits in the outbox, or was refused.
         """
-        key = self.outbox.add(kind, subject, body, again=True).key
+        with self._lock:
+            key = self.outbox.add(kind, subject, body, again=True).key
         self._results.pop(key, None)
         self.sync()
         return self._results.pop(key, None)
 
     def _want(self, kind: str, subject: str, body: Mapping[str, Any]) -> None:
-        self.outbox.add(kind, subject, body)
+        with self._lock:
+            self.outbox.add(kind, subject, body)
         self.sync()
 
     def waiting(self) -> int:
@@ -237,12 +262,14 @@ class Tracker:
             self._say_back()
             return uploaded
 
-    def _reach(self, required: bool) -> None:
+    def reach(self) -> None:
+        """Find the run, or make it, unless the server is away."""
         with self._lock:
             try:
                 self._find_run()
             except server_errors() as error:
-                if required:
+                if self._required:
+                    self._next_try = time.monotonic() + RETRY_SECONDS
                     raise UserError(
                         f"tracking.uri {self.uri}: the tracking server {why(error)}, and tracking.required is true. "
                         "Start the server, mend the address, or leave tracking.uri out to use a database under `runs`"
@@ -360,6 +387,8 @@ class Tracker:
 
     def _send_status(self, operation: Operation) -> None:
         status = operation.body["status"]
+        if operation is not self.outbox.last("status"):
+            return  # what it became after that counts, and may be sent by now
         if status == "RUNNING":
             self.client.update_run(self.run_id, status=status)
         else:

@@ -102,3 +102,40 @@ def test_what_lost_its_parent_is_ended_too() -> None:
     while psutil.pid_exists(int(output)) and time.monotonic() < end:
         time.sleep(0.05)
     assert not psutil.pid_exists(int(output))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_what_comes_first_begins_before_anything_is_unwound(number: signal.Signals) -> None:
+    process = started(
+        "import time\n"
+        "from jobs.interrupt import Interrupted, at_first_signal, end_in_order, held_back\n"
+        "end_in_order()\n"
+        "try:\n"
+        "    with at_first_signal(lambda: print('first', flush=True), 10) as begin:\n"
+        "        try:\n"
+        "            with held_back():\n"
+        "                print('ready', flush=True)\n"
+        "                time.sleep(1)\n"
+        "        finally:\n"
+        "            time.sleep(1)\n"
+        "            print('unwound', flush=True)\n"
+        "            begin()\n"
+        "except Interrupted as interrupted:\n"
+        "    print(interrupted)\n"
+    )
+    process.send_signal(number)
+    assert rest(process).split() == ["first", "unwound", number.name]
+
+
+def test_without_a_signal_nothing_begins_and_the_signals_are_as_before() -> None:
+    process = started(
+        "import signal\n"
+        "from jobs.interrupt import at_first_signal, end_in_order\n"
+        "end_in_order()\n"
+        "before = signal.getsignal(signal.SIGTERM)\n"
+        "with at_first_signal(lambda: print('begun'), 10):\n"
+        "    print('ready', flush=True)\n"
+        "    assert signal.getsignal(signal.SIGTERM) is not before\n"
+        "print(signal.getsignal(signal.SIGTERM) is before)\n"
+    )
+    assert rest(process) == "True\n"

@@ -156,6 +156,19 @@ class TestOutage:
         outbox.add("status", "", {"status": "FINISHED"})
         assert [each.kind for each in Outbox(tmp_path).pending("run")] == ["params", "status"]
 
+    def test_what_a_signal_cuts_is_the_same_on_disk_and_in_memory(self, tmp_path: Path, monkeypatch: Any) -> None:
+        outbox = Outbox(tmp_path)
+
+        def cut(descriptor: int) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", cut)
+            with pytest.raises(KeyboardInterrupt):
+                outbox.add("status", "", {"status": "RUNNING"})
+        outbox.add("status", "", {"status": "KILLED"})
+        assert outbox.pending("") == Outbox(tmp_path).pending("")
+
     def test_another_server_gets_everything(self, server: MlflowServer, mlflow_uri: str, tmp_path: Path) -> None:
         write_points(tmp_path, 1, 2)
         do_all(open_run(mlflow_uri, tmp_path), tmp_path)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import TrackingError, UserError
+from pipeline.tracking.outbox import Operation
 from pipeline.tracking.spool import Spool
 from pipeline.tracking.tracker import Tracker
 
@@ -83,6 +84,54 @@ class TestTracker:
             "pictures/note.txt"
         ]
         assert not Path("mlruns").exists()
+
+    def test_a_kill_overtakes_what_waits_and_what_was_wanted_before(self, uri: str, tmp_path: Path) -> None:
+        statuses: list[str] = []
+
+        def look(tracker: Tracker, operation: Operation) -> None:
+            statuses.append(tracker.client.get_run(tracker.run_id).info.status)
+            raise OSError("cut")
+
+        tracker = Tracker(uri, "experiment", "run", tmp_path / "mlflow.json", handlers={"slow": look})
+        tracker.start()
+        tracker.request("slow", "", {})
+        tracker.kill()
+        tracker._next_try = 0.0
+        tracker.sync()
+        assert statuses == ["RUNNING", "KILLED"]
+        again = Tracker(uri, "experiment", "run", tmp_path / "mlflow.json", handlers={"slow": lambda *_: None})
+        again.start()
+        assert again.client.get_run(again.run_id).info.status == "RUNNING"
+        assert again.waiting() == 0
+
+    def test_a_kill_ends_a_run_whose_making_was_cut(self, uri: str, tmp_path: Path) -> None:
+        tracker = Tracker(uri, "experiment", tmp_path.name, tmp_path / "mlflow.json", reach=False)
+        real = tracker.client
+
+        class Cut(BaseException):
+            pass
+
+        class Client:
+            def create_run(self, *arguments: object) -> None:
+                real.create_run(*arguments)
+                raise Cut
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(real, name)
+
+        tracker._client = Client()
+        with pytest.raises(Cut):
+            tracker.reach()
+        tracker.kill()
+        experiment = real.get_experiment_by_name("experiment").experiment_id
+        (run,) = real.search_runs([experiment], f"attributes.run_name = '{tmp_path.name}'")
+        assert run.info.status == "KILLED"
+
+    def test_a_kill_keeps_an_end_that_is_wanted_by_now(self, tracker: Tracker) -> None:
+        tracker.start()
+        tracker.finish()
+        tracker.kill()
+        assert tracker.client.get_run(tracker.run_id).info.status == "FINISHED"
 
     def test_a_run_that_is_gone_is_made_anew(self, uri: str, tmp_path: Path) -> None:
         (tmp_path / "mlflow.json").write_text(json.dumps({"uri": uri, "experiment": "e", "run_id": "0" * 32}))

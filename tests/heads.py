@@ -1,0 +1,78 @@
+"""A Ray head on this machine, to which tests submit jobs as users do."""
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+PROJECT = Path(__file__).resolve().parents[1]
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+class RayHead:
+    """A head by its dashboard, and the environment of a user who guards it with a token.
+
+    Args:
+        address: of its dashboard.
+        environment: of the user's commands.
+    """
+
+    def __init__(self, address: str, environment: dict[str, str]) -> None:
+        self.address, self._environment = address, environment
+
+    def submit(self, *entry_point: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+        """Run a job in a copy of the source tree, to its end unless an option says otherwise."""
+        command = [RAY, "job", "submit", "--address", self.address, "--working-dir", ".", *options, "--", *entry_point]
+        for _ in range(60):  # a head takes some seconds until its dashboard, and then its job agent, answer
+            result = subprocess.run(
+                command, cwd=PROJECT, env=self._environment, capture_output=True, text=True, timeout=300, check=False
+            )
+            if not any(early in result.stdout + result.stderr for early in ("Failed to connect", "No available agent")):
+                break
+            time.sleep(1)
+        return result
+
+    def stop(self, job: str) -> None:
+        """What `ray job stop` asks of the head, without the seconds that the command takes to start."""
+        token = {"Authorization": f"Bearer {self._environment['RAY_AUTH_TOKEN']}"}
+        request = urllib.request.Request(f"{self.address}/api/jobs/{job}/stop", headers=token, method="POST")
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert json.load(answer) == {"stopped": True}
+
+
+@contextmanager
+def ray_head(folder: Path) -> Iterator[RayHead]:
+    """A head in the block, on free ports, whatever Ray this test process has used; its log is in the folder."""
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    path = f"{Path(sys.executable).parent}:{plain['PATH']}"
+    environment = {**plain, "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    dashboard = free_port()
+    command = [
+        RAY, "start", "--head", f"--port={free_port()}", "--num-cpus=2", "--node-ip-address=127.0.0.1",
+        f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}",
+        "--disable-usage-stats", "--block",
+    ]  # fmt: skip
+    with (folder / "head.log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        yield RayHead(f"http://127.0.0.1:{dashboard}", environment)
+    finally:
+        # Asked to end, a head drains itself for half a minute.
+        for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            each.kill()
+        process.wait(timeout=60)
