@@ -178,6 +178,8 @@ class TestStore:
             list(loader(stored, 0, 1, loader_workers=workers, on_error="skip"))
         with pytest.raises(UserError, match="it is not in its store"):
             list(EvalLoader(stored, eval_batches(stored, 4), EvaluateSection(), workers))
+
+
 class Case(NamedTuple):
     """Shards, the batches that are made of them, and a run that is interrupted: (steps, ranks) of each of its parts."""
 
