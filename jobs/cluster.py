@@ -11,8 +11,9 @@ from contextlib import chdir, closing, contextmanager
 from pathlib import Path
 
 import ray
+from ray.exceptions import ActorDiedError, LocalRayletDiedError
 
-from jobs.interrupt import Interrupted, RayLostError, end_descendants, held_back
+from jobs.interrupt import Interrupted, RayLostError, end_descendants, held_back, in_thread
 from pipeline.config.sections import ClusterSection
 from pipeline.errors import UserError
 from pipeline.log import get_logger
@@ -59,10 +60,21 @@ def connected(cluster: ClusterSection) -> Iterator[None]:
     _leave()
 
 
-def check_alive(lost_seconds: float = 10.0) -> None:
-    """Raise `RayLostError` where the head of the connected Ray answers nobody for so long."""
-    head = ray.get_runtime_context().gcs_address
-    host, _, port = head.rpartition(":")
+def check_alive(lost_seconds: float = 10.0, node_lost_seconds: float = 5.0) -> None:
+    """Raise `RayLostError` where the head, or the node, of the connected Ray answers nobody for so long.
+
+    A node that has died is found 15 seconds later by the head, and the client then ends this process without a word.
+    """
+    _check_answers("head", ray.get_runtime_context().gcs_address, lost_seconds)
+    here = ray.get_runtime_context().get_node_id()
+    for node in in_thread(ray.nodes, "ray-nodes").result():
+        if node["NodeID"] == here:
+            address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+            _check_answers("node", address, node_lost_seconds)
+
+
+def _check_answers(what: str, address: str, lost_seconds: float) -> None:
+    host, _, port = address.rpartition(":")
     end = time.monotonic() + lost_seconds
     while True:
         try:
@@ -70,8 +82,18 @@ def check_alive(lost_seconds: float = 10.0) -> None:
                 return
         except OSError as error:
             if time.monotonic() > end:
-                raise RayLostError(f"Ray has ended: its head at {head} does not answer ({error})") from None
+                raise RayLostError(f"Ray has ended: its {what} at {address} does not answer ({error})") from None
         time.sleep(1)
+
+
+@contextmanager
+def loss_told() -> Iterator[None]:
+    """What Ray raises where its node beside the command, or what ran there, has died becomes a `RayLostError`."""
+    try:
+        yield
+    except (LocalRayletDiedError, ActorDiedError) as error:
+        told = str(error).strip().splitlines()
+        raise RayLostError(f"Ray has ended under the command ({told[0] if told else error!r})") from None
 
 
 def _leave() -> None:

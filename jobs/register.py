@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from jobs.console import make_console
 from pipeline.checkpoint.state import STATE, DamagedError
 from pipeline.config.load import dump_config
 from pipeline.config.sections import Config
 from pipeline.errors import UserError
 from pipeline.evaluate.results import METRICS_FILE, weights_digest
 from pipeline.files import read_json
-from pipeline.log import get_logger, outcome
+from pipeline.log import get_logger
 from pipeline.registry.register import Registration
 from pipeline.registry.register import register as register_version
 from pipeline.tracking.tracker import Tracker
@@ -35,7 +34,7 @@ def register(config: Config, checkpoint: Path, tracker: Tracker) -> Registration
     metrics = _metrics(config.folder.evaluation / METRICS_FILE, checkpoint)
     if config.register_.which == "best":
         checkpoint, metrics = best_checkpoint(config, checkpoint, metrics)
-    registration = register_version(
+    return register_version(
         tracker,
         checkpoint,
         metrics,
@@ -44,10 +43,6 @@ def register(config: Config, checkpoint: Path, tracker: Tracker) -> Registration
         config.evaluate,
         dump_config(config),
     )
-    if registration is not None:
-        version = f"{registration.name} version {registration.version}  {checkpoint.name}  ({registration.note})"
-        make_console().print(outcome("register", version, is_new=registration.is_new))
-    return registration
 
 
 def best_checkpoint(config: Config, last: Path, metrics: dict[str, Any]) -> tuple[Path, dict[str, Any]]:

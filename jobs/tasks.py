@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayTaskError
 
-from jobs.cluster import check_alive
+from jobs.cluster import check_alive, loss_told
 from jobs.interrupt import in_thread
 from pipeline.errors import UserError
 
@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 CANCEL_SECONDS = 3
 """Seconds that cancelled tasks have to end by themselves; then their processes are killed, and given as many again."""
-LOOK_SECONDS = 10
+LOOK_SECONDS = 5
 """Seconds without a result after which Ray is asked whether it is still there."""
 
 
@@ -83,7 +83,8 @@ def _ended(running: list[Any], at_least: int, seconds: float) -> list[Any]:
 
 def _result(reference: Any) -> Any:
     try:
-        return in_thread(lambda: ray.get(reference), "ray-get").result()
+        with loss_told():
+            return in_thread(lambda: ray.get(reference), "ray-get").result()
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from None

@@ -1,11 +1,14 @@
 """Uploads what a run has for MLflow and a server that was away has not got."""
 
+from pathlib import PurePath
+
 from jobs.console import make_console
 from pipeline.config.sections import Config
 from pipeline.errors import UserError
 from pipeline.files import held
 from pipeline.log import outcome
-from pipeline.registry.register import VERSION, register_version
+from pipeline.registry.register import VERSION, Registration, register_version
+from pipeline.tracking.outbox import Operation
 from pipeline.tracking.tracker import Tracker
 
 
@@ -18,8 +21,17 @@ def open_tracker(config: Config, *, reach: bool = True) -> Tracker:
         config.folder.mlflow_run,
         required=config.tracking.required,
         reach=reach,
-        handlers={VERSION: register_version},
+        handlers={VERSION: make_version},
     )
+
+
+def make_version(tracker: Tracker, operation: Operation) -> Registration:
+    """Make the version that the outbox holds, now or later, and say which one it became."""
+    registration = register_version(tracker, operation)
+    checkpoint = PurePath(operation.body["checkpoint"]).name
+    version = f"{registration.name} version {registration.version}  {checkpoint}  ({registration.note})"
+    make_console().print(outcome("register", version, is_new=registration.is_new))
+    return registration
 
 
 def sync(config: Config, *, wait: bool = False) -> None:

@@ -20,7 +20,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 
-from jobs.cluster import check_alive, device_of
+from jobs.cluster import check_alive, device_of, loss_told
 from jobs.interrupt import Interrupted, in_thread
 from model.ops.operator import compiled
 from pipeline.checkpoint.state import latest
@@ -156,7 +156,8 @@ def _fit(trainer: TorchTrainer, on_poll: Callable[[], None], run: RunFolder) -> 
         has_begun = bool(points.read()) or time.monotonic() - began > START_SECONDS
         interrupted.add_note(_stop_workers(future, run, has_begun=has_begun))
         raise
-    result: dict[str, str] = future.result().return_value
+    with loss_told():
+        result: dict[str, str] = future.result().return_value
     return result
 
 

@@ -103,7 +103,7 @@ def register(
             "step": state.step,
         },
     }
-    tracker.handlers[VERSION] = register_version
+    tracker.handlers.setdefault(VERSION, register_version)
     registration: Registration | None = tracker.request(VERSION, section.model_name, body)
     return registration
 

@@ -309,8 +309,11 @@ def _write_split(
         if isinstance(unfinished, Path) and isinstance(folder, Path):
             unfinished.replace(folder)
             sync(folder.parent)
-    except (UserError, OSError):  # what has to be mended makes another job of it, and a full disk needs the room
-        _clear(unfinished)
+    except (UserError, OSError) as error:
+        # What has to be mended makes another job of it, and a full disk needs the room; a disk's other faults may pass.
+        told = disk_error(unfinished, error, key) if isinstance(error, OSError) else error
+        if isinstance(told, UserError):
+            _clear(unfinished)
         raise
     manifest = replace(manifest, folder=folder)
     logger.info(outcome("shard", _summary(manifest), is_new=True))

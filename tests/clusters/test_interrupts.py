@@ -109,22 +109,24 @@ def test_sharding_ends_in_order_and_goes_on(unbroken: tuple[Path, float], tmp_pa
     assert started.left() == []
 
 
-def test_all_of_ray_is_killed(unbroken: tuple[Path, float]) -> None:
+@pytest.mark.parametrize("killed", [("gcs_server", "raylet"), ("raylet",)], ids=["all of it", "its node"])
+def test_ray_is_killed(killed: tuple[str, ...], unbroken: tuple[Path, float]) -> None:
     folder, _ = unbroken
-    started = Started(command(folder, "lost"), "lost")
-    while not (folder / "runs" / "lost" / "spool" / "train.jsonl").exists():
+    name = f"lost-{len(killed)}"
+    started = Started(command(folder, name), name)
+    while not (folder / "runs" / name / "spool" / "train.jsonl").exists():
         assert started.process.poll() is None
         time.sleep(0.1)
     for process in psutil.Process(started.process.pid).children(recursive=True):
-        if process.name() in ("gcs_server", "raylet"):
+        if process.name() in killed:
             process.kill()
     _, errors = started.process.communicate(timeout=60)
     assert started.process.returncode == 1
     assert errors.strip().splitlines()[-1].startswith("error: Ray has ended")
     assert started.left() == []
-    assert statuses(folder)["lost"] == "FAILED"
-    subprocess.run(command(folder, "lost"), cwd=PROJECT, check=True, capture_output=True, timeout=300)
-    assert weights(folder, "lost") == weights(folder, "unbroken")
+    assert statuses(folder)[name] == "FAILED"
+    subprocess.run(command(folder, name), cwd=PROJECT, check=True, capture_output=True, timeout=300)
+    assert weights(folder, name) == weights(folder, "unbroken")
 
 
 def test_of_ten_commands_of_one_name_one_runs(unbroken: tuple[Path, float]) -> None:

@@ -135,10 +135,14 @@ class TestKilled:
         started.end(signal.SIGKILL)
         goes_on(data, tmp_path, workers, unbroken)
 
-    def test_all_of_ray(self, data: Path, unbroken: dict[str, str], tmp_path: Path, workers: int) -> None:
+    @pytest.mark.parametrize("killed", [("gcs_server", "raylet"), ("raylet",)], ids=["all of it", "its node"])
+    def test_ray(
+        self, data: Path, unbroken: dict[str, str], tmp_path: Path, workers: int, killed: tuple[str, ...]
+    ) -> None:
         started = start_to_the_middle(data, tmp_path, workers)
-        assert kill(started, lambda process: process.name() in ("gcs_server", "raylet"))
+        assert kill(started, lambda process: process.name() in killed)
         _, errors = started.process.communicate(timeout=WAIT_SECONDS)
         assert started.process.returncode == 1, errors
+        assert errors.strip().splitlines()[-1].startswith("error: Ray has ended")
         assert started.left() == []
         goes_on(data, tmp_path, workers, unbroken)

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 
 from jobs.register import register
+from jobs.track import make_version, sync
 from pipeline.config.load import parse_config
 from pipeline.config.sections import METRICS, Config
 from pipeline.data.labels import Category, LabelMap
 from pipeline.errors import UserError
 from pipeline.evaluate.results import weights_digest
+from pipeline.registry.register import VERSION
 from pipeline.tracking.tracker import Tracker
 from tests.builders import write_checkpoint
 
@@ -34,13 +36,27 @@ def write_metrics(config: Config, checkpoint: Path, value: float = 0.5) -> None:
 def test_once(config: Config, mlflow_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = write_checkpoint(config.folder.checkpoints, LABELS)
     write_metrics(config, checkpoint)
-    tracker = Tracker(mlflow_uri, "register", "run", config.folder.mlflow_run)
+    handlers = {VERSION: make_version}
+    tracker = Tracker(mlflow_uri, "register", "run", config.folder.mlflow_run, handlers=handlers)
     first = register(config, checkpoint, tracker)
     assert (first.name, first.version, first.is_champion) == (config.register_.model_name, 1, True)
     assert "version 1" in capsys.readouterr().out
     second = register(config, checkpoint, tracker)
     assert (second.version, second.is_new) == (1, False)
     assert "register: already done" in capsys.readouterr().out
+
+
+def test_one_that_had_to_wait_is_told_when_it_is_made(
+    config: Config, mlflow_uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = write_checkpoint(config.folder.checkpoints, LABELS)
+    write_metrics(config, checkpoint)
+    away = Tracker("http://127.0.0.1:9", "register", "run", config.folder.mlflow_run)
+    assert register(config, checkpoint, away) is None
+    assert capsys.readouterr().out == ""
+    uri = {"uri": mlflow_uri, "experiment": "register"}
+    sync(config.model_copy(update={"tracking": config.tracking.model_copy(update=uri)}))
+    assert f"register: {config.register_.model_name} version 1  checkpoint-5  (" in capsys.readouterr().out
 
 
 def test_needs_metrics_of_this_checkpoint(config: Config, mlflow_uri: str) -> None:

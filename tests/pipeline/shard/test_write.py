@@ -1,3 +1,4 @@
+import errno
 import gzip
 import hashlib
 import os
@@ -401,6 +402,29 @@ class TestStopped:
         assert {name: inodes(folder)[name] for name in done} == done
         assert contents(folder) == unbroken
         assert left_in(tmp_path / "shards") == {"train", *(f"train/{name}" for name in unbroken)}
+
+    @pytest.mark.parametrize("in_task", [False, True], ids=["driver", "task"])
+    def test_a_fault_of_the_disk_keeps_what_is_finished(
+        self, tmp_path: Path, unbroken: dict[str, bytes], in_task: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*arguments: object) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        def write_all(plans: list[ShardPlan], task: WriteTask) -> Iterator[WrittenShard]:
+            yield from map(task, plans[:3])
+            if in_task:
+                with monkeypatch.context() as patch:
+                    patch.setattr("os.fsync", fail)
+                    yield task(plans[3])
+            fail()
+
+        with pytest.raises(OSError, match="Input/output error"):
+            write_some(tmp_path, write_all)
+        done = inodes(tmp_path / "shards" / ".train.partial")
+        assert len(done) == 3
+        folder = write_some(tmp_path).folder
+        assert {name: inodes(folder)[name] for name in done} == done
+        assert contents(folder) == unbroken
 
     @pytest.mark.parametrize("damage", [flip, shorten, empty, Path.unlink], ids=lambda value: value.__name__)
     @pytest.mark.parametrize("suffix", ["tar", "npy", "json"])
