@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from model.batch import ImageBatch
 from model.losses.criterion import Criterion
 from model.losses.groups import groups_of
 from pipeline.checkpoint.save import save
 from pipeline.checkpoint.state import latest
-from pipeline.data.loader import Step, TrainLoader, prepare_workers
+from pipeline.data.loader import MicroBatch, Step, TrainLoader, prepare_workers
 from pipeline.data.manifest import read_manifest
 from pipeline.data.order import SampleOrder
 from pipeline.distributed import (
@@ -66,6 +67,7 @@ def train(job: TrainJob, world: World, stop: StopRequest | None = None) -> Path:
     prepare_workers(job.train.loader_workers)
     engine = make_engine(run, found)
     criterion = Criterion(job.train.criterion, job.model.class_loss)
+    copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None  # type: ignore[no-untyped-call]
     spool = job.out.train_spool if world.rank == 0 else None
     curves = together(world, lambda: Curves(spool, job.train, run.total, run.epochs, first))
     stop = stop or StopRequest(job.out.stop)
@@ -75,7 +77,7 @@ def train(job: TrainJob, world: World, stop: StopRequest | None = None) -> Path:
             if asked:
                 break
             set_learning_rates(engine.basic_optimizer, run.factor(step.step))
-            losses = _forward_backward(engine, criterion, step, num_boxes, run)
+            losses = _forward_backward(engine, criterion, step, num_boxes, run, copies)
             values, asked = _agree(losses, gradient_norm(engine), step, run, stop.asked(), curves.error)
             engine.step()
             skipped += unreadable
@@ -138,18 +140,15 @@ def dropout_seed(seed: int, step: int, index: int) -> int:
 
 
 def _forward_backward(
-    engine: Any, criterion: Criterion, step: Step, num_boxes: float, run: Run
+    engine: Any, criterion: Criterion, step: Step, num_boxes: float, run: Run, copies: torch.cuda.Stream | None
 ) -> dict[str, torch.Tensor]:
     """Accumulate and reduce a step's gradients; this rank's share of the losses, `loss` being their weighted sum."""
     train, device = run.job.train, run.world.device
     sums: dict[str, torch.Tensor] = {}
-    for number, micro in enumerate(step.micro_batches):
+    for number, (micro, batch, targets) in enumerate(_on_device(step.micro_batches, device, copies)):
         torch.manual_seed(dropout_seed(train.seed, step.step, micro.index))
         engine.set_gradient_accumulation_boundary(number == len(step.micro_batches) - 1)
-        outputs = engine(micro.batch.to(device))
-        targets = [
-            {key: value.to(device, non_blocking=True) for key, value in target.items()} for target in micro.targets
-        ]
+        outputs = engine(batch)
         losses = criterion(groups_of(outputs, targets), num_boxes, train.global_batch)
         if not micro.image_ids:  # a placeholder for images that cannot be read
             losses = losses.scaled(0.0)
@@ -159,6 +158,31 @@ def _forward_backward(
         for name, loss in {"loss": total, **losses.values}.items():
             sums[name] = sums.get(name, 0.0) + loss.detach().double()
     return sums
+
+
+def _on_device(
+    micro_batches: list[MicroBatch], device: torch.device, copies: torch.cuda.Stream | None
+) -> Iterator[tuple[MicroBatch, ImageBatch, list[dict[str, torch.Tensor]]]]:
+    """Each micro-batch, its images and targets on the device: with a stream, copied while the one before computes."""
+
+    def copied(micro: MicroBatch) -> tuple[MicroBatch, ImageBatch, list[dict[str, torch.Tensor]]]:
+        with torch.cuda.stream(copies):  # does nothing with None
+            targets = [{key: value.to(device, non_blocking=True) for key, value in t.items()} for t in micro.targets]
+            return micro, micro.batch.to(device), targets
+
+    if copies is None:
+        yield from map(copied, micro_batches)
+        return
+    computes = torch.cuda.current_stream(device)
+    ahead = copied(micro_batches[0])
+    for following in [*micro_batches[1:], None]:
+        micro, batch, targets = ahead
+        computes.wait_stream(copies)
+        for tensor in (batch.pixels, batch.mask, *(value for target in targets for value in target.values())):
+            tensor.record_stream(computes)
+        if following is not None:
+            ahead = copied(following)
+        yield micro, batch, targets
 
 
 def _agree(

@@ -5,7 +5,9 @@ import os
 import shutil
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from pipeline.data.loader import MicroBatch, Step
 from pipeline.data.manifest import Manifest, UnreadableSampleError, read_image_bytes, read_manifest
 from pipeline.distributed import World, close, init_world
 from pipeline.errors import UserError
-from pipeline.train.loop import _agree, dropout_seed, train
+from pipeline.train.loop import _agree, _on_device, dropout_seed, train
 from pipeline.train.run import Run, TrainJob
 from tests.builders import spoil
 from tests.pipeline.train.runs import SAMPLES, assert_same_weights, losses, make_job, points, train_on
@@ -241,6 +243,42 @@ def test_a_micro_batch_without_images_adds_nothing(damaged: tuple[Manifest, int]
         step for step, point in points(job.out).items() if point["train/loss"] == 0 and point["train/grad_norm"] == 0
     ]
     assert len(zero) == 1
+
+
+class Told:
+    """Stands for a tensor on a GPU and for a stream: notes what is asked of it."""
+
+    def __init__(self, name: str, events: list[str]) -> None:
+        self.name, self.events = name, events
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Any:
+        self.events.append(f"copy {self.name}")
+        return SimpleNamespace(pixels=self, mask=self) if self.name.startswith("batch") else self
+
+    def record_stream(self, stream: "Told") -> None:
+        self.events.append(f"{stream.name} uses {self.name}")
+
+    def wait_stream(self, stream: "Told") -> None:
+        self.events.append(f"{self.name} waits for {stream.name}")
+
+
+def test_a_micro_batch_is_copied_to_a_gpu_before_the_one_before_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr("torch.cuda.stream", lambda stream: nullcontext())
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: Told("network", events))
+    micros: Any = [
+        SimpleNamespace(batch=Told(f"batch {n}", events), targets=[{"boxes": Told(f"boxes {n}", events)}])
+        for n in range(2)
+    ]
+    copies: Any = Told("copies", events)
+    for micro, _, _ in _on_device(micros, torch.device("cuda"), copies):
+        events.append(f"compute {micro.batch.name}")
+    handed = [["network waits for copies", *(f"network uses {name} {n}" for name in ("batch", "batch", "boxes"))]
+              for n in range(2)]  # fmt: skip
+    assert events == [
+        *("copy boxes 0", "copy batch 0"), *handed[0], *("copy boxes 1", "copy batch 1"), "compute batch 0",
+        *handed[1], "compute batch 1",
+    ]  # fmt: skip
 
 
 def test_dropout_is_seeded_by_step_and_micro_batch() -> None:
