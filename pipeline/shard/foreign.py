@@ -13,15 +13,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from html import unescape
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import hotcoco
 import numpy as np
 import yaml
 
 from pipeline.data.images import PICTURES, BadImageError, read_image_file, shown_size
 from pipeline.errors import UserError, shown
 from pipeline.log import get_logger
+
+if TYPE_CHECKING:
+    from hotcoco import COCO
 
 Format = Literal["yolo", "voc", "cvat"]
 
@@ -67,16 +69,26 @@ def read_foreign(kind: Format, source: Path) -> dict[str, Split]:
 def _read_yolo(source: Path) -> dict[str, Split]:
     """Ultralytics' and Roboflow's layouts: labels lie beside `images` in `labels`, or with the images."""
     settings, names = _yolo_settings(source)
-    found = {}
-    for split in SPLITS:
-        images = _yolo_images(source, split, settings)
-        if images is not None:
-            found[split] = _yolo_split(images, names)
-    if "train" not in found:
+    folders = {split: _yolo_images(source, split, settings) for split in SPLITS}
+    if folders["train"] is None:
         raise UserError(
-            f"{source}: no training images: there is no images/train, train/images or images folder; give the folder "
-            "that holds them and data.yaml"
+            f"{source}: no training images: there is no images/train, no train/images and no images folder without "
+            "folders in it; name the folder of the training images as `train` in data.yaml"
         )
+    found = {}
+    for split, images in folders.items():
+        if images is None:
+            continue
+        pictures = _pictures(images)
+        labels = _yolo_labels(images, pictures)
+        if pictures and not any(file.is_file() for file in labels.values()):
+            if split != "test":
+                raise UserError(
+                    f"{images}: no image of it has a label file, as {next(iter(labels.values()))}; move them there"
+                )
+            logger.warning("%s: none of its images has a label file: the split is left out", images)
+            continue
+        found[split] = _yolo_split(pictures, labels, names)
     return found
 
 
@@ -84,23 +96,34 @@ def _yolo_settings(source: Path) -> tuple[dict[str, Any], list[str]]:
     """What data.yaml says, and the names of the classes, which may stand in classes.txt instead."""
     files = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
     path = next((file for file in files if file.stem == "data"), files[0] if len(files) == 1 else None)
+    settings: Any = {}
     if path is None:
-        classes = next(
-            (file for file in (source / "classes.txt", source / "labels/classes.txt") if file.is_file()), None
-        )
-        if classes is None:
+        path = next((source / name for name in YOLO_CLASSES if (source / name).is_file()), None)
+        if path is None:
             raise UserError(f"{source}: no data.yaml and no classes.txt; write a data.yaml with the list `names`")
-        return {}, classes.read_text(encoding="utf-8-sig").strip().splitlines()
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not YAML ({shown(error)}); mend it") from None
-    names = settings.get("names") if isinstance(settings, dict) else None
+        names: Any = _text(path).strip().splitlines()
+    else:
+        try:
+            settings = yaml.safe_load(_text(path))
+        except (ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{path}: not YAML ({shown(error)}); mend it") from None
+        names = settings.get("names") if isinstance(settings, dict) else None
     if isinstance(names, dict) and sorted(names, key=str) == sorted(range(len(names)), key=str):
         names = [names[number] for number in range(len(names))]
     if not isinstance(names, list) or not names:
         raise UserError(f"{path}: it has no `names`; list the names of the classes, or number them from 0")
-    return settings, [str(name) for name in names]
+    names = [str(name) for name in names]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{path}: two classes have the name {shown(twice)}; give each class its own")
+    for split in (name for other in SPLITS.values() for name in other):
+        told = settings.get(split)
+        if told and (not isinstance(told, str) or told.endswith(".txt")):
+            raise UserError(
+                f"{path}: its `{split}` is {shown(repr(told))}, not a folder; put the images of the split into one "
+                "folder, with their label files, and name that"
+            )
+    return settings, names
 
 
 def _yolo_images(source: Path, split: str, settings: Mapping[str, Any]) -> Path | None:
@@ -113,24 +136,27 @@ def _yolo_images(source: Path, split: str, settings: Mapping[str, Any]) -> Path 
             places += [source / root / told, source / told, source / re.sub(r"^(\.\./)+", "", told)]
     for name in SPLITS[split]:
         places += [source / "images" / name, source / name / "images"]
-    if split == "train" and not any((source / "images" / name).is_dir() for names in SPLITS.values() for name in names):
-        places.append(source / "images")
+    flat = source / "images"
+    if split == "train" and flat.is_dir() and not any(path.is_dir() for path in flat.iterdir()):
+        places.append(flat)  # with folders in it, it may hold other splits
     return next((place for place in places if place.is_dir()), None)
 
 
-def _yolo_split(images: Path, names: Sequence[str]) -> Split:
-    pictures = _pictures(images)
+def _yolo_labels(images: Path, pictures: Mapping[str, Path]) -> dict[str, Path]:
+    """Where the label file of each image is, if it has one."""
     parts = images.absolute().parts
     labels = images
     if "images" in parts:
         last = len(parts) - 1 - parts[::-1].index("images")
         beside = Path(*parts[:last], "labels", *parts[last + 1 :])
         labels = beside if beside.is_dir() else images
+    others = {file for file in labels.rglob("*.txt") if file.name != "classes.txt"}
     files = {name: labels / Path(name).with_suffix(".txt") for name in pictures}
-    if pictures and not any(file.is_file() for file in files.values()):
-        raise UserError(f"{labels}: no image of {images} has a label file here; move them here")
-    others = {file for file in labels.rglob("*.txt") if file.name != "classes.txt"} - {*files.values()}
-    _tell_left_out(labels, "label files have no image", {file.name for file in others})
+    _tell_left_out(labels, "label files have no image", {file.name for file in others - {*files.values()}})
+    return files
+
+
+def _yolo_split(pictures: dict[str, Path], files: Mapping[str, Path], names: Sequence[str]) -> Split:
     sizes = {name: _size(file) for name, file in pictures.items()}
     with _staged([*files.values()], "labels") as folder:
         (folder / "images").mkdir()
@@ -138,7 +164,7 @@ def _yolo_split(images: Path, names: Sequence[str]) -> Split:
             (folder / "images" / f"{number:012d}.jpg").symlink_to(file.absolute())
         # The names are set below: hotcoco reads few of YAML's ways to write them.
         (folder / "labels/data.yaml").write_text(f"names: {[*range(len(names))]}\n")
-        read = hotcoco.COCO.from_yolo(str(folder / "labels"), images_dir=str(folder / "images"))
+        read = _hotcoco().from_yolo(str(folder / "labels"), images_dir=str(folder / "images"))
     document = _named(read.dataset, [*pictures])
     document["categories"] = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
     return Split(_upright(document, sizes), pictures)
@@ -163,7 +189,11 @@ def _read_voc(source: Path) -> dict[str, Split]:
         lists = {split: _first_file(source / "ImageSets/Main", SPLITS[split]) for split in SPLITS}
         if lists["train"] is None:
             return {"train": _voc_split(own, source)}
-        return {split: _voc_split(_listed(own, path), source) for split, path in lists.items() if path is not None}
+        listed = {split: _listed(own, path) for split, path in lists.items() if path is not None}
+        if lists["train"].stem == "trainval" and "val" in listed:
+            train = {stem: file for stem, file in listed["train"].labels.items() if stem not in listed["val"].labels}
+            listed["train"] = listed["train"]._replace(labels=train)
+        return {split: _voc_split(files, source) for split, files in listed.items()}
     folders = _split_folders(source) or {"train": source}
     return {split: _voc_split(_voc_files(folder), source) for split, folder in folders.items()}
 
@@ -197,7 +227,7 @@ def _voc_files(folder: Path) -> _VocFiles:
 
 def _listed(files: _VocFiles, path: Path) -> _VocFiles:
     """The files that a list of ImageSets/Main names."""
-    wanted = [line.split()[0] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    wanted = [line.split()[0] for line in _text(path).splitlines() if line.strip()]
     missing = next((name for name in wanted if name not in files.labels), None)
     if missing is not None:
         raise UserError(f"{path}: it lists {shown(missing)}, which has no XML file; add it, or take it off the list")
@@ -210,7 +240,7 @@ def _voc_split(files: _VocFiles, source: Path) -> Split:
     with _staged([*files.labels.values()], "Annotations") as folder:
         if (source / "labels.txt").is_file():
             shutil.copy(source / "labels.txt", folder)
-        read = hotcoco.COCO.from_voc(str(folder))
+        read = _hotcoco().from_voc(str(folder))
     names = [files.names[stem] for stem in files.labels]
     document = _named(read.dataset, names)
     return _with_sizes(Split(document, {name: files.images / name for name in names}))
@@ -233,7 +263,7 @@ def _cvat_split(folder: Path) -> Split:
         raise UserError(f"{files[0]}: it has rotated boxes, which would be read as upright; make them polygons in CVAT")
     with warnings.catch_warnings(record=True) as told, _hotcoco_told({str(files[0]): files[0]}):
         warnings.simplefilter("always")
-        document = hotcoco.COCO.from_cvat(str(files[0])).dataset
+        document = _hotcoco().from_cvat(str(files[0])).dataset
     for warning in told:
         logger.warning("%s", warning.message)
     pictures = _pictures(folder / "images" if (folder / "images").is_dir() else folder)
@@ -261,6 +291,20 @@ READERS: dict[Format, Callable[[Path], dict[str, Split]]] = {
     "voc": _read_voc,
     "cvat": _read_cvat,
 }
+
+
+def _hotcoco() -> "type[COCO]":
+    """The reader of the label files, imported only when something is converted."""
+    from hotcoco import COCO
+
+    return COCO
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({shown(error)}); save it as UTF-8") from None
 
 
 def _pictures(folder: Path) -> dict[str, Path]:

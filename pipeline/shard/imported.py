@@ -46,6 +46,7 @@ def import_dataset(kind: Format, source: Path, out: Path, val_share: float | Non
     if out.exists() or out.is_symlink():
         raise UserError(f"{out}: is there already; delete it, or choose another --out")
     splits = _same_categories(_with_val(read_foreign(kind, source), source, val_share))
+    _tell_shared(splits)
     out = out.absolute()
     make_folder(out.parent, "choose another --out")
     with (
@@ -74,6 +75,14 @@ def _with_val(splits: dict[str, Split], source: Path, share: float | None) -> di
     drawn = {names[number] for number in permutation(len(names), np.random.SeedSequence(0))[:count]}
     train = _part(splits["train"], {*names} - drawn)
     return {"train": train, "val": _part(splits["train"], drawn), **{k: v for k, v in splits.items() if k != "train"}}
+
+
+def _tell_shared(splits: dict[str, Split]) -> None:
+    shared = {*splits["train"].files.values()} & {*splits["val"].files.values()}
+    if shared:
+        logger.warning(
+            "%d images are both in train and in val, as %s: scores will be too good", len(shared), min(shared)
+        )
 
 
 def _part(split: Split, names: set[str]) -> Split:

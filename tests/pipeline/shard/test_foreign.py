@@ -3,6 +3,8 @@
 import json
 import logging
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,7 +192,7 @@ class TestYolo:
             read_foreign("yolo", tmp_path)
 
     def test_labels_that_lie_elsewhere(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"labels: no image of .*images has a label file here"):
+        with pytest.raises(UserError, match=r"images: no image of it has a label file, as .*/labels/a\.txt;"):
             one_image(tmp_path, label=None)
 
     def test_a_file_that_is_no_image(self, tmp_path: Path) -> None:
@@ -205,6 +207,7 @@ class TestYolo:
             pytest.param("nc: 3\n", r"data\.yaml: it has no `names`", id="no names"),
             pytest.param("names: {1: a, 2: b}\n", r"data\.yaml: it has no `names`", id="from 1"),
             pytest.param("names: [a\n", r"data\.yaml: not YAML", id="no YAML"),
+            pytest.param("names: [a, b, a]\n", r"data\.yaml: two classes have the name a", id="twice"),
             pytest.param(None, r"no data\.yaml and no classes\.txt", id="none"),
         ],
     )
@@ -214,6 +217,41 @@ class TestYolo:
         if text:
             (tmp_path / "data.yaml").write_text(text)
         with pytest.raises(UserError, match=told):
+            read_foreign("yolo", tmp_path)
+
+    @pytest.mark.parametrize("told", ["[images/train, images/more]", "train.txt"], ids=["folders", "list"])
+    def test_images_that_are_named_otherwise_than_by_a_folder(self, told: str, tmp_path: Path) -> None:
+        yolo_ultralytics(tmp_path)
+        (tmp_path / "data.yaml").write_text(f"train: {told}\nval: images/val\nnames: {NAMES}\n")
+        with pytest.raises(UserError, match=r"data\.yaml: its `train` is .*, not a folder"):
+            read_foreign("yolo", tmp_path)
+
+    def test_a_folder_that_is_missing_has_no_other_splits_images_in_its_place(self, tmp_path: Path) -> None:
+        yolo_ultralytics(tmp_path)
+        for kind in ("images", "labels"):
+            (tmp_path / kind / "train").rename(tmp_path / kind / "train2017")
+            (tmp_path / kind / "val").rename(tmp_path / kind / "val2017")
+        (tmp_path / "data.yaml").write_text(f"train: images/nowhere\nval: images/val2017\nnames: {NAMES}\n")
+        with pytest.raises(UserError, match="no training images"):
+            read_foreign("yolo", tmp_path)
+
+    def test_a_test_split_without_labels_is_left_out(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        yolo_ultralytics(tmp_path)
+        draw(VAL, tmp_path / "images" / "test")
+        with caplog.at_level(logging.WARNING):
+            assert read_foreign("yolo", tmp_path).keys() == {"train", "val"}
+        assert "images/test: none of its images has a label file: the split is left out" in caplog.text
+
+    def test_a_val_split_of_background_alone_is_kept(self, tmp_path: Path) -> None:
+        yolo_ultralytics(tmp_path)
+        (tmp_path / "labels/val/v.txt").write_text("")
+        assert [*read_foreign("yolo", tmp_path)["val"].files] == ["v.jpg"]
+
+    def test_names_that_are_no_text(self, tmp_path: Path) -> None:
+        one_image(tmp_path)
+        (tmp_path / "data.yaml").unlink()
+        (tmp_path / "classes.txt").write_bytes("cell".encode("utf-16"))
+        with pytest.raises(UserError, match=r"classes\.txt: cannot be read as text .* save it as UTF-8"):
             read_foreign("yolo", tmp_path)
 
     def test_no_images(self, tmp_path: Path) -> None:
@@ -260,6 +298,21 @@ class TestVoc:
         assert old in path.read_text()
         path.write_text(path.read_text().replace(old, new))
         with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: .*{told}"):
+            read_foreign("voc", tmp_path)
+
+    def test_trainval_is_read_without_what_val_lists(self, tmp_path: Path) -> None:
+        voc_kit(tmp_path)
+        lists = tmp_path / "ImageSets" / "Main"
+        (lists / "trainval.txt").write_text((lists / "train.txt").read_text() + (lists / "val.txt").read_text())
+        (lists / "train.txt").unlink()
+        splits = read_foreign("voc", tmp_path)
+        assert_same_boxes(splits["train"].document, TRAIN)
+        assert_same_boxes(splits["val"].document, VAL)
+
+    def test_a_list_that_is_no_text(self, tmp_path: Path) -> None:
+        voc_kit(tmp_path)
+        (tmp_path / "ImageSets" / "Main" / "val.txt").write_bytes("v\n".encode("utf-16"))
+        with pytest.raises(UserError, match=r"Main/val\.txt: cannot be read as text"):
             read_foreign("voc", tmp_path)
 
     def test_a_list_of_more_than_there_is(self, tmp_path: Path) -> None:
@@ -321,6 +374,11 @@ class TestCvat:
     def test_no_file(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="it holds 0 XML files"):
             read_foreign("cvat", tmp_path)
+
+
+def test_what_reads_the_files_is_imported_when_it_reads() -> None:
+    code = "import sys, pipeline.shard.foreign; assert 'hotcoco' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_no_folder(tmp_path: Path) -> None:

@@ -100,6 +100,14 @@ class TestValidation:
             import_dataset("yolo", tmp_path / "yolo", tmp_path / "out", val_share=0.1)
 
 
+def test_images_of_both_splits_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    yolo_ultralytics(tmp_path / "yolo")
+    (tmp_path / "yolo/data.yaml").write_text("train: images/train\nval: images/train\nnames: [a, b, c]\n")
+    with caplog.at_level(logging.WARNING):
+        assert import_dataset("yolo", tmp_path / "yolo", tmp_path / "out").counts == {"train": (3, 3), "val": (3, 3)}
+    assert "3 images are both in train and in val" in caplog.text
+
+
 def test_boxes_that_are_wrong_are_told_with_what_to_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     yolo_ultralytics(tmp_path / "yolo")
     with (tmp_path / "yolo/labels/train/a.txt").open("a") as file:
