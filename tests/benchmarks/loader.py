@@ -107,7 +107,7 @@ def main() -> None:
     cv2.setNumThreads(1)
     split = DatasetSection().train
     source = open_source(options.data / split.annotations, options.data / split.images)
-    paths = {image["id"]: source.images / image["file_name"] for image in source.document["images"]}
+    paths = {image["id"]: options.data / split.images / image["file_name"] for image in source.document["images"]}
     with tempfile.TemporaryDirectory() as folder:
         manifest = shard_split(source, "train", Path(folder), DatasetSection(), ShardsSection(max_samples=16))
         order = SampleOrder(manifest.digest, manifest.shard_sizes, TRAIN.seed, TRAIN.window)
