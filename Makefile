@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLUSTERS ?= tests/clusters
 
 .PHONY: setup demo test test-clusters check fix sanitize bench clean lock
 
@@ -24,7 +25,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 test-clusters: setup  ## what takes minutes: runs that are ended, cut and lost
-	$(BIN)/python -m pytest tests/clusters
+	$(BIN)/python -m pytest $(CLUSTERS)
 
 check: setup
 	$(BIN)/ruff check .

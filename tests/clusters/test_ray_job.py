@@ -30,7 +30,7 @@ def test_a_submitted_job_finishes(head: RayHead, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not ops.compiled(), reason="the operator is not compiled here")
 def test_the_compiled_operator_serves_the_packages_of_the_job(head: RayHead) -> None:
-    result = head.submit("python", "-m", "tests.end_to_end.operator_of_worker")
+    result = head.submit("python", "-m", "tests.clusters.operator_of_worker")
     assert result.returncode == 0, result.stdout + result.stderr
     (line,) = (line for line in result.stdout.splitlines() if line.startswith("{"))
     worker = json.loads(line)
