@@ -1,6 +1,6 @@
 """Whatever a document of annotations or detections holds, its readers give a result or one `UserError`.
 
-More examples by hand: RAYDETR_EXAMPLES=10000 python -m pytest tests/pipeline/shard/test_mutations.py
+More examples by hand: RAYDETR_EXAMPLES=10000 python -m pytest tests/pipeline/shard/test_document.py
 """
 
 import copy
