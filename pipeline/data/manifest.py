@@ -9,11 +9,13 @@ import hashlib
 import json
 import math
 import os
+import re
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.data.cache import DEFAULT_CACHE, Cache, FetchAhead
@@ -146,19 +148,20 @@ def read_manifest(folder: Place, cache: Cache = DEFAULT_CACHE) -> Manifest:
         UserError: there is none, it is not one that this version reads or has changed, a tar is missing or of another
             size, or the index is missing or changed.
     """
-    manifest, index_sha256 = _read(folder, cache)
+    manifest, index, index_sha256 = _read(folder, cache)
     again = f"delete {folder} and shard again"
     _refuse_other_sum(folder, manifest.digest, again)
     if isinstance(folder, StorePath):
         sizes = folder.list()
         for shard in manifest.shards:
             _refuse_other_size(folder / shard.name, sizes.get(shard.name), shard.bytes, again)
-        return manifest
-    for shard in manifest.shards:
-        _refuse_other_size(folder / shard.name, size_of(folder / shard.name), shard.bytes, again)
+        again = "delete this copy of it"
+    else:
+        for shard in manifest.shards:
+            _refuse_other_size(folder / shard.name, size_of(folder / shard.name), shard.bytes, again)
     # Read and not mapped: what is mapped and touched counts as this process's memory.
-    if sha256_of(folder / INDEX_NAME) != index_sha256:
-        raise UserError(f"{folder / INDEX_NAME}: its sha256 is not the manifest's: the file has changed; {again}")
+    if sha256_of(index) != index_sha256:
+        raise UserError(f"{index}: its sha256 is not the manifest's: the file has changed; {again}")
     return manifest
 
 
@@ -192,14 +195,14 @@ def write_manifest(
 
 def _arrived(folder: Place, digest: str, cache: Cache) -> Manifest:
     """The manifest that another process has read and checked."""
-    manifest, _ = _read(folder, cache, digest)
+    manifest, *_ = _read(folder, cache, digest)
     if manifest.digest != digest:
         raise UserError(f"{folder / MANIFEST_NAME}: it was replaced by another while it was in use; start again")
     return manifest
 
 
-def _read(folder: Place, cache: Cache, digest: str | None = None) -> tuple[Manifest, str]:
-    """The manifest, its files unchecked, and the sha256 that its index has to have.
+def _read(folder: Place, cache: Cache, digest: str | None = None) -> tuple[Manifest, Path, str]:
+    """The manifest, its files unchecked, its index on this machine, and the sha256 that that has to have.
 
     A manifest in a store whose digest is known is read from there once a machine.
     """
@@ -222,7 +225,7 @@ def _read(folder: Place, cache: Cache, digest: str | None = None) -> tuple[Manif
         raise UserError(f"{path}: its format is {version!r}, this version reads {FORMAT}; delete it and shard again")
     try:
         shards = tuple(_shard(shard) for shard in content["shards"])
-        index_sha256 = _expect(content["index"]["sha256"], str)
+        index_sha256 = _sha256(content["index"]["sha256"])
         values = _values(content)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: not a manifest ({shown(repr(error))}); {again}") from None
@@ -237,7 +240,7 @@ def _read(folder: Place, cache: Cache, digest: str | None = None) -> tuple[Manif
         raise UserError(f"{folder / INDEX_NAME}: not the index of these shards ({shown(error)}); {again}") from None
     digest = hashlib.sha256(text).hexdigest()
     manifest = Manifest(folder=folder, digest=digest, shards=shards, samples=samples, cache=cache, **values)
-    return manifest, index_sha256
+    return manifest, local, index_sha256
 
 
 def _sum_line(digest: str) -> bytes:
@@ -359,12 +362,19 @@ def _shard(shard: Mapping[str, Any]) -> Shard:
     name = _expect(shard["name"], str)
     if os.path.basename(name) != name or name in ("", ".", "..") or not name.isprintable():
         raise ValueError(f"the shard name {shown(repr(name))} is not one of a file in its folder")
-    return Shard(name, _at_least(1, shard["samples"]), _at_least(0, shard["bytes"]), _expect(shard["sha256"], str))
+    return Shard(name, _at_least(1, shard["samples"]), _at_least(0, shard["bytes"]), _sha256(shard["sha256"]))
 
 
 def _expect(value: Any, kind: type[Value]) -> Value:
     if not isinstance(value, kind):
         raise TypeError(f"{shown(repr(value))} is not of the type {kind.__name__}")
+    return value
+
+
+def _sha256(value: Any) -> str:
+    """A sha256 in hex, which names a file of the cache."""
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+        raise ValueError(f"{shown(repr(value))} is not a sha256")
     return value
 
 

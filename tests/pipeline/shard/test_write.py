@@ -1,6 +1,7 @@
 import errno
 import gzip
 import hashlib
+import json
 import os
 import pickle
 import shutil
@@ -537,6 +538,26 @@ class TestStore:
             verify_shard(manifest, 1)
         with pytest.raises(UserError, match="the file has changed in its store"):
             read_image_bytes(manifest, manifest.samples[2])
+
+    def test_a_copy_of_the_index_that_has_changed_is_not_used(self, tmp_path: Path, s3_folder: StorePath) -> None:
+        cache = Cache(tmp_path / "cache")
+        write_some(tmp_path, out=s3_folder, cache=str(cache.folder))
+        (copy,) = (path for path in (tmp_path / "cache").iterdir() if path.read_bytes().startswith(b"\x93NUMPY"))
+        flip(copy)
+        with pytest.raises(UserError, match=f"{copy}: its sha256 is not the manifest's: .*; delete this copy of it"):
+            read_manifest(s3_folder / "train", cache)
+        copy.unlink()
+        assert len(read_manifest(s3_folder / "train", cache).samples) == 2 * SHARDS
+
+    def test_a_manifest_cannot_name_files_beside_the_cache(self, tmp_path: Path, s3_folder: StorePath) -> None:
+        manifest = write_some(tmp_path, out=s3_folder)
+        (tmp_path / "beside").write_bytes(b"x")
+        file = s3_folder / "train" / "manifest.json"
+        text = file.read_bytes()
+        for sha256 in (manifest.shards[0].sha256, json.loads(text)["index"]["sha256"]):
+            file.write_bytes(text.replace(sha256.encode(), b"../beside"))
+            with pytest.raises(UserError, match=r"not a manifest .*is not a sha256"):
+                read_manifest(s3_folder / "train", Cache(tmp_path / "cache"))
 
     def test_other_files_are_left_alone(self, tmp_path: Path, s3_folder: StorePath) -> None:
         (s3_folder / "train" / "thesis.tex").write_bytes(b"x")
