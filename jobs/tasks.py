@@ -87,5 +87,5 @@ def _result(reference: Any) -> Any:
             return in_thread(lambda: ray.get(reference), "ray-get").result()
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
-            raise UserError(str(error.cause)) from None
+            raise type(error.cause)(str(error.cause)) from None
         raise

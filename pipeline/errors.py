@@ -35,5 +35,9 @@ class UserError(_OneLineError):
     """The input is wrong; the message says what, where and how to mend it. The command line exits with 2."""
 
 
+class StoreError(UserError):
+    """A store, or the way to it, fails for now: what is finished stays, and the same command goes on."""
+
+
 class TrackingError(_OneLineError):
     """The work is done, and uploads wait on the disk for the tracking server. The command line exits with 3."""

@@ -2,7 +2,7 @@
 
 A `StorePath` has the part of pathlib's interface that the house needs, so that a folder may be either, a `Place`. A
 file is there whole or not at all. What a store refuses for a while is tried again with growing pauses, and then told by
-one `UserError`. Credentials come from the environment or the files of the store's own tools, never from the address.
+one `StoreError`. Credentials come from the environment or the files of the store's own tools, never from the address.
 """
 
 import io
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
-from pipeline.errors import UserError, shown
+from pipeline.errors import StoreError, UserError, shown
 from pipeline.log import get_logger
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "http", "https")
@@ -191,7 +191,7 @@ class StorePath:
             except _errors() as error:
                 told = " ".join(str(error).split()) or type(error).__name__
                 if pause is None or any(code in told for code in FINAL):
-                    raise UserError(
+                    raise StoreError(
                         f"{self}: cannot be {what} in its store ({shown(told, 300)}); check the address, the "
                         "credentials and the network, then give the command again"
                     ) from error

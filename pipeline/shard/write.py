@@ -42,7 +42,7 @@ from pipeline.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from pipeline.errors import UserError, shown
+from pipeline.errors import StoreError, UserError, shown
 from pipeline.files import disk_error, locked, sha256_of, sync, write_whole
 from pipeline.log import get_logger, outcome
 from pipeline.shard.coco import NOTES, CocoImage, CocoSplit, Findings, Source, clean, to_json
@@ -310,9 +310,10 @@ def _write_split(
             unfinished.replace(folder)
             sync(folder.parent)
     except (UserError, OSError) as error:
-        # What has to be mended makes another job of it, and a full disk needs the room; a disk's other faults may pass.
+        # What has to be mended makes another job of it, and a full disk needs the room; other faults of a disk or a
+        # store may pass.
         told = disk_error(unfinished, error, key) if isinstance(error, OSError) else error
-        if isinstance(told, UserError):
+        if isinstance(told, UserError) and not isinstance(told, StoreError):
             _clear(unfinished)
         raise
     manifest = replace(manifest, folder=folder)

@@ -11,7 +11,7 @@ from ray.exceptions import RayTaskError
 from jobs.cluster import connected
 from jobs.tasks import run_tasks
 from pipeline.config.sections import ClusterSection
-from pipeline.errors import UserError
+from pipeline.errors import StoreError, UserError
 from tests.jobs.test_interrupt import rest, started
 
 
@@ -63,6 +63,7 @@ def test_at_most_so_many_at_a_time(at_once: int, tmp_path: Path) -> None:
     ("raised", "told"),
     [
         pytest.param(UserError("a.jpg: it is damaged"), r"^a\.jpg: it is damaged$", id="of the user"),
+        pytest.param(StoreError("s3://a: it is away"), r"^s3://a: it is away$", id="of a store"),
         pytest.param(ValueError("a bug"), "a bug", id="of ours"),
     ],
 )
@@ -77,7 +78,7 @@ def test_one_failure_ends_the_others(raised: Exception, told: str, tmp_path: Pat
             time.sleep(0.05)
         (tmp_path / f"{number} ended").touch()
 
-    with pytest.raises(UserError if isinstance(raised, UserError) else RayTaskError, match=told):
+    with pytest.raises(type(raised) if isinstance(raised, UserError) else RayTaskError, match=told):
         list(run_tasks(task, [1, 2, 3], at_once=2, cpus=0.1))
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"begun", "2 is alive"}, "2 was cancelled, and 3 was not begun"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import store
-from pipeline.errors import UserError
+from pipeline.errors import StoreError, UserError
 from pipeline.store import StorePath, absolute, place, size_of
 from tests.stores import FaultyNetwork, S3Server
 
@@ -103,7 +103,7 @@ class TestFailure:
     def test_a_store_that_is_away_is_told_once(self, s3_folder: StorePath, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(store, "PAUSES", ())
         away = StorePath(f"{s3_folder.root}?scheme=http&endpoint_override=127.0.0.1:1")
-        with pytest.raises(UserError, match=r"^s3://.*/file: cannot be read in its store .*; check") as told:
+        with pytest.raises(StoreError, match=r"^s3://.*/file: cannot be read in its store .*; check") as told:
             (away / "file").read_bytes()
         assert "\n" not in str(told.value)
 

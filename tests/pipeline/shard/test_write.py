@@ -23,7 +23,7 @@ from pipeline.config.sections import DatasetSection, ShardsSection, SplitSection
 from pipeline.data.cache import Cache
 from pipeline.data.images import read_image_file
 from pipeline.data.manifest import Manifest, read_image_bytes, read_manifest
-from pipeline.errors import UserError
+from pipeline.errors import StoreError, UserError
 from pipeline.shard import origin
 from pipeline.shard.coco import CocoSplit, open_source, open_split
 from pipeline.shard.write import (
@@ -420,6 +420,19 @@ class TestStopped:
             fail()
 
         with pytest.raises(OSError, match="Input/output error"):
+            write_some(tmp_path, write_all)
+        done = inodes(tmp_path / "shards" / ".train.partial")
+        assert len(done) == 3
+        folder = write_some(tmp_path).folder
+        assert {name: inodes(folder)[name] for name in done} == done
+        assert contents(folder) == unbroken
+
+    def test_a_store_that_fails_keeps_what_is_finished(self, tmp_path: Path, unbroken: dict[str, bytes]) -> None:
+        def write_all(plans: list[ShardPlan], task: WriteTask) -> Iterator[WrittenShard]:
+            yield from map(task, plans[:3])
+            raise StoreError("s3://bucket/train: cannot be read in its store")
+
+        with pytest.raises(StoreError):
             write_some(tmp_path, write_all)
         done = inodes(tmp_path / "shards" / ".train.partial")
         assert len(done) == 3
