@@ -36,7 +36,7 @@ class MlflowServer:
             self._process = subprocess.Popen(
                 command, cwd=self.folder, stdout=log, stderr=log, start_new_session=True, env=environment
             )
-        for _ in range(600):
+        for _ in range(1800):  # minutes where all its cores are busy
             try:
                 urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()
                 return

@@ -2,7 +2,7 @@
 
     <run>/outbox/
         operations.jsonl  parameters, spools of points, artifacts, status and versions, in their order
-        uploaded.json     how many of them which MLflow run has got
+        uploaded.json     how many of them which MLflow run has got, and which of those it has not
         names.json        the legal names that stand for names that MLflow refuses
         refused.jsonl     what the server refused, and why; nothing waits for it
 
@@ -99,11 +99,15 @@ class Outbox:
 
     def pending(self, run_id: str) -> list[Operation]:
         """The operations that an MLflow run has not got, oldest first; all of them where the run is another one."""
-        return self._operations[self._uploaded(run_id) :]
+        count, behind = self._uploaded(run_id)
+        return [self._operations[index] for index in behind] + self._operations[count:]
 
-    def done(self, run_id: str) -> None:
-        """Remember that the run has got the oldest one that was pending."""
-        write_json(self.folder / "uploaded.json", {"run_id": run_id, "count": self._uploaded(run_id) + 1})
+    def done(self, run_id: str, operation: Operation) -> None:
+        """Remember that the run has got one that was pending; those before it may still be."""
+        count, behind = self._uploaded(run_id)
+        index = next(index for index, each in enumerate(self._operations) if each is operation)
+        behind = [each for each in (*behind, *range(count, index)) if each != index]
+        write_json(self.folder / "uploaded.json", {"run_id": run_id, "count": max(count, index + 1), "behind": behind})
 
     def refuse(self, kind: str, what: Any, why: str, detail: str) -> None:
         """Set aside what the server does not take; one warning a kind, which does not hold the detail."""
@@ -132,9 +136,12 @@ class Outbox:
         """The file that a reference names."""
         return self.folder.parent / reference
 
-    def _uploaded(self, run_id: str) -> int:
+    def _uploaded(self, run_id: str) -> tuple[int, list[int]]:
+        """How far a run has got the operations, and which before that point it has not."""
         state = _read_json(self.folder / "uploaded.json", {})
-        return int(state["count"]) if run_id and state.get("run_id") == run_id else 0
+        if not run_id or state.get("run_id") != run_id:
+            return 0, []
+        return int(state["count"]), list(state.get("behind", []))
 
     def _append(self, file: Path, line: Mapping[str, Any]) -> None:
         """Write a line whole or not at all, whatever comes in between."""

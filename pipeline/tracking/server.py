@@ -6,6 +6,7 @@ MLflow is imported by the first call, not by this module: that import takes seco
 import contextlib
 import logging
 import os
+import re
 import sqlite3
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,11 +166,14 @@ def why(error: Exception) -> str:
     database = getattr(cause, "orig", None) or (cause if isinstance(cause, sqlite3.Error) else None)
     if database is not None:
         return f"is out of order ({first_line(database)})"
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    retried = re.search(r"too many (\d{3}) error responses", str(error))  # by an HTTP client that gave up
+    status = retried[1] if retried else getattr(getattr(error, "response", None), "status_code", None)
     if error_code(error) in CREDENTIALS or status == 401:
         return "refuses user and password (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)"
-    if error_code(error) not in ("", "INTERNAL_ERROR") or status is not None:
-        return f"answers {error_code(error) or status}"
+    if error_code(error) not in ("", "INTERNAL_ERROR"):
+        return f"answers {error_code(error)}"
+    if status is not None:
+        return f"answers {status}"
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be given everything ({error.strerror})"
     return "is away"

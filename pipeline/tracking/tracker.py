@@ -12,6 +12,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +100,7 @@ class Tracker:
         self._client: MlflowClient | None = None
         self._lock = threading.Lock()
         self._is_away = False
+        self._stuck: set[str] = set()
         self._next_try = 0.0
         self._results: dict[str, Any] = {}
         self._recorded = _read_run_file(run_file)
@@ -187,24 +190,57 @@ class Tracker:
     def sync(self) -> bool:
         """Upload what waits, as far as the server takes it: the points first, then the operations in their order.
 
+        What fails alone, while the server answers, waits for the next time, as do later operations of its kind and
+        subject; all else is uploaded.
+
         Returns:
-            Whether nothing waits any more. A server that was away is tried again after `RETRY_SECONDS`.
+            Whether nothing waits any more. What failed is tried again after `RETRY_SECONDS`.
         """
         with self._lock:
             if time.monotonic() < self._next_try:
                 return False
             try:
                 self._find_run()
-                for spool in self.outbox.spools():
-                    self._drain(self.reader(spool))
-                for operation in self.outbox.pending(self.run_id):
-                    self._do(operation)
-                    self.outbox.done(self.run_id)
+                is_all = self._upload()
             except server_errors() as error:
                 self._say_away(error)
                 return False
             self._say_back()
-            return True
+            if is_all:
+                self._stuck.clear()
+            else:
+                self._next_try = time.monotonic() + RETRY_SECONDS
+            return is_all
+
+    def _upload(self) -> bool:
+        """Upload what waits; whether all of it was taken."""
+        stuck: set[tuple[str, str]] = set()
+        for spool in self.outbox.spools():
+            if not self._is_taken("points", partial(self._drain, self.reader(spool))):
+                stuck.add(("points", spool.name))
+        for operation in self.outbox.pending(self.run_id):
+            subject = (operation.kind, operation.subject)
+            if subject not in stuck and self._is_taken(operation.kind, partial(self._do, operation)):
+                self.outbox.done(self.run_id, operation)
+            else:
+                stuck.add(subject)
+        return not stuck
+
+    def _is_taken(self, kind: str, upload: Callable[[], object]) -> bool:
+        """Do an upload; False where it fails alone. The server's error is raised where it does not answer at all."""
+        try:
+            upload()
+        except server_errors() as error:
+            with suppress(*server_errors()):
+                self._is_there(self.run_id)  # a server may close the connection on which it answered an error
+            self._look_after_run()
+            if kind not in self._stuck:
+                told = (self.uri, why(error), kind, self.outbox.folder)
+                logger.warning("tracking server %s %s when it is sent %s, which wait in %s; the rest goes on", *told)
+                logger.debug("%s", first_line(error), exc_info=error)
+            self._stuck.add(kind)
+            return False
+        return True
 
     def settle(self, patience: float, on_wait: Callable[[], None] = lambda: None) -> None:
         """Upload what waits, and wait for a server that is away.

@@ -177,6 +177,51 @@ class TestOutage:
         check_all(tracker, tmp_path.name)
 
 
+class TestOneThatAlwaysFails:
+    def test_the_rest_goes_on(self, server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        artifacts = server.folder / "artifacts"
+        artifacts.mkdir(exist_ok=True)
+        artifacts.rename(aside := artifacts.with_name("aside"))
+        artifacts.write_text("the disk of the artifacts is gone: each upload is answered 500")
+        try:
+            records = record_log(monkeypatch)
+            write_points(tmp_path, 1, 2)
+            tracker = open_run(server.uri, tmp_path)
+            do_all(tracker, tmp_path)
+            run = tracker.client.get_run(tracker.run_id)
+            assert (run.info.status, run.data.params) == ("FINISHED", {"train.epochs": "3"})
+            assert len(tracker.client.get_metric_history(tracker.run_id, "loss")) == 4
+            assert tracker.waiting() == 2
+            with pytest.raises(TrackingError, match="2 uploads wait"):
+                tracker.settle(patience=0.5)
+            said = [each.getMessage() for each in records if "the rest goes on" in each.getMessage()]
+            assert len(said) == 1
+            assert "answers 500 when it is sent artifacts" in said[0]
+        finally:
+            artifacts.unlink()
+            aside.rename(artifacts)
+        tracker = open_run(server.uri, tmp_path)
+        tracker.settle(patience=0)
+        check_all(tracker, tmp_path.name)
+
+    def test_a_later_one_of_its_subject_waits_for_it(self, mlflow_uri: str, tmp_path: Path, monkeypatch: Any) -> None:
+        monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.0)
+        is_broken, taken = True, []
+
+        def send(tracker: Tracker, operation: Any) -> None:
+            if is_broken and operation.body["number"] == 1:
+                raise OSError("the disk is full")
+            taken.append((operation.subject, operation.body["number"]))
+
+        tracker = Tracker(mlflow_uri, EXPERIMENT, "order", tmp_path / "mlflow_run.json", handlers={"sent": send})
+        for subject, number in (("a", 1), ("b", 3), ("a", 2), ("c", 4)):
+            tracker.request("sent", subject, {"number": number})
+        assert taken == [("b", 3), ("c", 4)]
+        is_broken = False
+        tracker.settle(patience=0)
+        assert taken[2:] == [("a", 1), ("a", 2)]
+
+
 class TestRefusal:
     def test_it_is_set_aside_and_blocks_nothing(
         self, server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
