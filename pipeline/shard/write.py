@@ -2,8 +2,7 @@
 
 A sample is `<image id, 12 digits>.<jpg|png|webp|bmp|tif>`, the source's bytes untouched, followed by `<same key>.json`.
 What stands in which shard is planned from the annotation file and the files' sizes, so the bytes do not depend on who
-writes them; each shard is one task. On a disk all is written into a hidden folder beside the final one, the manifest
-last, then renamed; a store knows no renaming, and a folder there is finished once it has its manifest. A finished shard
+writes them; each shard is one task. The manifest is written last: a folder that has it is finished. A finished shard
 leaves a record, with which the next command goes on where this one was ended.
 """
 
@@ -11,15 +10,10 @@ import hashlib
 import io
 import json
 import os
-import shutil
-import tempfile
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,9 +37,21 @@ from pipeline.data.manifest import (
     write_manifest,
 )
 from pipeline.errors import StoreError, UserError, shown
-from pipeline.files import disk_error, locked, sha256_of, sync, write_whole
+from pipeline.files import disk_error, sha256_of, sync, write_whole
 from pipeline.log import get_logger, outcome
 from pipeline.shard.coco import NOTES, CocoImage, CocoSplit, Findings, Source, clean, to_json
+from pipeline.shard.destination import (
+    alone,
+    begin,
+    clear,
+    is_still,
+    move,
+    names_in,
+    publish,
+    remove,
+    scratch,
+    unfinished_of,
+)
 from pipeline.shard.origin import Images
 from pipeline.shard.tar import ShardTar, tar_size
 from pipeline.store import Place
@@ -129,7 +135,7 @@ def shard_split(
     if (folder / MANIFEST_NAME).exists():  # nothing is written: a disk that is only read will do
         return _found(folder, cache, source, settings, dataset.on_error)
     try:
-        with _alone(out, split):
+        with alone(out, split):
             if (folder / MANIFEST_NAME).exists():
                 return _found(folder, cache, source, settings, dataset.on_error)
             _refuse_foreign(folder)
@@ -169,8 +175,7 @@ def write_shard(
 ) -> WrittenShard:
     """Writes one shard, the rows of its index and its record, unless all of it is there already.
 
-    Each is written to a temporary name, then renamed or copied into the store, the record last. The name is this call's
-    own: a task whose command was killed may still write the same shard.
+    Each is written to a temporary name, then renamed or copied into the store, the record last.
 
     Args:
         plan: what is in it.
@@ -187,25 +192,22 @@ def write_shard(
     if recorded is not None:
         return recorded
     path = folder / plan.name
-    temporary = _scratch(folder) / f".{plan.name}.{uuid.uuid4().hex}.tmp"
     findings = Findings(on_error)
     try:
-        with temporary.open("wb", buffering=WRITE_BYTES) as file:
-            with ShardTar(file) as tar:
-                samples = list(_write_samples(plan, files, tar, findings, verify))
-            file.flush()
-            os.fsync(file.fileno())
-        rows_sha256 = None
-        if samples:
-            _move(temporary, path)
-            rows_sha256 = _write_rows(_rows_path(path), samples)
+        with scratch(path) as temporary:
+            with temporary.open("wb", buffering=WRITE_BYTES) as file:
+                with ShardTar(file) as tar:
+                    samples = list(_write_samples(plan, files, tar, findings, verify))
+                file.flush()
+                os.fsync(file.fileno())
+            if samples:
+                move(temporary, path)
+        rows_sha256 = _write_rows(_rows_path(path), samples) if samples else None
         shard = Shard(plan.name, len(samples), tar.size, tar.sha256)
         written = WrittenShard(plan.number, shard, dict(findings.counts), rows_sha256)
         write_whole(_record_path(path), json.dumps(asdict(written)).encode())
     except OSError as error:
         raise disk_error(path, error, key) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return written
 
 
@@ -227,16 +229,13 @@ def finish(
     if not shards:
         raise UserError(f"{source.source}: none of its images can be used: {_told(problems)}")
     parts = [_rows_path(folder / shard.name) for shard in shards]
-    temporary = _scratch(folder) / f".{INDEX_NAME}.{uuid.uuid4().hex}.tmp"
-    try:
+    with scratch(folder / INDEX_NAME) as temporary:
         write_rows(temporary, parts, sum(shard.samples for shard in shards))
         sync(temporary)
-        _move(temporary, folder / INDEX_NAME)
-    finally:
-        temporary.unlink(missing_ok=True)
+        move(temporary, folder / INDEX_NAME)
     manifest = write_manifest(folder, split, labels, source.digest, settings, shards, problems, cache)
     kept = {MANIFEST_NAME, SUM_NAME, INDEX_NAME, *(shard.name for shard in shards)}
-    _remove(folder, [name for name in _names(folder) if name not in kept])
+    remove(folder, [name for name in names_in(folder) if name not in kept])
     return manifest
 
 
@@ -293,7 +292,7 @@ def _write_split(
     split: CocoSplit, folder: Place, labels: LabelMap, settings: dict[str, Any], on_error: OnError, verify: bool,
     write_all: WriteAll, key: str, cache: Cache,
 ) -> Manifest:  # fmt: skip
-    unfinished = folder.with_name(f".{folder.name}.partial") if isinstance(folder, Path) else folder
+    unfinished = unfinished_of(folder)
     job = {
         "format": FORMAT,
         "source_digest": split.digest,
@@ -306,60 +305,18 @@ def _write_split(
         plans = plan_shards(split, settings["max_samples"], settings["max_bytes"])
         task = partial(write_shard, files=split.files, folder=unfinished, on_error=on_error, verify=verify, key=key)
         manifest = finish(unfinished, folder.name, labels, split, settings, write_all(plans, task), cache)
-        if isinstance(unfinished, Path) and isinstance(folder, Path):
-            unfinished.replace(folder)
-            sync(folder.parent)
+        publish(unfinished, folder)
     except (UserError, OSError) as error:
         # What has to be mended makes another job of it, and a full disk needs the room; other faults of a disk or a
         # store may pass.
         told = disk_error(unfinished, error, key) if isinstance(error, OSError) else error
         if isinstance(told, UserError) and not isinstance(told, StoreError):
-            _clear(unfinished)
+            clear(unfinished)
         raise
     manifest = replace(manifest, folder=folder)
     logger.info(outcome("shard", _summary(manifest), is_new=True))
     report_problems(folder.name, manifest)
     return manifest
-
-
-@contextmanager
-def _alone(out: Place, split: str) -> Iterator[None]:
-    """Holds a lock among the commands that write this split. A store has none: there they write the same bytes."""
-    if not isinstance(out, Path):
-        yield
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(out / f".{split}.lock"):
-        yield
-
-
-def _scratch(folder: Place) -> Path:
-    """Where a file is written before it is moved into a folder."""
-    return folder if isinstance(folder, Path) else Path(tempfile.gettempdir())
-
-
-def _move(temporary: Path, path: Place) -> None:
-    if isinstance(path, Path):
-        temporary.replace(path)
-    else:
-        path.upload(temporary)
-
-
-def _names(folder: Place) -> list[str]:
-    return [path.name for path in folder.iterdir()] if isinstance(folder, Path) else list(folder.list())
-
-
-def _remove(folder: Place, names: Iterable[str]) -> None:
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
-
-
-def _clear(unfinished: Place) -> None:
-    """Removes all that was written."""
-    if isinstance(unfinished, Path):
-        shutil.rmtree(unfinished, ignore_errors=True)
-    else:
-        _remove(unfinished, unfinished.list())
 
 
 def _go_on_with(unfinished: Place, job: dict[str, Any]) -> None:
@@ -369,31 +326,22 @@ def _go_on_with(unfinished: Place, job: dict[str, Any]) -> None:
     except (OSError, ValueError):
         same = False
     if same:
-        done = sum(name.endswith(".json") for name in _names(unfinished)) - 1
+        done = sum(name.endswith(".json") for name in names_in(unfinished)) - 1
         logger.info("shard: going on with %d shards in %s", done, unfinished)
         return
-    _clear(unfinished)
-    if isinstance(unfinished, Path):
-        unfinished.mkdir()
+    begin(unfinished)
     write_whole(unfinished / JOB, json.dumps(job).encode())
 
 
 def _recorded(plan: ShardPlan, folder: Place) -> WrittenShard | None:
-    """What an earlier command recorded of a shard, if its tar and its rows are still those that it wrote.
-
-    In a store a file is there whole or not at all, and all tars would have to be fetched: its size has to do.
-    """
+    """What an earlier command recorded of a shard, if its tar and its rows are still those that it wrote."""
     path = folder / plan.name
     try:
         record = json.loads(_record_path(path).read_bytes())
         written = WrittenShard(**{**record, "shard": Shard(**record["shard"])})
         same = (written.number, written.shard.name) == (plan.number, plan.name)
         if same and written.shard.samples:
-            is_tar = (
-                sha256_of(path) == written.shard.sha256
-                if isinstance(path, Path)
-                else path.size() == written.shard.bytes
-            )
+            is_tar = is_still(path, written.shard.bytes, written.shard.sha256)
             same = is_tar and sha256_of(_rows_path(path)) == written.rows_sha256
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -502,12 +450,9 @@ def _refuse_no_objects(split: CocoSplit) -> None:
 
 
 def _refuse_foreign(folder: Place) -> None:
-    if isinstance(folder, Path):
-        is_foreign = folder.exists() and any(folder.iterdir())
-    else:
-        names = folder.list()
-        is_foreign = bool(names) and JOB not in names
-    if is_foreign:
+    names = names_in(folder)
+    is_unfinished = unfinished_of(folder) == folder and JOB in names
+    if names and not is_unfinished:
         raise UserError(
             f"{folder}: it has no {MANIFEST_NAME} and is not empty; set another shards.out, or delete that folder"
         )
