@@ -113,6 +113,23 @@ class ShardsSection(Section):
     """Most bytes of a shard (one sample may exceed it)."""
     segmentations: bool = False
     """Keep the annotations' segmentations."""
+    max_side: int | None = Field(None, ge=32)
+    """Most pixels of the longer side of an image: a larger one is kept as a smaller JPEG, with annotations that follow
+    it, and still scored in its own pixels. Null keeps all images as they are, byte for byte; the sides that train and
+    evaluate resize to are worth no more than this one."""
+    quality: int | None = Field(None, ge=1, le=100)
+    """Quality of those JPEGs; the default is 90."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ShardsSection":
+        if self.quality is not None and self.max_side is None:
+            raise ValueError(f"quality {self.quality} is that of smaller copies: set max_side, too, or leave it out")
+        return self
+
+    @property
+    def jpeg_quality(self) -> int:
+        """`quality`, with its default."""
+        return self.quality or 90
 
 
 class AugmentSection(Section):

@@ -52,7 +52,6 @@ from pipeline.data.manifest import (
     UnreadableSampleError,
     Value,
     describe,
-    ground_truth,
     read_annotations,
     read_image_bytes,
     read_manifest,
@@ -75,6 +74,11 @@ from pipeline.data.samples import (
     plan_samples,
     plan_step,
     xyxy,
+)
+from pipeline.data.truth import (
+    ground_truth,
+    original_size,
+    scaled_box,
 )
 
 __all__ = [
@@ -115,6 +119,7 @@ __all__ = [
     "load_image",
     "load_train_sample",
     "make_targets",
+    "original_size",
     "permutation",
     "philox",
     "plan_eval",
@@ -128,6 +133,7 @@ __all__ = [
     "read_manifest",
     "refuse_odd_file",
     "resized",
+    "scaled_box",
     "seed_sequence",
     "shown_size",
     "write_manifest",

@@ -27,10 +27,10 @@ from pipeline.config.sections import EvaluateSection, OnError, TrainSection
 from pipeline.data.augment import plan_eval
 from pipeline.data.batching import CANVAS_MULTIPLE
 from pipeline.data.images import Pixels
-from pipeline.data.index import Sample
 from pipeline.data.manifest import Manifest, UnreadableSampleError
 from pipeline.data.order import SampleOrder
 from pipeline.data.samples import StepPlan, load_image, load_train_sample, make_targets, plan_step
+from pipeline.data.truth import original_size
 from pipeline.errors import UserError
 from pipeline.log import get_logger
 
@@ -291,23 +291,25 @@ class _EvalDataset(Dataset[Any]):
 
     def _batch(self, item: int) -> tuple[EvalBatch | None, list[str]] | _Failure:
         images: list[Pixels] = []
-        samples: list[Sample] = []
+        image_ids: list[int] = []
+        sizes: list[tuple[int, int]] = []
         unreadable: list[str] = []
         for index in self._batches[item]:
             sample = self._manifest.samples[index]
             plan = plan_eval(sample.width, sample.height, self._short_side, self._max_side)
             try:
+                width, height = original_size(self._manifest, sample)
                 images.append(plan.apply_image(load_image(self._manifest, sample)))
             except UnreadableSampleError as error:
                 if self._on_error == "fail":
                     return _Failure(_unreadable(error))
                 unreadable.append(str(error))
                 continue
-            samples.append(sample)
+            image_ids.append(sample.image_id)
+            sizes.append((height, width))
         if not images:
             return None, unreadable
-        sizes = torch.tensor([(sample.height, sample.width) for sample in samples], dtype=torch.int64)
-        return EvalBatch(PixelBatch.collate(images), [sample.image_id for sample in samples], sizes), unreadable
+        return EvalBatch(PixelBatch.collate(images), image_ids, torch.tensor(sizes, dtype=torch.int64)), unreadable
 
 
 def _unreadable(error: UnreadableSampleError) -> str:

@@ -28,6 +28,8 @@ from pipeline.store import Place, StorePath, size_of
 FORMAT = 2
 MANIFEST_NAME = "manifest.json"
 SUM_NAME = "manifest.sha256"
+ORIGINAL_SIZE = ("original_width", "original_height")
+"""What the JSON member of a smaller copy has, with everything else in pixels of the copy."""
 OPEN_FILES = 128
 
 Value = TypeVar("Value")
@@ -276,6 +278,8 @@ def read_image_bytes(manifest: Manifest, sample: Sample) -> bytes:
 def read_annotations(manifest: Manifest, sample: Sample) -> dict[str, Any]:
     """The JSON member of a sample: image_id, file_name, width, height, annotations.
 
+    That of a smaller copy also has the original_width and original_height of its image.
+
     Raises:
         UnreadableSampleError: it cannot be read, is of another image, or an annotation is not one that is written.
     """
@@ -285,6 +289,8 @@ def read_annotations(manifest: Manifest, sample: Sample) -> dict[str, Any]:
         matches = told == (sample.image_id, sample.width, sample.height) and isinstance(content["file_name"], str)
         known = manifest.labels.names
         matches = matches and all(_is_annotation(entry, known) for entry in content["annotations"])
+        original = [content[key] for key in ORIGINAL_SIZE if key in content]
+        matches = matches and len(original) in (0, 2) and all(_at_least(1, side) for side in original)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         matches = False
     if not matches:
@@ -307,24 +313,6 @@ def describe(manifest: Manifest, sample: Sample) -> str:
     """Where a sample is, for messages."""
     shard = manifest.folder / manifest.shards[sample.shard].name
     return f"{shard}: sample {shown(sample.key)} (image id {sample.image_id})"
-
-
-def ground_truth(manifest: Manifest) -> dict[str, Any]:
-    """The split as a COCO document: images, annotations with iscrowd and area, categories.
-
-    The annotations are numbered from 1, whatever their ids were: a match with id 0 counts as none in pycocotools.
-    """
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for sample in manifest.samples:
-        try:
-            content = read_annotations(manifest, sample)
-        except UnreadableSampleError as error:
-            raise UserError(f"{error}; delete {manifest.folder} and shard again") from None
-        images.append({"id": sample.image_id} | {key: content[key] for key in ("file_name", "width", "height")})
-        annotations.extend(content["annotations"])
-    numbered = [{**annotation, "id": number} for number, annotation in enumerate(annotations, start=1)]
-    return {"images": images, "annotations": numbered, "categories": manifest.labels.to_json()["categories"]}
 
 
 def _content(manifest: Manifest, sample: Sample, member: Member, extension: str) -> bytes:

@@ -17,6 +17,7 @@ from rich.text import Text
 from pipeline.data.index import Sample
 from pipeline.data.manifest import Manifest, UnreadableSampleError, read_annotations
 from pipeline.data.samples import load_image
+from pipeline.data.truth import original_size, scaled_box
 from pipeline.errors import shown
 from pipeline.log import get_logger
 from pipeline.predict.attention import MOST_NAME
@@ -46,7 +47,7 @@ def write_pictures(
 
     Args:
         manifest: the split.
-        detections: in COCO's result format.
+        detections: in COCO's result format, in pixels of the original images.
         folder: where `<image id>.png` go; made when missing.
         count: most pictures.
         least_score: least score of a detection that is drawn.
@@ -58,11 +59,17 @@ def write_pictures(
     paths = []
     for sample in choose_samples(manifest, count):
         try:
+            width, height = original_size(manifest, sample)
             pixels = load_image(manifest, sample)
         except UnreadableSampleError as error:
             logger.warning("not drawn: %s", error)
             continue
-        own = [d for d in detections if d["image_id"] == sample.image_id and d["score"] >= least_score]
+        x, y = sample.width / width, sample.height / height
+        own = [
+            {**detection, "bbox": scaled_box(detection["bbox"], x, y)}
+            for detection in detections
+            if detection["image_id"] == sample.image_id and detection["score"] >= least_score
+        ]
         truth = read_annotations(manifest, sample)["annotations"]
         halves = [draw_boxes(pixels, entries, manifest.labels.names, LEAST_SIDE) for entries in (own, truth)]
         path = folder / f"{sample.image_id:012d}.png"

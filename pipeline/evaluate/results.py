@@ -7,7 +7,8 @@ from pipeline.checkpoint.state import MODEL, STATE, checked_sum, read_state
 from pipeline.config.sections import EvaluateSection, Role, settings_with
 from pipeline.config.values import differences
 from pipeline.data.loader import eval_batches
-from pipeline.data.manifest import Manifest, ground_truth
+from pipeline.data.manifest import Manifest
+from pipeline.data.truth import ground_truth
 from pipeline.errors import UserError
 from pipeline.evaluate.detect import DetectAll, sort_detections
 from pipeline.evaluate.score import score

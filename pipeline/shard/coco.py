@@ -60,6 +60,7 @@ RULES: dict[str, str] = {
     "box_partly_outside_image": "clip the box",
     "area_not_finite": "use the area of the box",
     "crowd_unclear": "leave the annotation out",
+    "segmentation_malformed": "leave the segmentation out",
 }
 """Every rule for input that is wrong and can be cleaned, with what `dataset.on_error: skip` does."""
 
@@ -109,6 +110,8 @@ class CocoImage(NamedTuple):
     height: int
     size: int
     annotations_json: bytes
+    original: tuple[int, int] | None = None
+    """(width, height) of the image that this is a smaller copy of."""
 
     @property
     def annotations(self) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Writes a split as WebDataset tars with a manifest, on a disk or into a store.
 
-A sample is `<image id, 12 digits>.<jpg|png|webp|bmp|tif>`, the source's bytes untouched, followed by `<same key>.json`.
+A sample is `<image id, 12 digits>.<jpg|png|webp|bmp|tif>`, the source's bytes untouched unless a smaller copy is wanted
+(`shards.max_side`), followed by `<same key>.json`.
 What stands in which shard is planned from the annotation file and the files' sizes, so the bytes do not depend on who
 writes them; each shard is one task. The manifest is written last: a folder that has it is finished. A finished shard
 leaves a record, with which the next command goes on where this one was ended.
@@ -26,6 +27,7 @@ from pipeline.data.labels import LabelMap
 from pipeline.data.manifest import (
     FORMAT,
     MANIFEST_NAME,
+    ORIGINAL_SIZE,
     SUM_NAME,
     Manifest,
     Shard,
@@ -53,6 +55,7 @@ from pipeline.shard.destination import (
     unfinished_of,
 )
 from pipeline.shard.origin import Images
+from pipeline.shard.smaller import Smaller, smaller_of
 from pipeline.shard.tar import ShardTar, tar_size
 from pipeline.store import Place
 
@@ -118,7 +121,7 @@ def shard_split(
         split: name of the split's folder.
         out: folder of the dataset's shards, seen by whoever writes shards.
         dataset: for `labels` and `on_error`.
-        shards: for the sizes and `segmentations`.
+        shards: for the sizes, `segmentations` and smaller copies.
         verify: decode every image fully before it is written.
         needs_objects: refuse a split without an object to train on.
         write_all: runs the tasks.
@@ -130,7 +133,7 @@ def shard_split(
         UserError: bad input, another dataset or other settings in the folder, no space.
     """
     folder, cache = out / split, cache_of(shards)
-    settings = _settings(dataset, shards)
+    settings, smaller = _settings(dataset, shards), smaller_of(shards)
     key = "shards.out" if shards.out else "runs or shards.out"
     if (folder / MANIFEST_NAME).exists():  # nothing is written: a disk that is only read will do
         return _found(folder, cache, source, settings, dataset.on_error)
@@ -143,18 +146,19 @@ def shard_split(
             if needs_objects:
                 _refuse_no_objects(cleaned)
             return _write_split(cleaned, folder, LabelMap(dataset.labels, cleaned.categories), settings,
-                                dataset.on_error, verify, write_all, key, cache)  # fmt: skip
+                                dataset.on_error, verify, smaller, write_all, key, cache)  # fmt: skip
     except OSError as error:
         raise disk_error(out, error, key) from error
 
 
-def plan_shards(split: CocoSplit, max_samples: int, max_bytes: int) -> list[ShardPlan]:
+def plan_shards(split: CocoSplit, max_samples: int, max_bytes: int, smaller: Smaller | None = None) -> list[ShardPlan]:
     """Cuts a split, in the order of the image ids, into shards of at most `max_samples` and `max_bytes`."""
     plans: list[ShardPlan] = []
     images: list[CocoImage] = []
     size = 0
     for image in split.images:
-        sample_size = tar_size(image.size) + tar_size(len(json_member(image)))
+        image_size = image.size if smaller is None else smaller.planned_bytes(image)
+        sample_size = tar_size(image_size) + tar_size(len(json_member(image)))
         if images and (len(images) == max_samples or size + sample_size > max_bytes):
             plans.append(ShardPlan(len(plans), tuple(images)))
             images, size = [], 0
@@ -165,14 +169,20 @@ def plan_shards(split: CocoSplit, max_samples: int, max_bytes: int) -> list[Shar
 
 
 def json_member(image: CocoImage) -> bytes:
-    """The member that follows an image in its shard: image_id, file_name, width, height, annotations."""
+    """The member that follows an image in its shard: image_id, file_name, width, height, annotations.
+
+    That of a smaller copy also has the original_width and original_height of its image.
+    """
     rest = {"file_name": image.file_name, "height": image.height, "image_id": image.id, "width": image.width}
+    if image.original is not None:
+        rest |= zip(ORIGINAL_SIZE, image.original, strict=True)
     return b'{"annotations":%b,%b' % (image.annotations_json, to_json(rest)[1:])
 
 
 def write_shard(
-    plan: ShardPlan, files: Images, folder: Place, on_error: OnError, verify: bool, key: str = "shards.out"
-) -> WrittenShard:
+    plan: ShardPlan, files: Images, folder: Place, on_error: OnError, verify: bool, smaller: Smaller | None = None,
+    key: str = "shards.out",
+) -> WrittenShard:  # fmt: skip
     """Writes one shard, the rows of its index and its record, unless all of it is there already.
 
     Each is written to a temporary name, then renamed or copied into the store, the record last.
@@ -183,6 +193,7 @@ def write_shard(
         folder: where it goes.
         on_error: what is done about a bad image.
         verify: decode every image fully.
+        smaller: which images are copied smaller, and how.
         key: names, in messages, the setting that has it written elsewhere.
 
     Raises:
@@ -197,7 +208,7 @@ def write_shard(
         with scratch(path) as temporary:
             with temporary.open("wb", buffering=WRITE_BYTES) as file:
                 with ShardTar(file) as tar:
-                    samples = list(_write_samples(plan, files, tar, findings, verify))
+                    samples = list(_write_samples(plan, files, tar, findings, verify, smaller))
                 file.flush()
                 os.fsync(file.fileno())
             if samples:
@@ -290,7 +301,7 @@ def report_problems(split: str, manifest: Manifest) -> None:
 
 def _write_split(
     split: CocoSplit, folder: Place, labels: LabelMap, settings: dict[str, Any], on_error: OnError, verify: bool,
-    write_all: WriteAll, key: str, cache: Cache,
+    smaller: Smaller | None, write_all: WriteAll, key: str, cache: Cache,
 ) -> Manifest:  # fmt: skip
     unfinished = unfinished_of(folder)
     job = {
@@ -302,8 +313,9 @@ def _write_split(
     }
     try:
         _go_on_with(unfinished, job)
-        plans = plan_shards(split, settings["max_samples"], settings["max_bytes"])
-        task = partial(write_shard, files=split.files, folder=unfinished, on_error=on_error, verify=verify, key=key)
+        plans = plan_shards(split, settings["max_samples"], settings["max_bytes"], smaller)
+        task = partial(write_shard, files=split.files, folder=unfinished, on_error=on_error, verify=verify,
+                       smaller=smaller, key=key)  # fmt: skip
         manifest = finish(unfinished, folder.name, labels, split, settings, write_all(plans, task), cache)
         publish(unfinished, folder)
     except (UserError, OSError) as error:
@@ -364,23 +376,29 @@ def _write_rows(path: Place, samples: list[Sample]) -> str:
     return hashlib.sha256(content.getvalue()).hexdigest()
 
 
-def _write_samples(plan: ShardPlan, files: Images, tar: ShardTar, findings: Findings, verify: bool) -> Iterator[Sample]:
-    for image in plan.images:
-        content, extension = _image_content(image, files, findings, verify)
-        if extension is None:
+def _write_samples(
+    plan: ShardPlan, files: Images, tar: ShardTar, findings: Findings, verify: bool, smaller: Smaller | None
+) -> Iterator[Sample]:
+    for source in plan.images:
+        found = _image_content(source, files, findings, verify, smaller)
+        if found is None:
             continue
+        image, content, extension = found
         key = f"{image.id:012d}"
         members = tar.add(f"{key}.{extension}", content), tar.add(f"{key}.json", json_member(image))
         yield Sample(image.id, image.width, image.height, plan.number, extension, *members)
 
 
-def _image_content(image: CocoImage, files: Images, findings: Findings, verify: bool) -> tuple[bytes, str | None]:
-    """The file's bytes and the extension of its member; None when the image has to be left out."""
+def _image_content(
+    image: CocoImage, files: Images, findings: Findings, verify: bool, smaller: Smaller | None
+) -> tuple[CocoImage, bytes, str] | None:
+    """The image or its smaller copy, its bytes and the extension of its member; None when it has to be left out."""
+    where = shown(files.where(image.file_name), 400)
     try:
         content = files.read(image.file_name)
         header = inspect_image(content, image.width, image.height)
-        if verify:
-            decode_image(content, image.width, image.height)
+        is_copied = smaller is not None and smaller.takes(image)
+        pixels = decode_image(content, image.width, image.height) if verify or is_copied else None
     except FileNotFoundError:
         rule, told = "image_missing", " is missing"
     except OSError as error:
@@ -389,19 +407,28 @@ def _image_content(image: CocoImage, files: Images, findings: Findings, verify: 
         rule, told = error.rule, f": {error}"
     else:
         findings.note(header.note)
-        return content, header.extension
-    findings.report(rule, f"{shown(files.where(image.file_name), 400)}: image {image.id}{told}")
-    return b"", None
+        if smaller is None or pixels is None or not is_copied:
+            return image, content, header.extension
+
+        def report(what: str) -> None:
+            findings.report("segmentation_malformed", f"{where}: image {image.id}: {what}")
+
+        return *smaller.copy(image, pixels, report), "jpg"
+    findings.report(rule, f"{where}: image {image.id}{told}")
+    return None
 
 
 def _settings(dataset: DatasetSection, shards: ShardsSection) -> dict[str, Any]:
     """The settings that the content of the shards depends on."""
-    return {
+    settings: dict[str, Any] = {
         "labels": dataset.labels,
         "max_samples": shards.max_samples,
         "max_bytes": shards.max_bytes,
         "segmentations": shards.segmentations,
     }
+    if shards.max_side is not None:  # shards without smaller copies are those of releases that made none
+        settings |= {"max_side": shards.max_side, "quality": shards.jpeg_quality}
+    return settings
 
 
 def _summary(manifest: Manifest) -> str:
@@ -412,9 +439,9 @@ def _summary(manifest: Manifest) -> str:
 def _refuse_other(manifest: Manifest, source: Source, settings: dict[str, Any], on_error: OnError) -> None:
     sections = {"labels": "dataset"}
     differences = [
-        f"{sections.get(key, 'shards')}.{key} was {manifest.settings.get(key)!r}, now {value!r}"
-        for key, value in settings.items()
-        if manifest.settings.get(key) != value
+        f"{sections.get(key, 'shards')}.{key} was {manifest.settings.get(key)!r}, now {settings.get(key)!r}"
+        for key in settings | manifest.settings
+        if manifest.settings.get(key) != settings.get(key)
     ]
     if manifest.source_digest != source.digest:
         differences.insert(

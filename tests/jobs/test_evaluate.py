@@ -14,7 +14,8 @@ from pipeline.checkpoint.state import read_state
 from pipeline.config.load import parse_config
 from pipeline.config.sections import METRICS, Config
 from pipeline.data.loader import eval_batches
-from pipeline.data.manifest import Manifest, ground_truth
+from pipeline.data.manifest import Manifest
+from pipeline.data.truth import ground_truth
 from pipeline.errors import UserError
 from pipeline.evaluate.detect import detect
 from pipeline.evaluate.score import score

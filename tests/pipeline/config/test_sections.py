@@ -1,5 +1,6 @@
 """The sections: the shipped configurations, roles of settings, and what follows from them."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -8,7 +9,7 @@ import torch
 from pydantic import Field
 
 from model import DetrConfig, build_model
-from pipeline.config.load import dump_config, load_config, parse_config
+from pipeline.config.load import ConfigError, dump_config, load_config, parse_config
 from pipeline.config.sections import (
     METRICS,
     AugmentSection,
@@ -120,6 +121,21 @@ def test_shards_are_shared_by_the_runs_of_a_dataset() -> None:
     config = Config(name="a", dataset=DatasetSection(root="data/birds"))
     assert config.shards_folder == Path("runs/shards/birds").absolute()
     assert config.model_copy(update={"shards": ShardsSection(out="/x/y")}).shards_folder == Path("/x/y")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        pytest.param({"max_side": 0}, "`shards.max_side` is 0", id="no side"),
+        pytest.param({"max_side": 800.5}, "`shards.max_side` is 800.5", id="half a pixel"),
+        pytest.param({"max_side": 800, "quality": 0}, "`shards.quality` is 0", id="no quality"),
+        pytest.param({"max_side": 800, "quality": 101}, "`shards.quality` is 101", id="above the best"),
+        pytest.param({"quality": 80}, "shards.quality 80 is that of smaller copies: set max_side", id="alone"),
+    ],
+)
+def test_smaller_copies_that_cannot_be_made_are_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        parse_config({"name": "a", "shards": settings}, "my.yaml")
 
 
 def test_the_tracking_server_is_embedded_unless_one_is_named(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.sections import AugmentSection, EvaluateSection, TrainSection
+from pipeline.config.sections import AugmentSection, EvaluateSection, ShardsSection, TrainSection
 from pipeline.data.augment import plan_eval
 from pipeline.data.cache import Cache
 from pipeline.data.index import INDEX_NAME, Sample, to_rows
@@ -31,9 +31,11 @@ from pipeline.data.manifest import Manifest, Shard, read_manifest, write_manifes
 from pipeline.data.order import SampleOrder
 from pipeline.data.samples import load_image, plan_step
 from pipeline.errors import UserError
+from pipeline.shard.coco import open_source
 from pipeline.shard.tar import ShardTar
+from pipeline.shard.write import shard_split
 from pipeline.store import StorePath
-from tests.builders import make_annotation, make_manifest, spoil, write_image
+from tests.builders import make_annotation, make_dataset_section, make_manifest, spoil, write_coco, write_image
 from tests.stores import S3Server
 
 AUGMENT = AugmentSection(short_sides=(32, 40), max_side=64, crop_short_sides=(30, 36), crop_min=20, crop_max=30)
@@ -340,6 +342,13 @@ class TestUnreadableSamples:
 
 
 class TestEvaluation:
+    def test_sizes_are_those_of_the_originals(self, tmp_path: Path) -> None:
+        files = write_coco(tmp_path, [1, {"id": 2, "width": 96, "height": 60}])
+        shards = ShardsSection(max_side=48)
+        manifest = shard_split(open_source(*files), "val", tmp_path / "shards", make_dataset_section(tmp_path), shards)
+        (batch,) = EvalLoader(manifest, [[0, 1]], EvaluateSection(short_side=24, max_side=60))
+        assert dict(zip(batch.image_ids, batch.sizes.tolist(), strict=True)) == {1: [24, 32], 2: [60, 96]}
+
     def test_every_image_once_sorted_by_aspect(self, manifest: Manifest) -> None:
         batches = eval_batches(manifest, 4)
         assert sorted(index for batch in batches for index in batch) == list(range(31))

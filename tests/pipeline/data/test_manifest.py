@@ -17,7 +17,6 @@ from pipeline.data.manifest import (
     Manifest,
     ShardReader,
     UnreadableSampleError,
-    ground_truth,
     read_annotations,
     read_image_bytes,
     read_manifest,
@@ -233,12 +232,6 @@ class TestReader:
         assert read_image_bytes(copy, copy.samples[0]) == read_image_bytes(manifest, manifest.samples[0])
 
 
-def test_ground_truth_is_the_coco_document(tmp_path: Path) -> None:
-    files = write_coco(tmp_path, [1, 2, 3], ANNOTATIONS)
-    document = json.loads(files.annotations.read_text())
-    assert ground_truth(make_manifest(tmp_path, [1, 2, 3], ANNOTATIONS)) == document
-
-
 Change = Callable[[dict[str, Any]], Any]
 
 
@@ -309,10 +302,3 @@ def test_a_foreign_member_is_unreadable(tmp_path: Path, before: str, after: str)
     sample = changed(manifest, lambda text: text.replace(before, after))
     with pytest.raises(UnreadableSampleError, match=r"000000000001 \(image id 1\): its JSON member is damaged"):
         read_annotations(manifest, sample)
-
-
-def test_a_changed_member_is_not_scored_with(tmp_path: Path) -> None:
-    manifest = make_manifest(tmp_path, annotations=[make_annotation(1, 1)])
-    changed(manifest, lambda text: text.replace('"bbox":[2,', '"bbox":[3,'))
-    with pytest.raises(UserError, match=r"image id 1\): the bytes of its json member have changed; delete .* again"):
-        ground_truth(manifest)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from jobs.console import make_console
-from pipeline.config.sections import METRICS
+from pipeline.config.sections import METRICS, ShardsSection
 from pipeline.data.manifest import Manifest
 from pipeline.evaluate.report import (
     COLUMNS,
@@ -22,7 +22,9 @@ from pipeline.evaluate.report import (
 )
 from pipeline.predict.attention import Look, draw_look
 from pipeline.predict.draw import draw_boxes
-from tests.builders import make_annotation, make_image, make_manifest, write_image
+from pipeline.shard.coco import open_source
+from pipeline.shard.write import shard_split
+from tests.builders import make_annotation, make_dataset_section, make_image, make_manifest, write_coco, write_image
 
 
 def make_metrics(**categories: float) -> dict[str, object]:
@@ -55,6 +57,19 @@ class TestPictures:
         assert (none == empty).all()
         assert (with_one[:, :400] != none[:, :400]).any()
         assert (with_one[:, 400:] == none[:, 400:]).all()
+
+    def test_detections_of_a_smaller_copy_are_where_its_original_has_them(self, tmp_path: Path) -> None:
+        box = (40, 20, 100, 60)
+        files = write_coco(tmp_path, [{"id": 1, "width": 200, "height": 100}], [make_annotation(1, 1, box)])
+        shards = ShardsSection(max_side=50)
+        manifest = shard_split(open_source(*files), "val", tmp_path / "out", make_dataset_section(tmp_path), shards)
+        found = [{"image_id": 1, "category_id": 1, "bbox": list(box), "score": 1.0}]
+        (path,) = write_pictures(manifest, found, tmp_path / "pictures", 1, 0.4)
+        picture = np.array(Image.open(path)).astype(int)
+        left, right = picture[26 + 60 :, :400], picture[26 + 60 :, 408:]  # without the names above the boxes
+        np.testing.assert_array_equal(left, right)
+        (path,) = write_pictures(manifest, [], tmp_path / "none", 1, 0.4)
+        assert (np.array(Image.open(path))[26 + 60 :, :400] != left).any()
 
     def test_more_pictures_than_images(self, split: Manifest) -> None:
         assert len(choose_samples(split, 50)) == 6

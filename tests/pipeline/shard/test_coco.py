@@ -10,7 +10,8 @@ import webdataset
 from PIL import Image
 
 from pipeline.config.sections import METRICS, ShardsSection
-from pipeline.data.manifest import Manifest, ground_truth, read_manifest
+from pipeline.data.manifest import Manifest, read_manifest
+from pipeline.data.truth import ground_truth
 from pipeline.errors import UserError
 from pipeline.evaluate.results import evaluate_files
 from pipeline.evaluate.score import score

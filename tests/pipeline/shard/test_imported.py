@@ -10,7 +10,7 @@ import yaml
 
 from pipeline.config.load import load_config
 from pipeline.config.sections import ShardsSection
-from pipeline.data.manifest import ground_truth
+from pipeline.data.truth import ground_truth
 from pipeline.errors import UserError
 from pipeline.shard.coco import open_split
 from pipeline.shard.imported import import_dataset

@@ -9,6 +9,7 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -162,18 +163,21 @@ class TestPlan:
 
 
 class TestSameInput:
-    def test_same_bytes_in_any_order_of_writing(self, tmp_path: Path) -> None:
-        first = make_manifest(tmp_path / "a", range(1, 9), ANNOTATIONS, max_samples=2)
-        files = write_coco(tmp_path / "b", range(1, 9), ANNOTATIONS)
+    @pytest.mark.parametrize("settings", [{}, {"max_side": 32}], ids=["as they are", "smaller"])
+    def test_same_bytes_in_any_order_of_writing(self, tmp_path: Path, settings: dict[str, Any]) -> None:
+        images = [{"id": number, "width": 24 + 4 * number} for number in range(1, 9)]
+        first = shard_files(write_coco(tmp_path / "a", images, ANNOTATIONS), max_samples=2, **settings)
+        files = write_coco(tmp_path / "b", images, ANNOTATIONS)
         os.utime(files.images / "000000000001.jpg", (0, 0))
-        second = shard_split(
-            open_source(*files),
-            "train",
-            tmp_path / "b" / "shards",
-            make_dataset_section(tmp_path / "b"),
-            ShardsSection(max_samples=2),
-            write_all=lambda plans, task: [task(plan) for plan in reversed(plans)],
-        )
+        with ProcessPoolExecutor(2) as pool:
+            second = shard_split(
+                open_source(*files),
+                "train",
+                tmp_path / "b" / "shards",
+                make_dataset_section(tmp_path / "b"),
+                ShardsSection(max_samples=2, **settings),
+                write_all=lambda plans, task: pool.map(task, reversed(plans)),
+            )
         assert second.digest == first.digest
         for path in first.folder.iterdir():
             assert path.read_bytes() == (second.folder / path.name).read_bytes()
@@ -197,6 +201,7 @@ class TestOtherInput:
             ({"max_bytes": 4096}, "shards.max_bytes was 268435456, now 4096"),
             ({"segmentations": True}, "shards.segmentations was False, now True"),
             ({"labels": "coco91"}, "dataset.labels was 'contiguous', now 'coco91'"),
+            ({"max_side": 64}, "shards.max_side was None, now 64; shards.quality was None, now 90"),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )
@@ -207,6 +212,15 @@ class TestOtherInput:
             shard_files(files, **settings)
         assert told in str(caught.value)
         assert "Set another shards.out, or delete that folder." in str(caught.value)
+
+    def test_other_copies_are_refused(self, tmp_path: Path) -> None:
+        files = write_coco(tmp_path)
+        first = shard_files(files, max_side=64)
+        assert shard_files(files, max_side=64, quality=90) == first
+        with pytest.raises(UserError, match=r"shards\.quality was 90, now 80"):
+            shard_files(files, max_side=64, quality=80)
+        with pytest.raises(UserError, match=r"shards\.max_side was 64, now None"):
+            shard_files(files)
 
     def test_another_source_is_refused(self, tmp_path: Path) -> None:
         files = write_coco(tmp_path)
