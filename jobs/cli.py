@@ -196,18 +196,27 @@ def synth(
 
 @app.command("import", epilog="Example: raydetr import yolo cells-roboflow --out data/cells")
 def import_(
-    kind: Annotated[Literal["yolo", "voc", "cvat"], typer.Argument(metavar="yolo|voc|cvat", help="The format.")],
+    kind: Annotated[
+        Literal["yolo", "voc", "cvat", "webdataset"],
+        typer.Argument(metavar="yolo|voc|cvat|webdataset", help="The format."),
+    ],
     source: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the dataset, with its images.")],
     out: Annotated[Path, typer.Option(help="Folder in COCO's format to write; nothing may be there.")],
     val_share: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Draw this part of the images for validation, where DIR has no such split."),
     ] = None,
+    categories: Annotated[
+        Path | None, typer.Option(help="JSON file with the list `categories`, for webdataset's tars without names.")
+    ] = None,
 ) -> None:
-    """Make a dataset of another format one that the pipeline reads: YOLO, Pascal VOC, or CVAT for images 1.1."""
+    """Make a dataset of another format one that the pipeline reads.
+
+    YOLO, Pascal VOC, CVAT for images 1.1, or tars of webdataset with an image and a COCO-like JSON member a sample.
+    """
     from pipeline.shard.imported import import_dataset
 
-    imported = import_dataset(kind, source, out, val_share)
+    imported = import_dataset(kind, source, out, val_share, categories)
     typer.echo(f"{out}: {imported.categories} classes")
     for split, (images, objects) in imported.counts.items():
         typer.echo(f"{split}: {images} images, {objects} objects")

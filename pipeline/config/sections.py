@@ -123,7 +123,7 @@ class ShardsSection(Section):
     @model_validator(mode="after")
     def _check(self) -> "ShardsSection":
         if self.quality is not None and self.max_side is None:
-            raise ValueError(f"quality {self.quality} is that of smaller copies: set max_side, too, or leave it out")
+            raise ValueError(f"quality {self.quality} is that of smaller copies: set shards.max_side, or leave it out")
         return self
 
     @property

@@ -11,6 +11,7 @@ from pipeline.shard.coco import (
     source_digest,
 )
 from pipeline.shard.foreign import (
+    Packed,
     Split,
     read_foreign,
 )
@@ -25,10 +26,17 @@ from pipeline.shard.origin import (
     Images,
     open_images,
 )
+from pipeline.shard.smaller import (
+    Smaller,
+    smaller_of,
+)
 from pipeline.shard.synthetic import (
     Mask,
     draw_configured,
     draw_dataset,
+)
+from pipeline.shard.webdataset import (
+    read_webdataset,
 )
 from pipeline.shard.write import (
     ShardPlan,
@@ -53,7 +61,9 @@ __all__ = [
     "Images",
     "Imported",
     "Mask",
+    "Packed",
     "ShardPlan",
+    "Smaller",
     "Source",
     "Split",
     "WriteAll",
@@ -71,8 +81,10 @@ __all__ = [
     "open_split",
     "plan_shards",
     "read_foreign",
+    "read_webdataset",
     "report_problems",
     "shard_split",
+    "smaller_of",
     "source_digest",
     "verify_shard",
     "write_in_a_row",

@@ -39,12 +39,20 @@ VOC_IMAGES = ("JPEGImages", "images", ".")
 logger = get_logger(__name__)
 
 
+class Packed(NamedTuple):
+    """A file in a tar, by where its content lies."""
+
+    tar: Path
+    offset: int
+    size: int
+
+
 @dataclass(frozen=True)
 class Split:
     """A split as a COCO document, and the image files of its file names."""
 
     document: dict[str, Any]
-    files: dict[str, Path]
+    files: dict[str, Path | Packed]
 
 
 def read_foreign(kind: Format, source: Path) -> dict[str, Split]:
@@ -167,7 +175,7 @@ def _yolo_split(pictures: dict[str, Path], files: Mapping[str, Path], names: Seq
         read = _hotcoco().from_yolo(str(folder / "labels"), images_dir=str(folder / "images"))
     document = _named(read.dataset, [*pictures])
     document["categories"] = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
-    return Split(_upright(document, sizes), pictures)
+    return Split(_upright(document, sizes), {**pictures})
 
 
 def _upright(document: dict[str, Any], sizes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
@@ -194,7 +202,7 @@ def _read_voc(source: Path) -> dict[str, Split]:
             train = {stem: file for stem, file in listed["train"].labels.items() if stem not in listed["val"].labels}
             listed["train"] = listed["train"]._replace(labels=train)
         return {split: _voc_split(files, source) for split, files in listed.items()}
-    folders = _split_folders(source) or {"train": source}
+    folders = split_folders(source) or {"train": source}
     return {split: _voc_split(_voc_files(folder), source) for split, folder in folders.items()}
 
 
@@ -243,12 +251,12 @@ def _voc_split(files: _VocFiles, source: Path) -> Split:
         read = _hotcoco().from_voc(str(folder))
     names = [files.names[stem] for stem in files.labels]
     document = _named(read.dataset, names)
-    return _with_sizes(Split(document, {name: files.images / name for name in names}))
+    return _with_sizes(document, {name: files.images / name for name in names})
 
 
 def _read_cvat(source: Path) -> dict[str, Split]:
     """CVAT for images 1.1, as it exports a task or a project: one XML, alone or in a folder for each split."""
-    folders = _split_folders(source) or {"train": source}
+    folders = split_folders(source) or {"train": source}
     return {split: _cvat_split(folder) for split, folder in folders.items()}
 
 
@@ -269,9 +277,7 @@ def _cvat_split(folder: Path) -> Split:
     pictures = _pictures(folder / "images" if (folder / "images").is_dir() else folder)
     for image in document["images"]:
         image["file_name"] = _one_of(pictures, unescape(image["file_name"]), files[0])
-    return _with_sizes(
-        Split(document, {image["file_name"]: pictures[image["file_name"]] for image in document["images"]})
-    )
+    return _with_sizes(document, {image["file_name"]: pictures[image["file_name"]] for image in document["images"]})
 
 
 def _one_of(pictures: Mapping[str, Path], name: str, annotations: Path) -> str:
@@ -313,7 +319,8 @@ def _pictures(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in paths if not path.name.startswith(".")}
 
 
-def _split_folders(source: Path) -> dict[str, Path]:
+def split_folders(source: Path) -> dict[str, Path]:
+    """The folders of the splits in a folder, if one for training is there."""
     found = {split: next((source / name for name in names if (source / name).is_dir()), None)
              for split, names in SPLITS.items()}  # fmt: skip
     return {split: folder for split, folder in found.items() if folder is not None} if found["train"] else {}
@@ -363,12 +370,12 @@ def _named(document: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return document
 
 
-def _with_sizes(split: Split) -> Split:
-    """The split with the size of each image whose label file does not give one."""
-    for image in split.document["images"]:
+def _with_sizes(document: dict[str, Any], files: Mapping[str, Path]) -> Split:
+    """A split with the size of each image whose label file does not give one."""
+    for image in document["images"]:
         if not (image["width"] and image["height"]):
-            image["width"], image["height"] = _size(split.files[image["file_name"]])
-    return split
+            image["width"], image["height"] = _size(files[image["file_name"]])
+    return Split(document, {**files})
 
 
 def _size(path: Path) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import yaml
@@ -15,7 +15,8 @@ from pipeline.errors import UserError
 from pipeline.files import disk_told, make_folder, write_json
 from pipeline.log import get_logger
 from pipeline.shard.coco import clean, open_source
-from pipeline.shard.foreign import Format, Split, read_foreign
+from pipeline.shard.foreign import Format, Packed, Split, read_foreign
+from pipeline.shard.webdataset import read_webdataset
 
 logger = get_logger(__name__)
 
@@ -28,24 +29,34 @@ class Imported(NamedTuple):
     config: str
 
 
-def import_dataset(kind: Format, source: Path, out: Path, val_share: float | None = None) -> Imported:
+def import_dataset(
+    kind: Format | Literal["webdataset"],
+    source: Path,
+    out: Path,
+    val_share: float | None = None,
+    categories: Path | None = None,
+) -> Imported:
     """Write a dataset of another format as a folder in COCO's format, with the names that the configuration expects.
 
-    Images are hard links where the disk allows it, else copies. All is written into a hidden folder beside `out`, then
-    renamed.
+    Images are hard links where the disk allows it, else copies; those of tars are unpacked. All is written into a
+    hidden folder beside `out`, then renamed.
 
     Args:
         kind: the format.
         source: the folder of the dataset.
         out: the folder to write; nothing may be there.
         val_share: part of the training images that become the validation split, where there is none.
+        categories: a JSON file that names the categories of tars.
 
     Raises:
         UserError: bad input, or `out` is there or cannot be written.
     """
     if out.exists() or out.is_symlink():
         raise UserError(f"{out}: is there already; delete it, or choose another --out")
-    splits = _same_categories(_with_val(read_foreign(kind, source), source, val_share))
+    if categories is not None and kind != "webdataset":
+        raise UserError(f"--categories {categories}: {kind} names its own classes; leave it out")
+    read = read_webdataset(source, categories) if kind == "webdataset" else read_foreign(kind, source)
+    splits = _same_categories(_with_val(read, source, val_share))
     _tell_shared(splits)
     out = out.absolute()
     make_folder(out.parent, "choose another --out")
@@ -54,9 +65,9 @@ def import_dataset(kind: Format, source: Path, out: Path, val_share: float | Non
         tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as hidden,
     ):
         unfinished = Path(hidden) / out.name
-        problems = [_write(unfinished, split, read, out) for split, read in splits.items()]
+        problems = [_write(unfinished, split, own, out) for split, own in splits.items()]
         unfinished.rename(out)
-    counts = {split: (len(read.files), len(read.document["annotations"])) for split, read in splits.items()}
+    counts = {split: (len(own.files), len(own.document["annotations"])) for split, own in splits.items()}
     return Imported(counts, len(splits["train"].document["categories"]), _config(out, any(problems)))
 
 
@@ -81,7 +92,7 @@ def _tell_shared(splits: dict[str, Split]) -> None:
     shared = {*splits["train"].files.values()} & {*splits["val"].files.values()}
     if shared:
         logger.warning(
-            "%d images are both in train and in val, as %s: scores will be too good", len(shared), min(shared)
+            "%d images are both in train and in val, as %s: scores will be too good", len(shared), min(map(str, shared))
         )
 
 
@@ -95,6 +106,9 @@ def _part(split: Split, names: set[str]) -> Split:
 
 def _same_categories(splits: dict[str, Split]) -> dict[str, Split]:
     """Splits whose categories are the same list: a split may lack objects of a class."""
+    lists = [split.document["categories"] for split in splits.values()]
+    if all(own == lists[0] for own in lists):
+        return splits
     names = [category["name"] for split in splits.values() for category in split.document["categories"]]
     ids = {name: number for number, name in enumerate(dict.fromkeys(names), start=1)}
     for split in splits.values():
@@ -122,7 +136,11 @@ def _write(root: Path, split: str, read: Split, out: Path) -> dict[str, int]:
     return checked.problems
 
 
-def _link(source: Path, target: Path) -> None:
+def _link(source: Path | Packed, target: Path) -> None:
+    if isinstance(source, Packed):
+        with source.tar.open("rb") as file:
+            target.write_bytes(os.pread(file.fileno(), source.size, source.offset))
+        return
     try:
         os.link(source.resolve(), target)
     except OSError:

@@ -230,6 +230,12 @@ def _open_archive(place: Place, mend: str) -> ArchiveImages:
     return ArchiveImages(place, stamp)
 
 
+def leads_out(name: str) -> bool:
+    """Whether a name leads out of the folder that it stands in, links aside."""
+    path = posixpath.normpath(name)
+    return path.startswith(("/", "../")) or path == ".."
+
+
 @lru_cache(maxsize=4)
 def _opened(archive: Place, stamp: int) -> _Archive:
     """One for each process: the list of what is in it takes a second for 100,000 files."""
@@ -242,4 +248,4 @@ def _refuse_large(size: int) -> None:
 
 
 def _outside(names: Iterable[str]) -> str | None:
-    return next((name for name in names if posixpath.normpath(name).startswith(("/", "../")) or name == ".."), None)
+    return next((name for name in names if leads_out(name)), None)

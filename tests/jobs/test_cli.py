@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.builders import make_annotation, make_manifest
 from tests.pipeline.shard.test_foreign import yolo_ultralytics
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -88,6 +89,20 @@ def test_import_ends_with_a_configuration(tmp_path: Path) -> None:
     again = raydetr("import", "yolo", str(tmp_path / "yolo"), "--out", str(tmp_path / "cells"))
     assert again.returncode == 2
     assert again.stderr == f"error: {tmp_path}/cells: is there already; delete it, or choose another --out\n"
+
+
+def test_tars_are_imported_with_the_names_of_their_categories(tmp_path: Path) -> None:
+    for split, first in (("train", 1), ("val", 4)):
+        make_manifest(tmp_path, range(first, first + 3), [make_annotation(1, first)], split=split)
+    names = (tmp_path / "annotations" / "train.json").rename(tmp_path / "names.json")
+    for path in (tmp_path / "shards").glob("*/[im]*"):
+        path.unlink()
+    out = ("--out", str(tmp_path / "cells"), "--categories", str(names))
+    result = raydetr("import", "webdataset", str(tmp_path / "shards"), *out)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(
+        f"{tmp_path}/cells: 3 classes\ntrain: 3 images, 1 objects\nval: 3 images, 1 objects"
+    )
 
 
 def test_files_are_scored_without_a_config(shared_data: Path, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_shards_are_shared_by_the_runs_of_a_dataset() -> None:
         pytest.param({"max_side": 800.5}, "`shards.max_side` is 800.5", id="half a pixel"),
         pytest.param({"max_side": 800, "quality": 0}, "`shards.quality` is 0", id="no quality"),
         pytest.param({"max_side": 800, "quality": 101}, "`shards.quality` is 101", id="above the best"),
-        pytest.param({"quality": 80}, "shards.quality 80 is that of smaller copies: set max_side", id="alone"),
+        pytest.param({"quality": 80}, "shards.quality 80 is that of smaller copies: set shards.max_side", id="alone"),
     ],
 )
 def test_smaller_copies_that_cannot_be_made_are_refused(settings: dict[str, Any], told: str) -> None:

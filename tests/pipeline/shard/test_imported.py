@@ -118,6 +118,12 @@ def test_boxes_that_are_wrong_are_told_with_what_to_set(tmp_path: Path, caplog: 
     assert f"train: 1 times box_not_finite, as {tmp_path}/out/annotations/instances_train2017.json" in caplog.text
 
 
+def test_categories_are_named_for_tars_alone(tmp_path: Path) -> None:
+    yolo_ultralytics(tmp_path / "yolo")
+    with pytest.raises(UserError, match="yolo names its own classes; leave it out"):
+        import_dataset("yolo", tmp_path / "yolo", tmp_path / "out", categories=tmp_path / "names.json")
+
+
 class TestNothingIsHalfWritten:
     def test_what_is_there_is_kept(self, tmp_path: Path) -> None:
         yolo_ultralytics(tmp_path / "yolo")
