@@ -17,6 +17,8 @@ import typer
 from typer.exceptions import TyperException
 
 from jobs.interrupt import Interrupted, RayLostError, end_in_order
+from jobs.options import ConfigFile, Overrides
+from jobs.remote import jobs_app, submit
 from pipeline.config.address import without_secrets
 from pipeline.errors import TrackingError, UserError
 from pipeline.log import set_up_logging
@@ -34,12 +36,8 @@ app = typer.Typer(
 
 track = typer.Typer(help="What waits for the tracking server.", no_args_is_help=True, rich_markup_mode="rich")
 app.add_typer(track, name="track")
-
-ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The pipeline's YAML file.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the file; may be repeated."),
-]
+app.command(epilog="Example: raydetr submit run -c my.yaml --address http://head:8265 --follow")(submit)
+app.add_typer(jobs_app, name="jobs")
 
 
 @app.command(epilog="Example: raydetr run -c jobs/configs/demo.yaml --set train.epochs=2")

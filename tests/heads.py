@@ -33,14 +33,14 @@ class RayHead:
     """
 
     def __init__(self, address: str, environment: dict[str, str]) -> None:
-        self.address, self._environment = address, environment
+        self.address, self.environment = address, environment
 
     def submit(self, *entry_point: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         """Run a job in a copy of the source tree, to its end unless an option says otherwise."""
         command = [RAY, "job", "submit", "--address", self.address, "--working-dir", ".", *options, "--", *entry_point]
         for _ in range(60):  # a head takes some seconds until its dashboard, and then its job agent, answer
             result = subprocess.run(
-                command, cwd=PROJECT, env=self._environment, capture_output=True, text=True, timeout=300, check=False
+                command, cwd=PROJECT, env=self.environment, capture_output=True, text=True, timeout=300, check=False
             )
             if not any(early in result.stdout + result.stderr for early in ("Failed to connect", "No available agent")):
                 break
@@ -49,17 +49,16 @@ class RayHead:
 
     def stop(self, job: str) -> None:
         """What `ray job stop` asks of the head, without the seconds that the command takes to start."""
-        token = {"Authorization": f"Bearer {self._environment['RAY_AUTH_TOKEN']}"}
+        token = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
         request = urllib.request.Request(f"{self.address}/api/jobs/{job}/stop", headers=token, method="POST")
         with urllib.request.urlopen(request, timeout=60) as answer:
             assert json.load(answer) == {"stopped": True}
 
 
 @contextmanager
-def ray_head(folder: Path) -> Iterator[RayHead]:
+def ray_head(folder: Path, path: str = f"{Path(sys.executable).parent}:{os.environ['PATH']}") -> Iterator[RayHead]:
     """A head in the block, on free ports, whatever Ray this test process has used; its log is in the folder."""
     plain = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    path = f"{Path(sys.executable).parent}:{plain['PATH']}"
     environment = {**plain, "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     dashboard = free_port()
     command = [

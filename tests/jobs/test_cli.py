@@ -15,6 +15,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 COMMANDS = [
     *("run", "shard", "train", "evaluate", "register", "predict"),
     *("synth", "import", "convert", "config", "inspect", "doctor", "track sync"),
+    *("submit", "jobs list", "jobs status", "jobs logs", "jobs stop", "jobs resume"),
 ]
 
 

@@ -1,0 +1,15 @@
+"""Options that commands share."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The pipeline's YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the file; may be repeated."),
+]
+
+Submitted = Literal["run", "shard", "train", "evaluate"]
+"""The commands that a job on a cluster may run."""
