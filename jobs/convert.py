@@ -5,7 +5,7 @@ from pathlib import Path
 from model.build import build_model
 from model.config import DetrConfig
 from model.weights.files import BackboneOnlyError, export_weights, load_weights, read_weights
-from pipeline.checkpoint.state import STATE, check_weights, read_state
+from pipeline.checkpoint.state import STATE, read_state, weights_in
 from pipeline.config.keys import with_keys
 from pipeline.data.labels import LabelMap
 from pipeline.errors import UserError
@@ -32,8 +32,7 @@ def convert(source: Path, out: Path, to: str, settings: DetrConfig | None = None
         raise UserError(f"{out}: its folder does not exist; make it first")
     names = None
     try:
-        check_weights(source)
-        weights = read_weights(source)
+        weights = read_weights(weights_in(source))
         assumed: list[str] = []
         if (source / STATE).is_file():
             state = read_state(source)

@@ -9,7 +9,6 @@ from pipeline.checkpoint.optimizer import (
     MOMENTS,
     gather_moments,
     group_settings,
-    on_host,
     restore_optimizer,
 )
 from pipeline.checkpoint.save import (
@@ -17,6 +16,7 @@ from pipeline.checkpoint.save import (
     save,
 )
 from pipeline.checkpoint.state import (
+    EMA,
     FORMAT,
     MODEL,
     NAME,
@@ -24,15 +24,22 @@ from pipeline.checkpoint.state import (
     STATE,
     DamagedError,
     State,
-    check_weights,
     checked_sum,
     checkpoints,
     latest,
     load_model_weights,
     read_state,
+    weights_in,
+)
+from pipeline.checkpoint.weights import (
+    gather_weights,
+    on_host,
+    restore_averages,
+    trained_weights,
 )
 
 __all__ = [
+    "EMA",
     "FORMAT",
     "MODEL",
     "MOMENTS",
@@ -42,18 +49,21 @@ __all__ = [
     "DamagedError",
     "State",
     "all_whole",
-    "check_weights",
     "checked_sum",
     "checkpoints",
     "clean",
     "gather_moments",
+    "gather_weights",
     "group_settings",
     "latest",
     "load_model_weights",
     "newest_whole",
     "on_host",
     "read_state",
+    "restore_averages",
     "restore_optimizer",
     "save",
     "set_aside",
+    "trained_weights",
+    "weights_in",
 ]

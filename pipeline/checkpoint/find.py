@@ -2,15 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.checkpoint.state import (
-    MODEL,
-    OPTIMIZER,
-    DamagedError,
-    State,
-    checked_sum,
-    checkpoints,
-    read_state,
-)
+from pipeline.checkpoint.state import DamagedError, State, checked_sum, checkpoints, read_state
 from pipeline.errors import UserError
 from pipeline.files import sync
 from pipeline.log import get_logger
@@ -42,7 +34,7 @@ def _whole(path: Path) -> State | None:
     """The state of a checkpoint, or None where it is damaged and was set aside."""
     try:
         state = read_state(path)
-        for name in (MODEL, OPTIMIZER):
+        for name in state.names:
             checked_sum(path, state, name)
     except DamagedError as error:
         set_aside(path, str(error))

@@ -11,16 +11,12 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from pipeline.checkpoint.state import MODEL, OPTIMIZER, STATE, State, load_model_weights
+from pipeline.checkpoint.weights import on_host
 from pipeline.config.values import differences
 from pipeline.distributed import World
 from pipeline.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of its own: names that share a tensor, and views of ZeRO's flat buffers, cannot be saved as they are."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from safetensors import SafetensorError
 
 from model.weights.files import save_tensors
 from pipeline.checkpoint.find import set_aside
-from pipeline.checkpoint.optimizer import gather_moments, on_host
-from pipeline.checkpoint.state import DIGEST, MODEL, NAME, OPTIMIZER, STATE, State, checkpoints, latest
+from pipeline.checkpoint.optimizer import gather_moments
+from pipeline.checkpoint.state import DIGEST, EMA, MODEL, NAME, OPTIMIZER, STATE, State, checkpoints, latest
+from pipeline.checkpoint.weights import gather_weights
 from pipeline.config.values import digest
 from pipeline.distributed import World, on_rank_zero
 from pipeline.errors import UserError
@@ -42,7 +44,14 @@ def clean(folder: Path) -> None:
             set_aside(path, f"{path / STATE}: is missing")
 
 
-def save(engine: Any, world: World, folder: Path, state: State, keep: int | None) -> Path:
+def save(
+    engine: Any,
+    world: World,
+    folder: Path,
+    state: State,
+    keep: int | None,
+    averages: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
     """Write checkpoint-<step> and remove all but the newest `keep`; every rank takes part, rank 0 writes.
 
     Args:
@@ -51,6 +60,7 @@ def save(engine: Any, world: World, folder: Path, state: State, keep: int | None
         folder: the run's `checkpoints` folder.
         state: goes into state.json.
         keep: newest checkpoints that stay; None for all.
+        averages: of the trained weights, by name, where the run keeps them.
 
     Returns:
         The checkpoint's folder.
@@ -58,11 +68,12 @@ def save(engine: Any, world: World, folder: Path, state: State, keep: int | None
     Raises:
         UserError: the disk does not take it; the checkpoints before it are whole. Raised on every rank.
     """
-    moments = gather_moments(engine, world)
+    files = {MODEL: gather_weights(engine, world), OPTIMIZER: gather_moments(engine, world)}
+    if averages is not None:
+        files[EMA] = gather_weights(engine, world, averages)
 
     def write() -> Path:
-        weights = {name: on_host(tensor) for name, tensor in engine.module.state_dict().items()}
-        path = _write(folder, weights, moments, state)
+        path = _write(folder, files, state)
         for old in checkpoints(folder)[: -keep if keep else 0]:
             # Under this name a half-removed folder is no checkpoint, and `clean` removes the rest.
             shutil.rmtree(old.rename(old.with_name(f"{old.name}.tmp")))
@@ -71,17 +82,18 @@ def save(engine: Any, world: World, folder: Path, state: State, keep: int | None
     return on_rank_zero(world, write)
 
 
-def _write(folder: Path, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], state: State) -> Path:
+def _write(folder: Path, files: dict[str, dict[str, torch.Tensor]], state: State) -> Path:
+    assert files.keys() == set(state.names)
     path = folder / f"checkpoint-{state.step}"
     temporary = folder / f"{path.name}.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_tensors(weights, temporary / MODEL)
-        save_tensors(moments, temporary / OPTIMIZER)
+        for name, tensors in files.items():
+            save_tensors(tensors, temporary / name)
         (temporary / STATE).write_text(_state_text(temporary, state), encoding="utf-8")
-        for file in (MODEL, OPTIMIZER, STATE):
-            sync(temporary / file)
+        for name in (*files, STATE):
+            sync(temporary / name)
         sync(temporary)
         if path.exists():
             shutil.rmtree(path)
@@ -89,7 +101,7 @@ def _write(folder: Path, weights: dict[str, torch.Tensor], moments: dict[str, to
         sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        size = sum(tensor.nbytes for tensor in (*weights.values(), *moments.values())) / 2**20
+        size = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values()) / 2**20
         reason = os.strerror(error.errno or errno.EIO) if isinstance(error, OSError) else str(error)
         before = latest(folder)
         intact = f"{before.name} is whole: then run the same command again to go on from it" if before else "try again"
@@ -101,6 +113,6 @@ def _write(folder: Path, weights: dict[str, torch.Tensor], moments: dict[str, to
 
 def _state_text(path: Path, state: State) -> str:
     """state.json of the files that lie in a folder."""
-    sums = {name: sha256_of(path / name) for name in (MODEL, OPTIMIZER)}
+    sums = {name: sha256_of(path / name) for name in state.names}
     content = asdict(replace(state, files=sums))
     return json.dumps({**content, DIGEST: digest(content)}, indent=1)

@@ -3,6 +3,7 @@
     <run>/checkpoints/checkpoint-<step>/
         model.safetensors      every parameter and buffer, frozen ones included, by state-dict name
         optimizer.safetensors  <parameter name>/exp_avg, /exp_avg_sq, /step of AdamW, whole, never sharded
+        ema.safetensors        with train.ema: model.safetensors with the averages in place of the trained parameters
         state.json             where training stands and what it was made with; without it there is no checkpoint
 
 Parameters are kept in fp32 at every precision, so the weights are their own master copy. state.json has the sha256 of
@@ -33,6 +34,8 @@ FORMAT = 1
 MODEL = "model.safetensors"
 
 OPTIMIZER = "optimizer.safetensors"
+
+EMA = "ema.safetensors"
 
 STATE = "state.json"
 
@@ -82,6 +85,16 @@ class State:
     """sha256 of the other files by name; empty in a checkpoint from before they were kept."""
     format: int = FORMAT
     """Version of the layout."""
+
+    @property
+    def weights(self) -> str:
+        """Name of the file of the weights that are evaluated and served: the averages, where the run keeps them."""
+        return MODEL if self.config["train"].get("ema") is None else EMA
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the files beside state.json."""
+        return tuple(dict.fromkeys((MODEL, OPTIMIZER, self.weights)))
 
     def detr_config(self, source: Path | str = STATE) -> DetrConfig:
         """The architecture whose weights these are; `source` names the file in errors.
@@ -229,7 +242,7 @@ def checked_sum(path: Path, state: State, name: str) -> str:
     Args:
         path: folder of the checkpoint.
         state: its state; where it has no sums, the file must only be whole.
-        name: of the file, `MODEL` or `OPTIMIZER`.
+        name: of the file, one of `State.names`.
 
     Raises:
         DamagedError: the file is missing, or not as it was written.
@@ -257,23 +270,26 @@ def _tell_unchecked(path: Path) -> None:
     logger.info("%s is from before sums were kept: its files are not checked", path)
 
 
-def check_weights(source: Path) -> None:
-    """Refuse a folder whose weights are not as they were written, if it is a checkpoint; others have no sums.
+def weights_in(source: Path) -> Path:
+    """What to read weights from: the file of a checkpoint, which must be as it was written; anything else as it is.
 
     Raises:
         UserError: as `read_state` and `checked_sum`.
     """
-    if (source / STATE).is_file():
-        checked_sum(source, read_state(source), MODEL)
+    if not (source / STATE).is_file():
+        return source
+    state = read_state(source)
+    checked_sum(source, state, state.weights)
+    return source / state.weights
 
 
-def load_model_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The model's state dict of a checkpoint, on the host.
+def load_model_weights(path: Path, name: str = MODEL) -> dict[str, torch.Tensor]:
+    """The model's state dict of a checkpoint, on the host; `name` is `MODEL` or `EMA`.
 
     Raises:
         UserError: the file is missing or damaged.
     """
     try:
-        return load_file(path / MODEL)
+        return load_file(path / name)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path / MODEL}: cannot be read ({error}); delete {path} and go on from another") from error
+        raise UserError(f"{path / name}: cannot be read ({error}); delete {path} and go on from another") from error

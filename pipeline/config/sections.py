@@ -200,6 +200,9 @@ class TrainSection(Section):
     """Decoupled weight decay, on all parameters."""
     clip_grad_norm: float = Field(0.1, ge=0)
     """Most norm of the gradient of a step; 0 does not clip."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of a moving average of the weights, such as 0.9997, which is then what is evaluated and registered, while
+    training goes on with the weights themselves. It rises to that with the steps n, as (1 + n) / (10 + n)."""
     freeze_backbone: Literal["none", "stem_and_layer1", "all"] = "stem_and_layer1"
     """Backbone parameters that are not trained."""
     zero_stage: Annotated[Literal[0, 1], Role.MAY_DIFFER] = 0

@@ -67,7 +67,8 @@ def weights_digest(checkpoint: Path) -> str:
         UserError: the checkpoint is damaged.
     """
     if (checkpoint / STATE).is_file():
-        return checked_sum(checkpoint, read_state(checkpoint), MODEL)
+        state = read_state(checkpoint)
+        return checked_sum(checkpoint, state, state.weights)
     return sha256_of(checkpoint / MODEL)
 
 

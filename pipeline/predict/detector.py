@@ -25,7 +25,7 @@ from model.build import build_model
 from model.config import DetrConfig
 from model.detections import postprocess
 from model.weights.files import BackboneOnlyError, load_weights, read_weights, save_tensors
-from pipeline.checkpoint.state import MODEL, STATE, check_weights, checked_sum, load_model_weights, read_state
+from pipeline.checkpoint.state import STATE, checked_sum, load_model_weights, read_state, weights_in
 from pipeline.config.keys import with_keys
 from pipeline.config.sections import EvaluateSection
 from pipeline.data.augment import plan_eval
@@ -77,12 +77,12 @@ class Detector:
             UserError: the folder is not a whole checkpoint, or its weights are not as they were written.
         """
         state = read_state(checkpoint)
-        checked_sum(checkpoint, state, MODEL)
+        checked_sum(checkpoint, state, state.weights)
         if evaluate is None:
             short_side, max_side = state.sizes(checkpoint / STATE)
             evaluate = EvaluateSection(short_side=short_side, max_side=max_side)
         config = state.detr_config(checkpoint / STATE)
-        model = _with_weights(config, load_model_weights(checkpoint), checkpoint)
+        model = _with_weights(config, load_model_weights(checkpoint, state.weights), checkpoint)
         return cls(model, config, LabelMap.from_json(state.labels), evaluate, device)
 
     @classmethod
@@ -100,8 +100,7 @@ class Detector:
             UserError: they cannot be read, or are not those of the architecture.
         """
         try:
-            check_weights(source)
-            weights = read_weights(source)
+            weights = read_weights(weights_in(source))
             classes = weights.with_classes_of(config).num_classes
             if classes != config.num_classes:
                 raise UserError(

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.state import MODEL, STATE, State, read_state
+from pipeline.checkpoint.state import STATE, State, read_state
 from pipeline.config.sections import METRICS, EvaluateSection, RegisterSection, Role, settings_with
 from pipeline.config.values import digest, plain
 from pipeline.evaluate.results import weights_digest
@@ -158,7 +158,7 @@ def _kept(tracker: Tracker, key: str) -> Path:
 
 def _keep(checkpoint: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (MODEL, STATE):  # the state last, as in every checkpoint
+    for name in (read_state(checkpoint).weights, STATE):  # the state last, as in every checkpoint
         if not (folder / name).exists():
             try:
                 os.link(checkpoint / name, folder / name)

@@ -3,6 +3,11 @@
 from pipeline.train.curves import (
     Curves,
 )
+from pipeline.train.ema import (
+    WeightAverage,
+    decay_after,
+    make_average,
+)
 from pipeline.train.engine import (
     engine_config,
     gradient_norm,
@@ -47,7 +52,9 @@ __all__ = [
     "StopRequest",
     "StoppedError",
     "TrainJob",
+    "WeightAverage",
     "check_init",
+    "decay_after",
     "dropout_seed",
     "engine_config",
     "find_checkpoint",
@@ -56,6 +63,7 @@ __all__ = [
     "import_deepspeed",
     "is_path",
     "lr_factor",
+    "make_average",
     "make_engine",
     "make_model",
     "make_optimizer",

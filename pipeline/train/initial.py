@@ -9,7 +9,7 @@ from torch import nn
 from model.build import build_model
 from model.recompute import recompute_activations
 from model.weights.files import load_backbone, load_weights
-from pipeline.checkpoint.state import MODEL, State, check_weights, latest, load_model_weights
+from pipeline.checkpoint.state import MODEL, State, latest, load_model_weights, weights_in
 from pipeline.config.keys import with_keys
 from pipeline.config.sections import InitSection
 from pipeline.distributed import World, gather_objects, on_rank_zero, together
@@ -65,8 +65,7 @@ def _load_initial_weights(model: nn.Module, init: InitSection, root: Path) -> No
             report = load_backbone(model, root / init.backbone if is_path(init.backbone) else init.backbone)
             logger.info("train.init.backbone: %s", report)
         if init.weights is not None:
-            check_weights(root / init.weights)
-            report = load_weights(model, root / init.weights, reset_heads=init.reset_heads)
+            report = load_weights(model, weights_in(root / init.weights), reset_heads=init.reset_heads)
             logger.info("train.init.weights: %s", with_keys(str(report), "model"))
             if init.reset_heads and not report.reset:
                 logger.warning("train.init.reset_heads: the class heads are kept, since they fit the number of classes")

@@ -33,6 +33,7 @@ from pipeline.distributed import (
 from pipeline.errors import UserError
 from pipeline.log import get_logger, outcome
 from pipeline.train.curves import Curves
+from pipeline.train.ema import WeightAverage, make_average
 from pipeline.train.engine import gradient_norm, make_engine
 from pipeline.train.optim import set_learning_rates
 from pipeline.train.run import Run, TrainJob, find_checkpoint
@@ -66,6 +67,7 @@ def train(job: TrainJob, world: World, stop: StopRequest | None = None) -> Path:
     done = first
     prepare_workers(job.train.loader_workers)
     engine = make_engine(run, found)
+    average = make_average(engine, run, found)
     criterion = Criterion(job.train.criterion, job.model.class_loss)
     copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None  # type: ignore[no-untyped-call]
     spool = job.out.train_spool if world.rank == 0 else None
@@ -80,15 +82,17 @@ def train(job: TrainJob, world: World, stop: StopRequest | None = None) -> Path:
             losses = _forward_backward(engine, criterion, step, num_boxes, run, copies)
             values, asked = _agree(losses, gradient_norm(engine), step, run, stop.asked(), curves.error)
             engine.step()
+            if average is not None:
+                average.update(step.step + 1)
             skipped += unreadable
             curves.step_done(step.step, {**values, "skipped": skipped}, engine.basic_optimizer)
             done = step.step + 1
             if run.saves_after(step.step):
-                path = _save(engine, run, done, skipped)
+                path = _save(engine, average, run, done, skipped)
         raise_together(world, curves.error)
         if done < run.total:
             raise StoppedError(
-                path if done == first or run.saves_after(done - 1) else _save(engine, run, done, skipped)
+                path if done == first or run.saves_after(done - 1) else _save(engine, average, run, done, skipped)
             )
     finally:
         curves.close()
@@ -97,10 +101,11 @@ def train(job: TrainJob, world: World, stop: StopRequest | None = None) -> Path:
     return path
 
 
-def _save(engine: Any, run: Run, done: int, skipped: int) -> Path:
+def _save(engine: Any, average: WeightAverage | None, run: Run, done: int, skipped: int) -> Path:
     """Write a checkpoint after `done` steps."""
     state = run.state(done, skipped, engine.basic_optimizer)
-    path = save(engine, run.world, run.job.out.checkpoints, state, run.job.train.keep_checkpoints)
+    averages = average.weights if average else None
+    path = save(engine, run.world, run.job.out.checkpoints, state, run.job.train.keep_checkpoints, averages)
     logger.info("%s written", path)
     return path
 

@@ -25,7 +25,7 @@ from pipeline.train.run import TrainJob, resume_point
 from tests.builders import make_varied_manifest, without_sums
 from tests.pipeline.train.runs import make_job
 
-FILES = (checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE)
+FILES = (checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.EMA, checkpoint.STATE)
 CHANGES = 200
 
 
@@ -36,8 +36,8 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 @pytest.fixture(scope="module")
 def trained(manifest: Manifest, world: World, tmp_path_factory: pytest.TempPathFactory) -> TrainJob:
-    """A run with the checkpoints of step 1 and, its last, of step 2."""
-    job = make_job(manifest, tmp_path_factory.mktemp("run"), max_steps=2, checkpoint_epochs=0.1)
+    """A run that averages its weights, with the checkpoints of step 1 and, its last, of step 2."""
+    job = make_job(manifest, tmp_path_factory.mktemp("run"), max_steps=2, checkpoint_epochs=0.1, ema=0.9)
     train(job, world)
     return job
 
@@ -71,7 +71,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
     assert "checkpoint-2.damaged" in warning
 
 
-@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER])
+@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.EMA])
 def test_a_checkpoint_without_a_file_is_set_aside(run: Path, name: str) -> None:
     (run / "checkpoint-2" / name).unlink()
     assert [path.name for path in all_whole(run)] == ["checkpoint-1"]
@@ -180,7 +180,7 @@ def test_no_changed_byte_is_trained_on_or_answered_with(trained: TrainJob, manif
             found = outcome(lambda: resume_point(job, manifest))
             if isinstance(found, str) or found[0] != last:
                 told += 1
-                assert isinstance(answers, str) or file.name == checkpoint.OPTIMIZER
+                assert isinstance(answers, str) or file.name in (checkpoint.MODEL, checkpoint.OPTIMIZER)
                 assert isinstance(found, str) or found[0].name == "checkpoint-1"
             else:
                 assert file.name == checkpoint.STATE

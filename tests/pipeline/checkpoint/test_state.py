@@ -241,7 +241,7 @@ def test_whoever_uses_the_weights_of_a_checkpoint_checks_them(sealed: Path, tmp_
     save_file({name: tensor + 1 for name, tensor in weights.items()}, sealed / checkpoint.MODEL)
     for use in (
         Detector.from_checkpoint,
-        checkpoint.check_weights,
+        checkpoint.weights_in,
         weights_digest,
         lambda path: convert(path, tmp_path / "out.safetensors", "raydetr"),
     ):
