@@ -83,6 +83,13 @@ def evaluate(
         Path | None, typer.Option(help="Weights to score in place of the run's checkpoint: ours, published ones, ...")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results of a file.")] = None,
+    iou_type: Annotated[
+        Literal["bbox", "segm", "keypoints"], typer.Option(help="What overlaps, of a file of detections.")
+    ] = "bbox",
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Have pycocotools score the file of detections, too. A run: evaluate.verify."),
+    ] = False,
 ) -> None:
     """Score a run's last checkpoint on the validation split, a file of weights on it, or a file of detections."""
     if annotations or detections:
@@ -91,8 +98,10 @@ def evaluate(
         from pipeline.evaluate.report import metrics_table
         from pipeline.evaluate.results import evaluate_files
 
-        typer.echo(metrics_table(evaluate_files(annotations, detections, out)))
+        typer.echo(metrics_table(evaluate_files(annotations, detections, out, iou_type, verify=verify)))
         return
+    if verify or iou_type != "bbox":
+        raise UserError("--verify and --iou-type are for a file of detections; the key for a run is evaluate.verify")
     if config is None:
         raise UserError("give a configuration with -c, or --annotations, --detections and --out")
     if (weights is None) != (out is None):

@@ -17,7 +17,17 @@ from pipeline.config.sections import ClusterSection
 from pipeline.data.loader import SHARED_MEMORY
 from pipeline.errors import UserError
 
-PACKAGES = ("torch", "ray", "deepspeed", "webdataset", "pycocotools", "mlflow", "opencv-python-headless", "pillow")
+PACKAGES = (
+    "torch",
+    "ray",
+    "deepspeed",
+    "webdataset",
+    "hotcoco",
+    "pycocotools",
+    "mlflow",
+    "opencv-python-headless",
+    "pillow",
+)
 FREE_GIB = 5
 SHARED_GIB = 1
 

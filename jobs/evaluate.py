@@ -51,9 +51,12 @@ def evaluate(config: Config, checkpoint: Path, manifest: Manifest, tracker: Trac
     chosen = all_whole(checkpoint.parent) if config.evaluate.curve else [checkpoint]
     metrics: dict[str, Any] = {}
     for path in chosen:
+        verify = config.evaluate.verify and path == checkpoint
         with disk_told(out, "runs"), _progress(path.name, manifest) as shown:
             tasks = _Tasks(config, manifest, shown)
-            metrics, is_new = evaluate_checkpoint(path, manifest, config.evaluate, out / path.name, tasks)
+            metrics, is_new = evaluate_checkpoint(
+                path, manifest, config.evaluate, out / path.name, tasks, verify=verify
+            )
         with Spool(spool) as points:
             points.write_once(metrics["step"], _points(metrics), "val/AP")
         scores = f"{path.name}  AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}"
@@ -94,7 +97,9 @@ def evaluate_weights(config: Config, weights: Path, manifest: Manifest, out: Pat
         detector.save(folder)
         with _progress(weights.name, manifest) as shown:
             tasks = _Tasks(config, manifest, shown)
-            metrics, _ = evaluate_checkpoint(folder, manifest, config.evaluate, folder, tasks)
+            metrics, _ = evaluate_checkpoint(
+                folder, manifest, config.evaluate, folder, tasks, verify=config.evaluate.verify
+            )
         _report(config, manifest, metrics, folder, out)
     return metrics
 
@@ -109,7 +114,7 @@ def _points(metrics: dict[str, Any]) -> dict[str, float]:
 def _report(config: Config, manifest: Manifest, metrics: dict[str, Any], source: Path, out: Path) -> None:
     """Put the results of the last checkpoint on top, with pictures, table and plot; metrics.json last."""
     section = config.evaluate
-    key = digest([metrics["inputs"], metrics["step"], section.pictures, section.picture_score])
+    key = digest([metrics["inputs"], metrics["step"], metrics["verified"], section.pictures, section.picture_score])
     marker = out / "report.json"
     if marker.is_file() and json.loads(marker.read_text(encoding="utf-8"))["key"] == key:
         return

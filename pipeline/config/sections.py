@@ -272,6 +272,9 @@ class EvaluateSection(Section):
     """Detections kept of an image."""
     curve: bool = False
     """Score every kept checkpoint, not the last alone: the AP curve of the run."""
+    verify: bool = True
+    """Have pycocotools compute the score of the last checkpoint, too: one digit that differs is an error. It takes a
+    minute and 2.6 GB for 5,000 images of COCO, and the scorer itself a second."""
     pictures: int = Field(8, ge=0)
     """Pictures of detections beside ground truth that are logged."""
     picture_score: float = Field(0.4, ge=0, le=1)

@@ -6,6 +6,16 @@ from pipeline.evaluate.detect import (
     detect,
     sort_detections,
 )
+from pipeline.evaluate.documents import (
+    KEYPOINT_NUMBERS,
+    NEEDS,
+    SHAPES,
+    Found,
+    IouType,
+    Truth,
+    detections_of,
+    ground_truth_of,
+)
 from pipeline.evaluate.report import (
     COLUMNS,
     LEAST_SIDE,
@@ -25,24 +35,32 @@ from pipeline.evaluate.results import (
     weights_digest,
 )
 from pipeline.evaluate.score import (
-    NEEDS,
+    NUMBERS,
     score,
 )
 
 __all__ = [
     "COLUMNS",
     "DETECTIONS_FILE",
+    "KEYPOINT_NUMBERS",
     "LEAST_SIDE",
     "METRICS_FILE",
     "NEEDS",
+    "NUMBERS",
     "PLOTTED",
     "SCORE_SETTINGS",
+    "SHAPES",
     "DetectAll",
     "Detection",
+    "Found",
+    "IouType",
+    "Truth",
     "choose_samples",
     "detect",
+    "detections_of",
     "evaluate_checkpoint",
     "evaluate_files",
+    "ground_truth_of",
     "metrics_table",
     "plot_categories",
     "score",

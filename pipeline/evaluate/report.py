@@ -128,11 +128,12 @@ def write_category_table(metrics: Mapping[str, Any], path: Path) -> Path:
 def metrics_table(metrics: Mapping[str, Any]) -> str:
     """Return the metrics of each category, and over all, as a table for a terminal; - where there is no object."""
     table = Table("category", box=None, pad_edge=False)
-    for column in COLUMNS:
+    columns = [name for name in (*COLUMNS, "AR") if name in metrics]
+    for column in columns:
         table.add_column(column, justify="right")
     for name, values in (*metrics["per_category"].items(), ("all", metrics)):
         table.add_row(
-            Text(shown(name)), *(f"{values[column]:.4f}" if values[column] >= 0 else "-" for column in COLUMNS)
+            Text(shown(name)), *(f"{values[column]:.4f}" if values[column] >= 0 else "-" for column in columns)
         )
     text = io.StringIO()
     Console(file=text, width=110, color_system=None).print(table)

@@ -11,6 +11,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.truth import ground_truth
 from pipeline.errors import UserError
 from pipeline.evaluate.detect import DetectAll, sort_detections
+from pipeline.evaluate.documents import IouType
 from pipeline.evaluate.score import score
 from pipeline.files import make_folder, read_json, sha256_of, write_json
 
@@ -23,7 +24,13 @@ SCORE_SETTINGS = settings_with(EvaluateSection, Role.SCORES)
 
 
 def evaluate_checkpoint(
-    checkpoint: Path, manifest: Manifest, evaluate: EvaluateSection, folder: Path, detect_all: DetectAll
+    checkpoint: Path,
+    manifest: Manifest,
+    evaluate: EvaluateSection,
+    folder: Path,
+    detect_all: DetectAll,
+    *,
+    verify: bool = False,
 ) -> tuple[dict[str, Any], bool]:
     """Write a checkpoint's detections.json and metrics.json into a folder, unless they are there.
 
@@ -33,14 +40,15 @@ def evaluate_checkpoint(
         evaluate: settings.
         folder: of the results; metrics.json is written last.
         detect_all: runs the network over all batches.
+        verify: have pycocotools compute the numbers as well, unless it has for those that are there.
 
     Returns:
-        The metrics (what `score` gives, with "step", "checkpoint" and "inputs", which tell what was scored), and
-        whether they are new.
+        The metrics (what `score` gives, with "step", "checkpoint" and "inputs", which tell what was scored, and
+        "verified"), and whether they are new.
 
     Raises:
-        UserError: the folder holds the scores of the same checkpoint under other settings, or the checkpoint is
-            damaged.
+        UserError: the folder holds the scores of the same checkpoint under other settings, the checkpoint is damaged,
+            or pycocotools has another number.
     """
     inputs = {
         "weights": weights_digest(checkpoint),
@@ -48,16 +56,19 @@ def evaluate_checkpoint(
         "settings": {name: getattr(evaluate, name) for name in SCORE_SETTINGS},
     }
     known = _known_metrics(folder / METRICS_FILE, inputs)
-    if known is not None:
+    if known is not None and (known.get("verified") or not verify):
         return known, False
-    batches = eval_batches(manifest, evaluate.batch_size)
-    detections = sort_detections([entry for share in detect_all(checkpoint, batches) for entry in share])
-    metrics = score(ground_truth(manifest), detections)
+    if known is not None:
+        detections = read_json(folder / DETECTIONS_FILE, "detections file")
+    else:
+        batches = eval_batches(manifest, evaluate.batch_size)
+        detections = sort_detections([entry for share in detect_all(checkpoint, batches) for entry in share])
+        write_json(folder / DETECTIONS_FILE, detections, indent=None)
+    metrics = score(ground_truth(manifest), detections, verify=verify)
     step = read_state(checkpoint).step if (checkpoint / STATE).is_file() else None
-    metrics = {"step": step, "checkpoint": str(checkpoint), "inputs": inputs, **metrics}
-    write_json(folder / DETECTIONS_FILE, detections, indent=None)
+    metrics = {"step": step, "checkpoint": str(checkpoint), "inputs": inputs, "verified": verify, **metrics}
     write_json(folder / METRICS_FILE, metrics)
-    return metrics, True
+    return metrics, known is None
 
 
 def weights_digest(checkpoint: Path) -> str:
@@ -89,16 +100,17 @@ def _known_metrics(path: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
     return dict(known)
 
 
-def evaluate_files(annotations: Path, detections: Path, out: Path) -> dict[str, Any]:
+def evaluate_files(
+    annotations: Path, detections: Path, out: Path, iou_type: IouType = "bbox", *, verify: bool = False
+) -> dict[str, Any]:
     """Score a file of detections against a COCO annotation file and write `<out>/metrics.json`.
 
-    Returns:
-        What `score` does.
+    Arguments and what is returned are those of `score`.
 
     Raises:
-        UserError: naming the file and the entry that cannot be used, or `out` if it cannot be made.
+        UserError: as `score`, or `out` cannot be made.
     """
-    metrics = score(annotations, detections)
+    metrics = score(annotations, detections, iou_type, verify=verify)
     make_folder(out)
     write_json(out / METRICS_FILE, metrics)
     return metrics

@@ -1,6 +1,6 @@
 """A COCO document: its file read, and what an entry of it must be. Shards and scores both read it here.
 
-What only one of them needs stands with it: `shard/coco.py` cleans for training, `evaluate/score.py` keeps whatever
+What only one of them needs stands with it: `shard/coco.py` cleans for training, `evaluate/documents.py` keeps whatever
 pycocotools counts.
 """
 
@@ -163,12 +163,14 @@ class Entries(Sequence[Any]):
 
 
 def read_large_document(path: Place, what: str, mend: str = "") -> tuple[bytes, Any]:
-    """As `read_document`, but the lists of an object at the top come as `Entries`.
+    """As `read_document`, but a list at the top, or the lists of an object there, come as `Entries`.
 
     What msgspec does not take, such as `NaN` for a number, is parsed at once all the same.
     """
     content = _unpacked(path, what, mend)
     try:
+        if content.lstrip()[:1] == b"[":
+            return content, Entries(str(path), msgspec.json.decode(content, type=list[msgspec.Raw]))
         lists = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
         document = {
             name: Entries(str(path), msgspec.json.decode(value, type=list[msgspec.Raw]))

@@ -112,10 +112,28 @@ def test_files_are_scored_without_a_config(shared_data: Path, tmp_path: Path) ->
         "evaluate",
         "--annotations", str(folder / "instances_val2014_100.json"),
         "--detections", str(folder / "instances_val2014_fakebbox100_results.json"),
-        "--out", str(tmp_path),
+        "--out", str(tmp_path), "--verify",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "metrics.json").read_text())["AP"] == 0.5045806987249628
+
+
+def test_masks_are_scored(shared_data: Path, tmp_path: Path) -> None:
+    folder = shared_data / "cocoapi_val2014_100"
+    result = raydetr(
+        "evaluate",
+        "--annotations", str(folder / "instances_val2014_100.json"),
+        "--detections", str(folder / "instances_val2014_fakesegm100_results.json"),
+        "--out", str(tmp_path), "--iou-type", "segm",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "metrics.json").read_text())["AP"] == 0.3195452758576433
+
+
+def test_the_score_of_a_run_is_verified_by_a_key() -> None:
+    result = raydetr("evaluate", "-c", "jobs/configs/demo.yaml", "--verify")
+    assert result.returncode == 2
+    assert "evaluate.verify" in result.stderr
 
 
 def test_a_file_where_a_folder_is_wanted(shared_data: Path, tmp_path: Path) -> None:

@@ -86,7 +86,8 @@ class TestEvaluate:
         assert metrics["step"] == 10
         history = tracker.client.get_metric_history(tracker.run_id, "val/AP50")
         assert sorted(point.step for point in history) == [5, 10]
-        assert (run / "evaluate" / "checkpoint-5" / "metrics.json").is_file()
+        before = json.loads((run / "evaluate" / "checkpoint-5" / "metrics.json").read_text())
+        assert (metrics["verified"], before["verified"]) == (True, False)
         assert any(name.startswith("val_category/AP/") for name in tracker.client.get_run(tracker.run_id).data.metrics)
         files = {file.path for file in tracker.client.list_artifacts(tracker.run_id, "evaluate")}
         wanted = {"metrics.json", "detections.json", "per_category.csv", "per_category.png", "pictures"}

@@ -35,6 +35,20 @@ class TestEvaluateCheckpoint:
         assert set(metrics["per_category"]) == {"cat", "dog", "toothbrush"}
         assert len(json.loads((tmp_path / "detections.json").read_text())) == 50
 
+    def test_the_arbiter_is_asked_once(self, split: Manifest, checkpoint: Path, tmp_path: Path) -> None:
+        calls: list[Path] = []
+
+        def detect_all(path: Path, batches: list[list[int]]) -> list[list[dict[str, Any]]]:
+            calls.append(path)
+            return []
+
+        plain, _ = evaluate_checkpoint(checkpoint, split, SECTION, tmp_path, detect_all)
+        verified, new = evaluate_checkpoint(checkpoint, split, SECTION, tmp_path, detect_all, verify=True)
+        assert (plain["verified"], verified["verified"], new, len(calls)) == (False, True, False, 1)
+        assert verified == {**plain, "verified": True}
+        (tmp_path / "detections.json").unlink()
+        assert evaluate_checkpoint(checkpoint, split, SECTION, tmp_path, detect_all, verify=True)[0] == verified
+
     def test_other_settings_are_refused(self, split: Manifest, checkpoint: Path, tmp_path: Path) -> None:
         evaluate_checkpoint(checkpoint, split, SECTION, tmp_path, lambda path, batches: [])
         other = SECTION.model_copy(update={"short_side": 40, "pictures": 1})
