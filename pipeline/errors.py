@@ -39,5 +39,9 @@ class StoreError(UserError):
     """A store, or the way to it, fails for now: what is finished stays, and the same command goes on."""
 
 
+class FullDiskError(UserError):
+    """A disk has no space left: what is finished stays, and the same command goes on when there is some."""
+
+
 class TrackingError(_OneLineError):
     """The work is done, and uploads wait on the disk for the tracking server. The command line exits with 3."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline.errors import UserError
+from pipeline.errors import FullDiskError, UserError
 from pipeline.log import get_logger
 from pipeline.store import Place, StorePath
 
@@ -179,7 +179,7 @@ def disk_told(path: Path, key: str) -> Iterator[None]:
 def disk_error(path: Place, error: OSError, key: str) -> Exception:
     """The user's error for a full disk or a folder that cannot be written, mended by `key`; others as they are."""
     if error.errno in NO_SPACE:
-        return UserError(f"{path}: no space left ({error.strerror}); free some, or write elsewhere with {key}")
+        return FullDiskError(f"{path}: no space left ({error.strerror}); free some, or write elsewhere with {key}")
     if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or error.errno == errno.EROFS:
         return UserError(f"{error.filename or path}: cannot be written ({error.strerror}); set {key}")
     return error

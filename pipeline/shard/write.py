@@ -38,7 +38,7 @@ from pipeline.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from pipeline.errors import StoreError, UserError, shown
+from pipeline.errors import FullDiskError, StoreError, UserError, shown
 from pipeline.files import disk_error, sha256_of, sync, write_whole
 from pipeline.log import get_logger, outcome
 from pipeline.shard.coco import NOTES, CocoImage, CocoSplit, Findings, Source, clean, to_json
@@ -319,10 +319,9 @@ def _write_split(
         manifest = finish(unfinished, folder.name, labels, split, settings, write_all(plans, task), cache)
         publish(unfinished, folder)
     except (UserError, OSError) as error:
-        # What has to be mended makes another job of it, and a full disk needs the room; other faults of a disk or a
-        # store may pass.
+        # What has to be mended in the data makes another job of it; faults of a disk or a store pass.
         told = disk_error(unfinished, error, key) if isinstance(error, OSError) else error
-        if isinstance(told, UserError) and not isinstance(told, StoreError):
+        if isinstance(told, UserError) and not isinstance(told, StoreError | FullDiskError):
             clear(unfinished)
         raise
     manifest = replace(manifest, folder=folder)
