@@ -3,18 +3,28 @@
 import hashlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pyarrow.fs
 import pytest
 
+from pipeline.config.load import load_config
 from pipeline.config.sections import SyntheticSection
+from pipeline.files import sha256_of
+from pipeline.shard.coco import open_split
 from pipeline.shard.synthetic import draw_dataset
+from pipeline.shard.write import shard_split
 from pipeline.store import StorePath
+from tests.clusters.test_interrupts import Started
 from tests.end_to_end.test_pipeline import PROJECT
 from tests.stores import FaultyNetwork, S3Server
 
+WAIT_SECONDS = 300
 SPLITS = {
     "dataset.train": "{annotations: annotations/instances_train2017.json, images: train2017}",
     "dataset.val": "{annotations: annotations/instances_val2017.json, images: val2017}",
@@ -103,6 +113,49 @@ def test_a_failing_network_changes_nothing(
         network.close()
         again = run(remote, s3.environment())
         assert again.count("already done") >= 3, again
+
+
+def test_a_killed_command_goes_on(dataset: Path, uploaded: StorePath, tmp_path: Path) -> None:
+    """SIGKILL while shards go into the store: the next command finishes, and what was finished is not sent again."""
+    words = command("killed", tmp_path, f"{uploaded}/data", f"{uploaded}/shards", "--set", "shards.max_samples=1")
+    words[words.index("run")] = "shard"
+    train = uploaded / "shards" / "train"
+    started = Started(words, f"store-{tmp_path.name}")
+    end = time.monotonic() + WAIT_SECONDS
+    while len(finished(train)) < 10 and time.monotonic() < end:
+        assert started.process.poll() is None
+        time.sleep(0.5)  # the store has other things to do
+    started.end(signal.SIGKILL)
+    before = finished(train)
+    assert 10 <= len(before) < 60
+    assert "manifest.json" not in train.list()
+    told = run(words, {})
+    assert re.search(rf"going on with ({'|'.join(str(len(before) + more) for more in range(4))}) shards", told), told
+    times = {name: time for name, time in modified(train).items() if name in before}
+    assert times == before
+    config = load_config(words[words.index("-c") + 1], words[words.index("-c") + 3 :: 2])
+    local = config.dataset.model_copy(update={"root": str(dataset)})
+    for split in ("train", "val"):
+        source = open_split(local, getattr(local, split))
+        settings = config.shards.model_copy(update={"out": None})
+        expected = content(shard_split(source, split, tmp_path / "local", local, settings).folder)
+        stored = uploaded / "shards" / split
+        assert {name: sha256_of(stored / name) for name in stored.list()} == {
+            name: hashlib.sha256(file).hexdigest() for name, file in expected.items()
+        }
+
+
+def modified(folder: StorePath) -> dict[str, int]:
+    """When the tars of a folder were written; a store tells it to the second."""
+    files, path = pyarrow.fs.FileSystem.from_uri(str(folder))
+    found = files.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
+    return {info.base_name: info.mtime_ns for info in found if info.extension == "tar"}
+
+
+def finished(folder: StorePath) -> dict[str, int]:
+    """Those of them whose record is there, too."""
+    records = {name.removesuffix(".json") for name in folder.list() if name.endswith(".json")}
+    return {name: time for name, time in modified(folder).items() if name.removesuffix(".tar") in records}
 
 
 def test_two_machines_share_only_the_store(s3: S3Server, uploaded: StorePath, local: Path, tmp_path: Path) -> None:
