@@ -1,21 +1,26 @@
-"""Writing shards against GNU tar over the same files, in the same run; and two processes against one.
+"""Writing shards against GNU tar over the same files, in the same run; two processes against one; and memory.
 
     python tests/benchmarks/sharding.py [--images N]
 
 Ours also reads the annotation file, checks every image, takes checksums and sha256, and writes the JSON members and the
-index. The files are drawn noise of about 150 KB each, in the page's cache for both.
+index. The files are drawn noise of about 150 KB each, in the page's cache for both. The memory is that of a process
+that does all tasks of a split of small images one after the other, as a worker of Ray does.
 """
 
 import argparse
+import io
 import json
+import multiprocessing
 import shutil
 import statistics
 import subprocess
+import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import cv2
@@ -27,6 +32,9 @@ from pipeline.shard.write import ShardPlan, WriteTask, WrittenShard, shard_split
 
 WIDTH, HEIGHT = 640, 480
 REPEATS = 3
+SMALL_SPLITS = (10_000, 100_000)
+MOST_GROWTH = {"train": 8, "train.tar": 32}
+"""MiB by which a task's process may grow from the one split to the other: of an archive it lists the files."""
 
 
 def draw(root: Path, count: int) -> None:
@@ -50,6 +58,76 @@ def draw(root: Path, count: int) -> None:
     document = {"images": entries, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
     (root / "train.json").write_text(json.dumps(document))
     print(f"{count} files of {len(contents[0]) / 1024:.0f} KiB")
+
+
+def draw_small(root: Path, count: int, images: str) -> None:
+    """Images of a kilobyte with seven objects each, in a folder or a tar."""
+    noise = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    content = cv2.imencode(".jpg", noise)[1].tobytes()
+    names = [f"{number:012d}.jpg" for number in range(1, count + 1)]
+    if images == "train":
+        (root / images).mkdir()
+        for name in names:
+            (root / images / name).write_bytes(content)
+    else:
+        with tarfile.open(root / images, "w") as archive:
+            for name in names:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+                archive.members.clear()
+    entries = [{"id": n, "file_name": name, "width": 32, "height": 24} for n, name in enumerate(names, start=1)]
+    annotations = [
+        {"id": n, "image_id": n // 7 + 1, "category_id": 1, "bbox": [1.25, 2.5, 20, 10], "area": 200, "iscrowd": 0}
+        for n in range(7 * count)
+    ]
+    document = {"images": entries, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
+    (root / "train.json").write_text(json.dumps(document))
+
+
+def do_tasks(pipe: Connection) -> None:
+    """Do a task for each plan that comes, then tell the process's peak of memory in MiB.
+
+    That of getrusage would be its parent's, if that is larger: it is kept where a process becomes another program.
+    """
+    task = pipe.recv()
+    while (plan := pipe.recv()) is not None:
+        pipe.send(task(plan))
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    pipe.send(int(status["VmHWM"].split()[0]) / 1024)
+
+
+def peak_of_tasks(count: int, images: str) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        draw_small(root, count, images)
+        ours, theirs = multiprocessing.Pipe()
+        process = multiprocessing.get_context("spawn").Process(target=do_tasks, args=(theirs,))
+        process.start()
+
+        def write_all(plans: list[ShardPlan], task: WriteTask) -> Iterator[WrittenShard]:
+            ours.send(task)
+            for plan in plans:
+                ours.send(plan)
+                yield ours.recv()
+
+        source = open_source(root / "train.json", root / images)
+        shard_split(source, "train", root / "shards", DatasetSection(), ShardsSection(), write_all=write_all)
+        ours.send(None)
+        peak = float(ours.recv())
+        process.join()
+    return peak
+
+
+def memory() -> bool:
+    """Print the memory of a task's process for the two splits, and tell whether it grows as little as it has to."""
+    is_flat = True
+    for images, most in MOST_GROWTH.items():
+        few, many = (peak_of_tasks(count, images) for count in SMALL_SPLITS)
+        told = " and ".join(f"{count:,}" for count in SMALL_SPLITS)
+        print(f"tasks of {told} images in {images}: {few:.0f} and {many:.0f} MiB, at most {most} more")
+        is_flat = is_flat and many - few <= most
+    return is_flat
 
 
 def in_processes(plans: list[ShardPlan], task: WriteTask, pool: ProcessPoolExecutor) -> list[WrittenShard]:
@@ -89,7 +167,7 @@ def main() -> None:
     theirs, one, two = (statistics.median(times) for times in zip(*runs, strict=True))
     print(f"tar {theirs:.1f} s; one process {one:.1f} s: {theirs / one:.2f} of its speed, at least 0.45")
     print(f"two processes {two:.1f} s: {one / two:.2f} times one, at least 1.3")
-    if theirs / one < 0.45 or one / two < 1.3:
+    if not memory() or theirs / one < 0.45 or one / two < 1.3:
         raise SystemExit(1)
 
 
