@@ -12,6 +12,7 @@ from jobs import evaluate, register, shard, track, train
 from jobs.cluster import connected
 from jobs.console import ProgressDisplay, make_console
 from jobs.interrupt import Interrupted, at_first_signal
+from jobs.metrics import RunMetrics
 from pipeline.checkpoint.find import newest_whole
 from pipeline.checkpoint.state import latest
 from pipeline.config.load import dump_config
@@ -22,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.files import held
 from pipeline.log import get_logger
 from pipeline.registry.register import Registration
-from pipeline.tracking.spool import SpoolReader
+from pipeline.tracking.spool import SpoolReader, SpoolRecord
 from pipeline.tracking.tracker import Tracker
 from pipeline.train.initial import check_init
 from pipeline.train.run import resume_point
@@ -120,14 +121,16 @@ class Pipeline:
         manifest = self._manifest("train")
         total = self.config.train.total_steps(len(manifest.samples))
         self.tracker.log_points(spool)
-        uploaded = time.monotonic()
+        uploaded, metrics = time.monotonic(), RunMetrics(self.config.name)
         with TrainingProgress(self.console, spool, total) as shown:
 
             def poll() -> None:
                 nonlocal uploaded
-                shown.update()
+                if newest := shown.update():
+                    metrics.trained(newest.step, newest.metrics)
                 if time.monotonic() - uploaded >= UPLOAD_SECONDS:
                     self.tracker.sync()
+                    metrics.uploaded(self.tracker.waiting())
                     uploaded = time.monotonic()
 
             last = train.train(self.config, manifest, on_poll=poll)
@@ -174,11 +177,11 @@ class TrainingProgress:
         self.update(is_last=True)
         self._display.__exit__(*exception)
 
-    def update(self, *, is_last: bool = False) -> None:
-        """Show the newest point."""
+    def update(self, *, is_last: bool = False) -> SpoolRecord | None:
+        """Show the newest point, and return it, if there are new ones."""
         records = self._reader.read()
         if not records:
-            return
+            return None
         step, metrics = records[-1].step, records[-1].metrics
         text = (
             f"epoch {metrics['train/epoch']:.2f}  loss {metrics['train/loss']:.3f}"
@@ -188,6 +191,7 @@ class TrainingProgress:
             self._display.__enter__()
         self._display.update(step, text, print_now=self._is_first or is_last)
         self._is_first = False
+        return records[-1]
 
 
 def check_resume(config: Config) -> None:

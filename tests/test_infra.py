@@ -77,3 +77,20 @@ def test_the_build_of_an_image_is_sent_what_it_copies() -> None:
     for name in {name for line in copied for name in line.split()}:
         assert (PROJECT / name).exists(), name
         assert name.partition("/")[0] in sent, name
+
+
+class TestMonitoring:
+    FOLDER = INFRA / "monitoring"
+
+    def test_rules_look_at_what_there_is(self) -> None:
+        made = set(re.findall(r'"(raydetr_\w+)"', (PROJECT / "jobs" / "metrics.py").read_text()))
+        (group,) = yaml.safe_load((self.FOLDER / "rules.yml").read_text())["groups"]
+        looked_at = {name for rule in group["rules"] for name in re.findall(r"ray_(raydetr_\w+)", rule["expr"])}
+        assert looked_at
+        assert looked_at <= made
+
+    @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool: not here (Debian: prometheus)")
+    def test_rules_fire_when_they_should(self) -> None:
+        for words in (("check", "config", "prometheus.yml"), ("test", "rules", "rules_test.yml")):
+            result = subprocess.run(["promtool", *words], cwd=self.FOLDER, capture_output=True, text=True, check=False)
+            assert result.returncode == 0, result.stdout + result.stderr
