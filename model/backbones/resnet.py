@@ -5,7 +5,7 @@ never used, so an image's features do not depend on what else is in its batch.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,25 @@ class FrozenBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `[batch, channels, height, width]`."""
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        buffers = (self.running_mean, self.running_var, self.weight, self.bias)
+        if torch.is_grad_enabled() and x.requires_grad:
+            output: Tensor = _FrozenBatchNorm.apply(x, *buffers, self.eps)  # type: ignore[no-untyped-call]
+            return output
+        return F.batch_norm(x, *buffers, eps=self.eps)
+
+
+class _FrozenBatchNorm(torch.autograd.Function):
+    """Batch norm whose backward pass needs a scale a channel alone: torch's keeps the input, to train the scale."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(weight * torch.rsqrt(var + eps))
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = ctx.saved_tensors
+        return (grads[0] * scale[:, None, None]).to(grads[0].dtype), None, None, None, None, None
 
 
 def _group_norm(channels: int) -> nn.Module:

@@ -99,6 +99,25 @@ def test_frozen_batch_norm() -> None:
     assert not list(norm.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_frozen_batch_norm_keeps_a_scale_and_not_its_input(dtype: torch.dtype) -> None:
+    norm = FrozenBatchNorm2d(4)
+    for buffer in norm.buffers():
+        buffer.copy_(torch.rand(4) + 0.1)
+    norm = norm.to(torch.promote_types(dtype, torch.float32))
+    x = torch.randn(2, 4, 8, 8, dtype=dtype, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        output = norm(x)
+    assert sum(tensor.numel() for tensor in kept) == 4
+    same = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, 1e-5)
+    assert torch.equal(output, same)
+    towards = torch.randn_like(output)
+    ours, theirs = (torch.autograd.grad(result, x, towards)[0] for result in (output, same))
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("name", ["resnet50", "resnext101_64x4d", "resnet_tiny"])
 def test_freeze(name: str) -> None:
     with torch.device("meta"):
