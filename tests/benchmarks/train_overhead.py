@@ -1,0 +1,106 @@
+"""Training of the demo by two workers, against two bare processes side by side, in the same run.
+
+    python tests/benchmarks/train_overhead.py
+
+The bare ones have their batches in memory and run forward, losses, backward, clipping and AdamW of the same steps; no
+loader, no DeepSpeed, nothing that one tells the other. Both take turns.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from model import build_model
+from model.losses.criterion import Criterion
+from model.losses.groups import groups_of
+from pipeline.config.load import load_config
+from pipeline.data.loader import TrainLoader
+from pipeline.data.manifest import read_manifest
+from pipeline.data.order import SampleOrder
+from pipeline.distributed import World, gather_objects, init_world
+from pipeline.run_folder import RunFolder
+from pipeline.shard.coco import open_split
+from pipeline.shard.synthetic import draw_configured
+from pipeline.shard.write import shard_split
+from pipeline.train.loop import train
+from pipeline.train.optim import make_optimizer, parameter_groups
+from pipeline.train.run import TrainJob
+
+LEAST = 0.8
+WINDOW = 10
+"""Steps between two points of the curves; the first is left out."""
+
+
+def ours(world: World, job: TrainJob) -> float:
+    """Steps per second of the pipeline, by its own curves."""
+    train(job, world)
+    points = [json.loads(line)["metrics"] for line in job.out.train_spool.read_text().splitlines()]
+    return statistics.median(p["train/images_per_second"] for p in points[2:]) / job.train.global_batch
+
+
+def bare(world: World, job: TrainJob) -> float:
+    """Steps per second of this process alone, while the other does the same."""
+    settings, manifest = job.train, read_manifest(job.shards, job.cache)
+    order = SampleOrder(manifest.digest, manifest.shard_sizes, settings.seed, settings.window)
+    steps = list(TrainLoader(manifest, order, settings, world.rank, world.size, 0, settings.max_steps))
+    torch.manual_seed(settings.seed)
+    model = build_model(job.model).train()
+    optimizer, criterion = make_optimizer(parameter_groups(model, settings)), Criterion(settings.criterion, "focal")
+    times: list[float] = []
+    torch.distributed.barrier()
+    for step in steps:
+        begin = time.perf_counter()
+        for micro in step.micro_batches:
+            losses = criterion(groups_of(model(micro.batch.to("cpu")), micro.targets), 20.0, settings.global_batch)
+            losses.total().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad_norm, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - begin)
+    return len(times[WINDOW:]) / sum(times[WINDOW:])
+
+
+def worker(rank: int, folder: Path, repeats: int, job: TrainJob) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    world = init_world("cpu")
+    ratios = []
+    for repeat in range(repeats):
+        own = ours(world, replace(job, out=RunFolder(folder / f"run{repeat}"))), bare(world, job)
+        trained, alone = (statistics.mean(speeds) for speeds in zip(*gather_objects(world, own), strict=True))
+        ratios.append(trained / alone)
+        if rank == 0:
+            print(f"{trained:.2f} steps/s by two workers, {alone:.2f} by two bare processes: {ratios[-1]:.2f}")
+    if rank == 0:
+        print(f"median {statistics.median(ratios):.2f} of the bare speed")
+        if statistics.median(ratios) < LEAST:
+            raise SystemExit(f"less than {LEAST}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60, help="steps of a run")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of both")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        settings = [f"runs={folder}", f"dataset.root={folder}/data", "dataset.synthetic.train_images=400",
+                    "dataset.synthetic.val_images=8", f"train.max_steps={options.steps}",
+                    f"train.log_steps={WINDOW}"]  # fmt: skip
+        config = load_config("jobs/configs/demo.yaml", settings)
+        draw_configured(config.dataset)
+        source = open_split(config.dataset, config.dataset.train)
+        manifest = shard_split(source, "train", config.shards_folder, config.dataset, config.shards)
+        model = config.model_for(manifest.labels.num_classes)
+        job = TrainJob(model, config.train, manifest.folder, config.folder)
+        torch.multiprocessing.spawn(worker, (folder, options.repeats, job), nprocs=2)
+
+
+if __name__ == "__main__":
+    main()
