@@ -250,13 +250,23 @@ def convert(
 
 
 @app.command(epilog="Example: raydetr config -c my.yaml --set train.epochs=10")
-def config(config: ConfigFile, overrides: Overrides = None) -> None:
+def config(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    deepspeed: Annotated[bool, typer.Option("--deepspeed", help="Print what DeepSpeed gets, as JSON.")] = False,
+) -> None:
     """Print the whole configuration with all defaults, as YAML."""
+    settings = _load(config, overrides)
+    if deepspeed:
+        from pipeline.train.engine import engine_config
+
+        typer.echo(json.dumps(engine_config(settings.train, settings.cluster.workers), indent=2))
+        return
     import yaml
 
     from pipeline.config.load import dump_config
 
-    typer.echo(yaml.safe_dump(dump_config(_load(config, overrides)), sort_keys=False), nl=False)
+    typer.echo(yaml.safe_dump(dump_config(settings), sort_keys=False), nl=False)
 
 
 @app.command(epilog="Example: raydetr inspect -c jobs/configs/coco_r50.yaml --set model.backbone=resnet101")

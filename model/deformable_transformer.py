@@ -7,7 +7,7 @@ too: 16 bits cannot name a pixel of a large image. A position code is rounded on
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -164,9 +164,8 @@ class Decoder(Recomputing):
         return hidden, boxes
 
 
-@dataclass(frozen=True)
-class TransformerOutput:
-    """What the heads of the detector build on."""
+class TransformerOutput(NamedTuple):
+    """What the heads of the detector build on; a tuple, so that hooks on modules (ZeRO stage 3) find its tensors."""
 
     hidden: list[Tensor]
     """Hidden state [B, Q, C] of each decoder layer."""

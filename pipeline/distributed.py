@@ -83,22 +83,18 @@ def close(world: World) -> None:
         dist.destroy_process_group()
 
 
-def all_reduce_sum(world: World, tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of `tensor` over all ranks, in place; tensors on the host do not wait for the GPU."""
-    if world.size > 1:
-        dist.all_reduce(tensor, group=world.host_group if tensor.device.type == "cpu" else None)
-    return tensor
+def begin_sum_over_ranks(world: World, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begin to sum a tensor over all ranks, in place, while this one goes on; the call gives the sum.
 
+    Tensors on the host do not wait for the GPU.
+    """
+    group = world.host_group if tensor.device.type == "cpu" else None
+    work = dist.all_reduce(tensor, group=group, async_op=True) if world.size > 1 else None
 
-def begin_sum_over_ranks(world: World, *values: float) -> Callable[[], list[float]]:
-    """Begin to sum each of the numbers over all ranks, on the host, while this one goes on; the call gives the sums."""
-    tensor = torch.tensor(values, dtype=torch.float64)
-    work = dist.all_reduce(tensor, group=world.host_group, async_op=True) if world.size > 1 else None
-
-    def wait() -> list[float]:
+    def wait() -> torch.Tensor:
         if work is not None:
             work.wait()
-        return tensor.tolist()
+        return tensor
 
     return wait
 

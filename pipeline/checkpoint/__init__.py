@@ -32,6 +32,7 @@ from pipeline.checkpoint.state import (
     weights_in,
 )
 from pipeline.checkpoint.weights import (
+    differing_weights,
     gather_weights,
     on_host,
     restore_averages,
@@ -52,6 +53,7 @@ __all__ = [
     "checked_sum",
     "checkpoints",
     "clean",
+    "differing_weights",
     "gather_moments",
     "gather_weights",
     "group_settings",

@@ -1,5 +1,6 @@
 """AdamW's state out of a DeepSpeed engine and back, by parameter name, whole whatever the ZeRO stage."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from pipeline.checkpoint.state import MODEL, OPTIMIZER, STATE, State, load_model_weights
-from pipeline.checkpoint.weights import on_host
+from pipeline.checkpoint.weights import differing_weights, on_host
 from pipeline.config.values import differences
 from pipeline.distributed import World
 from pipeline.errors import UserError
@@ -20,21 +21,67 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
+class _Member:
+    """A parameter within the flat tensors that ZeRO makes of a group."""
+
+    name: str
+    shape: torch.Size
+    pieces: tuple[tuple[int, int, int], ...]
+    """Of each rank: the first of the parameter's elements that it has and the one after the last, and where in its
+    partition they begin."""
+
+
+@dataclass(frozen=True)
 class _FlatGroup:
-    """A parameter group of ZeRO stage 1: all its parameters end to end in one padded tensor, cut evenly over ranks."""
+    """A parameter group as ZeRO has it: end to end in flat tensors, one a rank, padded to equal lengths."""
 
-    partition: torch.Tensor  # this rank's part of the fp32 master, the key of the base optimizer's state
-    members: tuple[tuple[str, int, torch.Size], ...]  # name, offset in the whole, shape
+    partition: torch.Tensor
+    """This rank's part of the fp32 master, the key of the base optimizer's state."""
+    model: torch.Tensor
+    """The same part of the model's weights."""
+    members: tuple[_Member, ...]
 
 
-def _flat_groups(engine: Any) -> list[_FlatGroup]:
-    zero, groups = engine.optimizer, []
+def _flat_groups(engine: Any, world: World) -> list[_FlatGroup]:
+    names = {id(weight): name for name, weight in engine.module.named_parameters()}
+    make = _sharded_groups if engine.zero_optimization_stage() == 3 else _joined_groups
+    groups = make(engine.optimizer, world, names)
+    found = sorted(member.name for group in groups for member in group.members)
+    assert found == sorted(name for group in engine.basic_optimizer.param_groups for name in group["names"])
+    return groups
+
+
+def _joined_groups(zero: Any, world: World, names: dict[int, str]) -> list[_FlatGroup]:
+    """At stages 1 and 2 all parameters of a group lie end to end, and the whole is cut evenly over the ranks."""
     assert not zero.round_robin_gradients, "round_robin_gradients permutes the parameters"
-    for index, group in enumerate(engine.basic_optimizer.param_groups):
-        parameters, offsets = zero.round_robin_bit16_groups[index], zero.round_robin_bit16_offsets[index]
-        assert len(parameters) == len(group["names"]) == len(offsets)
-        members = zip(group["names"], offsets, (parameter.shape for parameter in parameters), strict=True)
-        groups.append(_FlatGroup(zero.single_partition_of_fp32_groups[index], tuple(members)))
+    groups = []
+    for index, partition in enumerate(zero.single_partition_of_fp32_groups):
+        size, members = partition.numel(), []
+        offsets = zero.round_robin_bit16_offsets[index]
+        for weight, offset in zip(zero.round_robin_bit16_groups[index], offsets, strict=True):
+            pieces = []
+            for first in range(0, world.size * size, size):
+                begin, end = max(offset, first), min(offset + weight.numel(), first + size)
+                pieces.append((begin - offset, max(begin, end) - offset, begin - first))
+            members.append(_Member(names[id(weight)], weight.shape, tuple(pieces)))
+        model = zero.parallel_partitioned_bit16_groups[index][world.rank]
+        groups.append(_FlatGroup(partition, model, tuple(members)))
+    return groups
+
+
+def _sharded_groups(zero: Any, world: World, names: dict[int, str]) -> list[_FlatGroup]:
+    """At stage 3 each parameter is cut evenly over the ranks, and the parts of a rank lie end to end."""
+    groups = []
+    for index, weights in enumerate(zero.fp16_groups):
+        members, at = [], 0
+        for weight in weights:
+            size, count = weight.ds_tensor.ds_numel, weight.ds_numel
+            bounds = [min(rank * size, count) for rank in range(world.size + 1)]
+            pieces = tuple((begin, end, at) for begin, end in itertools.pairwise(bounds))
+            members.append(_Member(names[id(weight)], weight.ds_shape, pieces))
+            at += size
+        flat = zero.fp32_partitioned_groups_flat[index], zero.fp16_partitioned_groups_flat[index]
+        groups.append(_FlatGroup(*flat, tuple(members)))
     return groups
 
 
@@ -48,18 +95,19 @@ def gather_moments(engine: Any, world: World) -> dict[str, torch.Tensor]:
                     for key in (*MOMENTS, "step"):
                         moments[f"{name}/{key}"] = on_host(state[parameter][key])
         return moments
-    for flat in _flat_groups(engine):
+    for flat in _flat_groups(engine, world):
         for key in MOMENTS:
-            part = state[flat.partition][key]
-            parts = [torch.empty_like(part) for _ in range(world.size)]
-            dist.all_gather(parts, part)
+            own = state[flat.partition][key]
+            parts = [torch.empty_like(own) for _ in range(world.size)]
+            dist.all_gather(parts, own)
             if world.rank == 0:
-                whole = torch.cat(parts)
-                for name, offset, shape in flat.members:
-                    moments[f"{name}/{key}"] = on_host(whole[offset : offset + shape.numel()].view(shape))
+                for member in flat.members:
+                    pieces = zip(parts, member.pieces, strict=True)
+                    whole = torch.cat([part[at : at + end - begin] for part, (begin, end, at) in pieces])
+                    moments[f"{member.name}/{key}"] = on_host(whole.view(member.shape))
         if world.rank == 0:
-            for name, _, _ in flat.members:
-                moments[f"{name}/step"] = on_host(state[flat.partition]["step"])
+            for member in flat.members:
+                moments[f"{member.name}/step"] = on_host(state[flat.partition]["step"])
     return moments
 
 
@@ -77,8 +125,8 @@ def restore_optimizer(engine: Any, world: World, path: Path, state: State) -> No
     else:
         _restore_partitions(engine, world, saved)
     _check_groups(engine.basic_optimizer, path / STATE, state)
-    _check_weights(engine, path)
-    if engine.zero_optimization_stage() == 1:
+    _check_weights(engine, world, path)
+    if engine.zero_optimization_stage() > 0:
         _check_masters(engine, world)
 
 
@@ -130,18 +178,15 @@ def _restore_whole(engine: Any, saved: _Saved) -> None:
 
 
 def _restore_partitions(engine: Any, world: World, saved: _Saved) -> None:
-    for flat in _flat_groups(engine):
-        size = flat.partition.numel()
-        first = world.rank * size
-        steps = [saved.step(name) for name, _, _ in flat.members]
+    for flat in _flat_groups(engine, world):
+        steps = [saved.step(member.name) for member in flat.members]
         entry = {"step": steps[0].to(flat.partition.device)}
         for key in MOMENTS:
-            part = torch.zeros(size)
-            for name, offset, shape in flat.members:
-                begin, end = max(offset, first), min(offset + shape.numel(), first + size)
+            part = torch.zeros(flat.partition.numel())
+            for member in flat.members:
+                begin, end, at = member.pieces[world.rank]
                 if begin < end:
-                    whole = saved.moment(name, key, shape).view(-1)
-                    part[begin - first : end - first] = whole[begin - offset : end - offset]
+                    part[at : at + end - begin] = saved.moment(member.name, key, member.shape).view(-1)[begin:end]
             entry[key] = part.to(flat.partition.device)
         engine.basic_optimizer.state[flat.partition] = entry
 
@@ -157,11 +202,9 @@ def _check_groups(optimizer: torch.optim.Optimizer, file: Path, state: State) ->
         )
 
 
-def _check_weights(engine: Any, path: Path) -> None:
+def _check_weights(engine: Any, world: World, path: Path) -> None:
     """The model must have the weights that were saved."""
-    weights = load_model_weights(path)
-    own = engine.module.state_dict()
-    differing = [name for name in own if name not in weights or not torch.equal(own[name].cpu(), weights[name])]
+    differing = differing_weights(engine, world, load_model_weights(path))
     if differing:
         raise UserError(
             f"{path / MODEL}: {', '.join(differing)} of the model is not the saved one; the file has changed meanwhile"
@@ -170,9 +213,8 @@ def _check_weights(engine: Any, path: Path) -> None:
 
 def _check_masters(engine: Any, world: World) -> None:
     """What would go wrong in silence: a master that is not the model."""
-    for index, flat in enumerate(_flat_groups(engine)):
-        own = engine.optimizer.parallel_partitioned_bit16_groups[index][world.rank]
-        assert torch.equal(own.float(), flat.partition), f"the master of group {index} is not the model"
+    for index, flat in enumerate(_flat_groups(engine, world)):
+        assert torch.equal(flat.model.float(), flat.partition), f"the master of group {index} is not the model"
 
 
 def group_settings(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], ...]:

@@ -55,7 +55,7 @@ def save(
     """Write checkpoint-<step> and remove all but the newest `keep`; every rank takes part, rank 0 writes.
 
     Args:
-        engine: the DeepSpeed engine, at ZeRO stage 0 or 1, after at least one step.
+        engine: the DeepSpeed engine, at any ZeRO stage, after at least one step.
         world: this process.
         folder: the run's `checkpoints` folder.
         state: goes into state.json.

@@ -71,7 +71,7 @@ class State:
     """Seeds of the run by what they seed."""
     world_size: Annotated[int, Field(ge=1)]
     """Processes that wrote it; another number may go on."""
-    zero_stage: Annotated[int, Field(ge=0, le=1)]
+    zero_stage: Annotated[int, Field(ge=0, le=3)]
     """ZeRO stage that wrote it; another may go on."""
     config: dict[str, Any]
     """Sections `model` (with num_classes) and `train`, as plain values."""

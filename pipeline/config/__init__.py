@@ -1,5 +1,10 @@
 """One YAML is one pipeline: typed, frozen sections, read with `load_config`."""
 
+from pipeline.config.deepspeed import (
+    OWNED,
+    merged,
+    refused,
+)
 from pipeline.config.keys import (
     with_keys,
 )
@@ -40,6 +45,7 @@ from pipeline.config.values import (
 
 __all__ = [
     "METRICS",
+    "OWNED",
     "AugmentSection",
     "ClusterSection",
     "Config",
@@ -64,8 +70,10 @@ __all__ = [
     "dump_config",
     "flatten",
     "load_config",
+    "merged",
     "parse_config",
     "plain",
+    "refused",
     "settings_with",
     "with_keys",
 ]

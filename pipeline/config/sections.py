@@ -7,12 +7,13 @@ Derived values are methods beside the fields they come from. What else is to be 
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from model.config import CriterionConfig, DetrConfig
 from pipeline.config.address import sqlite_uri
+from pipeline.config.deepspeed import refused
 from pipeline.run_folder import RunFolder
 from pipeline.store import Place, absolute, place
 
@@ -205,8 +206,13 @@ class TrainSection(Section):
     training goes on with the weights themselves. It rises to that with the steps n, as (1 + n) / (10 + n)."""
     freeze_backbone: Literal["none", "stem_and_layer1", "all"] = "stem_and_layer1"
     """Backbone parameters that are not trained."""
-    zero_stage: Annotated[Literal[0, 1], Role.MAY_DIFFER] = 0
-    """DeepSpeed ZeRO stage: 1 shards the optimizer's state over the workers."""
+    zero_stage: Annotated[Literal[0, 1, 2, 3], Role.MAY_DIFFER] = 0
+    """DeepSpeed ZeRO stage: what is sharded over the workers, 1 the optimizer's state, 2 also the gradients, 3 also the
+    weights, which are gathered layer by layer when they are used."""
+    deepspeed: dict[str, Any] = {}
+    """More of DeepSpeed's own JSON, such as `{zero_optimization: {overlap_comm: true}}`, in place of what stands here;
+    what follows from other settings is refused. DeepSpeed passes over a key at the top that it does not know. `raydetr
+    config --deepspeed` prints what it gets."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the network: fp32, or bf16 autocast with fp32 parameters."""
     activation_checkpointing: Annotated[bool, Role.MAY_DIFFER] = False
@@ -241,6 +247,13 @@ class TrainSection(Section):
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
         return self
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _check_deepspeed(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        if keys := refused(settings):
+            raise ValueError(f"not yours to set: {', '.join(keys)}; remove it")
+        return settings
 
     @property
     def lr_scale(self) -> float:

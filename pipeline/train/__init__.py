@@ -10,9 +10,9 @@ from pipeline.train.ema import (
 )
 from pipeline.train.engine import (
     engine_config,
-    gradient_norm,
     import_deepspeed,
     make_engine,
+    take_step,
 )
 from pipeline.train.initial import (
     check_init,
@@ -58,7 +58,6 @@ __all__ = [
     "dropout_seed",
     "engine_config",
     "find_checkpoint",
-    "gradient_norm",
     "group_of",
     "import_deepspeed",
     "is_path",
@@ -70,4 +69,5 @@ __all__ = [
     "parameter_groups",
     "resume_point",
     "set_learning_rates",
+    "take_step",
 ]

@@ -7,7 +7,7 @@ import torch
 
 from pipeline.checkpoint.state import EMA, State, load_model_weights
 from pipeline.checkpoint.weights import restore_averages, trained_weights
-from pipeline.distributed import together
+from pipeline.distributed import World, together
 from pipeline.errors import UserError
 from pipeline.train.run import Run
 
@@ -24,13 +24,14 @@ class WeightAverage:
 
     Args:
         engine: the DeepSpeed engine, whose weights it begins with.
+        world: this process.
         decay: of the exponential average, which `decay_after` lets rise to it.
     """
 
-    def __init__(self, engine: Any, decay: float) -> None:
-        self._engine, self._decay = engine, decay
+    def __init__(self, engine: Any, world: World, decay: float) -> None:
+        self._engine, self._world, self._decay = engine, world, decay
         self.weights = {name: weight.clone() for name, weight in trained_weights(engine).items()}
-        """By name."""
+        """By name; at ZeRO stage 3 this rank's parts."""
 
     @torch.no_grad()
     def update(self, steps: int) -> None:
@@ -45,7 +46,7 @@ class WeightAverage:
             UserError: its file is missing, damaged, or of another model.
         """
         try:
-            restore_averages(self.weights, load_model_weights(path, EMA))
+            restore_averages(self._engine, self._world, self.weights, load_model_weights(path, EMA))
         except ValueError as error:
             raise UserError(f"{path / EMA}: not the averages of its model: {error}; go on from another") from error
 
@@ -54,7 +55,7 @@ def make_average(engine: Any, run: Run, found: tuple[Path, State] | None) -> Wei
     """The average that the run keeps, if it keeps one; that of the checkpoint where it goes on."""
     if run.job.train.ema is None:
         return None
-    average = WeightAverage(engine, run.job.train.ema)
+    average = WeightAverage(engine, run.world, run.job.train.ema)
     if found is not None:
         together(run.world, lambda: average.restore(found[0]))
     return average

@@ -9,6 +9,7 @@ import torch
 
 from pipeline.checkpoint.optimizer import restore_optimizer
 from pipeline.checkpoint.state import State
+from pipeline.config.deepspeed import merged
 from pipeline.config.sections import TrainSection
 from pipeline.distributed import World, together
 from pipeline.log import get_logger
@@ -19,29 +20,43 @@ from pipeline.train.run import Run
 logger = get_logger(__name__)
 
 
-def gradient_norm(engine: Any) -> torch.Tensor:
-    """Norm of the whole step's gradient before clipping, the same on every rank."""
-    if engine.zero_optimization_stage() == 0:
-        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
-    norm = engine.optimizer.scaled_global_norm().detach()
-    return torch.where(norm < 0, torch.inf, norm)  # -1 stands for "not finite"
+def take_step(engine: Any, clip: float) -> torch.Tensor:
+    """Let the optimizer step on the gradients, clipped to a norm of `clip` where that is not 0.
+
+    Returns:
+        The norm before clipping, the same on every rank; computed once, as DeepSpeed's own clipping at stage 0 would
+        compute it again, parameter by parameter. Where it is not finite, the weights are spoilt or as they were.
+    """
+    if engine.zero_optimization_stage() > 0:
+        engine.step()
+        return torch.as_tensor(engine.get_global_grad_norm())
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters], foreach=True)
+    if clip > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm, foreach=True)
+    engine.step()
+    return norm
 
 
 def engine_config(train: TrainSection, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration. Parameters and gradients are fp32 at every precision; bf16 is torch's autocast."""
+    """DeepSpeed's configuration: what follows from the settings, and `train.deepspeed`.
+
+    Parameters and gradients are fp32 at every precision; bf16 is torch's autocast.
+    """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": train.micro_batches // world_size,
-        "gradient_clipping": train.clip_grad_norm,
+        "gradient_clipping": train.clip_grad_norm if train.zero_stage > 0 else 0.0,  # at 0 `take_step` clips
         # Buckets of 200 MB in place of 2 GB: the whole model fits into one.
         "zero_optimization": {"stage": train.zero_stage, "reduce_bucket_size": 50_000_000, "overlap_comm": False},
         "steps_per_print": 2**31,
+        # It synchronises the device in every forward pass.
+        "timers": {"throughput": {"enabled": False}},
     }
     if train.precision == "bf16":
         # Parameters of "safe" modules would have their gradients reduced in bf16: none are.
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    return config
+    return merged(config, train.deepspeed)
 
 
 def make_engine(run: Run, found: tuple[Path, State] | None) -> Any:

@@ -23,7 +23,6 @@ from pipeline.data.manifest import read_manifest
 from pipeline.data.order import SampleOrder
 from pipeline.distributed import (
     World,
-    all_reduce_sum,
     begin_sum_over_ranks,
     broadcast_object,
     gather_objects,
@@ -34,7 +33,7 @@ from pipeline.errors import UserError
 from pipeline.log import get_logger, outcome
 from pipeline.train.curves import Curves
 from pipeline.train.ema import WeightAverage, make_average
-from pipeline.train.engine import gradient_norm, make_engine
+from pipeline.train.engine import make_engine, take_step
 from pipeline.train.optim import set_learning_rates
 from pipeline.train.run import Run, TrainJob, find_checkpoint
 from pipeline.train.stop import StoppedError, StopRequest
@@ -80,8 +79,9 @@ def train(job: TrainJob, world: World, stop: StopRequest | None = None) -> Path:
                 break
             set_learning_rates(engine.basic_optimizer, run.factor(step.step))
             losses = _forward_backward(engine, criterion, step, num_boxes, run, copies)
-            values, asked = _agree(losses, gradient_norm(engine), step, run, stop.asked(), curves.error)
-            engine.step()
+            shared = _begin_to_share(losses, run, stop.asked(), curves.error)
+            norm = take_step(engine, job.train.clip_grad_norm)
+            values, asked = _agree(losses, shared, norm, step, run, curves.error)
             if average is not None:
                 average.update(step.step + 1)
             skipped += unreadable
@@ -120,18 +120,19 @@ def _global_steps(run: Run, first: int) -> Iterator[tuple[Step, float, int]]:
     order = SampleOrder(manifest.digest, manifest.shard_sizes, job.train.seed, job.train.window)
     steps = iter(TrainLoader(manifest, order, job.train, world.rank, world.size, first, run.total, job.on_error))
 
-    def begin() -> tuple[Step | Exception, Callable[[], list[float]]]:
+    def begin() -> tuple[Step | Exception, Callable[[], torch.Tensor]]:
         try:
             step = next(steps)
         except Exception as error:
-            return error, begin_sum_over_ranks(world, 0, 0, 1)
+            return error, begin_sum_over_ranks(world, torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64))
         boxes = sum(len(target["labels"]) for micro in step.micro_batches for target in micro.targets)
-        return step, begin_sum_over_ranks(world, boxes, sum(micro.skipped for micro in step.micro_batches), 0)
+        counts = [boxes, sum(micro.skipped for micro in step.micro_batches), 0]
+        return step, begin_sum_over_ranks(world, torch.tensor(counts, dtype=torch.float64))
 
     following = begin() if first < run.total else None
     while following is not None:
         step, sums = following
-        boxes, skipped, failed = sums()
+        boxes, skipped, failed = sums().tolist()
         if failed:
             raise_together(world, step if isinstance(step, Exception) else None)
         assert isinstance(step, Step)
@@ -190,28 +191,37 @@ def _on_device(
         yield micro, batch, targets
 
 
+def _begin_to_share(
+    losses: dict[str, torch.Tensor], run: Run, asked: bool, error: Exception | None
+) -> Callable[[], torch.Tensor]:
+    """Begin to sum the losses over all ranks, and to tell whether one was asked to end or has met an error."""
+    own = torch.stack(list(losses.values()))
+    return begin_sum_over_ranks(run.world, torch.cat([own, own.new_tensor([asked, error is not None])]))
+
+
 def _agree(
     losses: dict[str, torch.Tensor],
+    shared: Callable[[], torch.Tensor],
     norm: torch.Tensor,
     step: Step,
     run: Run,
-    asked: bool,
     error: Exception | None,
 ) -> tuple[dict[str, float], bool]:
     """The losses of the global batch with the gradient's norm, and whether a rank was asked to end; alike on all ranks.
 
-    Where one of the numbers is not finite, or a rank has met an error, every rank raises before weights change.
+    Where one of the numbers is not finite, or a rank has met an error, every rank raises before a checkpoint is
+    written. These are the only numbers of a step that are read from the device, beside the costs of the matching.
     """
     world, names = run.world, list(losses)
-    own = torch.stack(list(losses.values()))
-    sums = all_reduce_sum(world, torch.cat([own, own.new_tensor([asked, error is not None])]))
-    *numbers, any_asked, any_error, grad_norm = torch.cat([sums, norm.double().view(1)]).tolist()
+    sums = shared()
+    *numbers, any_asked, any_error, grad_norm = torch.cat([sums, norm.to(sums).view(1)]).tolist()
     if any_error:
         raise_together(world, error)
     values = dict(zip([*names, "grad_norm"], [*numbers, grad_norm], strict=True))
     if all(math.isfinite(value) for value in values.values()):
         return values, any_asked > 0
-    ids = [] if torch.isfinite(own).all() else [image for micro in step.micro_batches for image in micro.image_ids]
+    is_mine = not torch.isfinite(torch.stack(list(losses.values()))).all()
+    ids = [image for micro in step.micro_batches for image in micro.image_ids if is_mine]
     images = sorted(image for part in gather_objects(world, ids) for image in part)
     bad = ", ".join(f"{name} {value}" for name, value in values.items() if not math.isfinite(value))
     before = broadcast_object(world, latest(run.job.out.checkpoints))

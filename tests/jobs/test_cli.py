@@ -50,6 +50,17 @@ def test_config_prints_what_can_be_read_again(tmp_path: Path) -> None:
     assert raydetr("config", "-c", str(tmp_path / "again.yaml")).stdout == result.stdout
 
 
+def test_config_prints_what_deepspeed_gets() -> None:
+    own = "train.deepspeed={zero_optimization: {overlap_comm: true}}"
+    result = raydetr(
+        "config", "-c", "jobs/configs/demo.yaml", "--deepspeed", "--set", "train.zero_stage=2", "--set", own
+    )
+    settings = json.loads(result.stdout)
+    assert settings["zero_optimization"]["stage"] == 2
+    assert settings["zero_optimization"]["overlap_comm"] is True
+    assert settings["train_micro_batch_size_per_gpu"] == 4
+
+
 def test_an_address_where_no_ray_answers(tmp_path: Path) -> None:
     arguments = ["--set", f"runs={tmp_path}", "--set", "cluster.address=127.0.0.1:1"]
     result = raydetr("run", "-c", "jobs/configs/demo.yaml", *arguments)

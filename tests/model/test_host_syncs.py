@@ -1,9 +1,13 @@
-"""A training step reads from the device once: the costs of the matching. All else would wait for it, too.
+"""A training step reads from the device twice: the costs of the matching, and what the ranks agree on at its end.
+
+All else would wait for it, too.
 
 On the host the same calls are made, so they are counted here without a GPU.
 """
 
 from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.config import CriterionConfig
 from model.losses.criterion import Criterion
 from model.losses.groups import groups_of
-from tests.builders import make_batch, make_detector, make_target
+from pipeline.distributed import World
+from pipeline.train import loop
+from tests.builders import make_batch, make_detector, make_target, make_varied_manifest
+from tests.pipeline.train.runs import make_job
 
 aten: Any = torch.ops.aten
 READS = {
@@ -87,6 +94,32 @@ def test_the_matching_alone_reads_from_the_device(settings: dict[str, Any], coun
     operators, calls = reads_of(step)
     assert operators == {}
     assert calls == {"cpu": 1, "numpy": 1}
+
+
+def test_a_step_of_training_reads_once_more(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the batch on the device to the moved average: the costs of the matching, and all that ranks agree on."""
+    manifest = make_varied_manifest(tmp_path, 8)
+    reads: list[tuple[Counter[str], Counter[str]]] = []
+
+    def counted(engine: Any, criterion: Criterion, step: Any, *rest: Any) -> Any:
+        """Begin to count where the forward pass begins; the generator of the steps ends it."""
+        modes.enter_context(operators := Operators())
+        modes.enter_context(calls := Calls())
+        reads.append((operators.counts, calls.counts))
+        return forward_backward(engine, criterion, step, *rest)
+
+    def until_it_is_told(*arguments: Any) -> None:
+        modes.close()
+
+    forward_backward = loop._forward_backward
+    with ExitStack() as modes:
+        monkeypatch.setattr(loop, "_forward_backward", counted)
+        monkeypatch.setattr(loop.Curves, "step_done", until_it_is_told)
+        loop.train(make_job(manifest, tmp_path / "run", global_batch=4, max_steps=3, ema=0.9), world)
+    assert len(reads) == 3
+    for operators, calls in reads[1:]:
+        assert operators == {}
+        assert calls == {"cpu": 1, "numpy": 1, "tolist": 1}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import torch.distributed as dist
 
 from pipeline.distributed import (
     World,
-    all_reduce_sum,
     begin_sum_over_ranks,
     broadcast_object,
     close,
@@ -27,11 +26,9 @@ def describe(world: World) -> tuple[int, int, str]:
 
 
 def agree(world: World) -> list[object]:
-    first, second = begin_sum_over_ranks(world, 2.0, world.rank), begin_sum_over_ranks(world, 7.0)
-    tensor = all_reduce_sum(world, torch.tensor([1.0, world.rank]))
+    first, second = (begin_sum_over_ranks(world, torch.tensor(values)) for values in ([2.0, world.rank], [7.0]))
     return [
-        tensor.tolist(),
-        [summed() for summed in (first, second)],
+        [summed().tolist() for summed in (first, second)],
         broadcast_object(world, f"from {world.rank}"),
         gather_objects(world, {"rank": world.rank}),
     ]
@@ -60,7 +57,7 @@ def test_ranks_adopt_the_process_group_that_exists(ranks: Ranks) -> None:
 
 
 def test_ranks_agree(ranks: Ranks) -> None:
-    expected = [[2.0, 1.0], [[4.0, 1.0], [14.0]], "from 0", [{"rank": 0}, {"rank": 1}]]
+    expected = [[[4.0, 1.0], [14.0]], "from 0", [{"rank": 0}, {"rank": 1}]]
     assert ranks.run(agree) == [expected, expected]
 
 
@@ -99,7 +96,7 @@ def test_a_plain_process_is_a_world_of_one() -> None:
     process = processes().Process(target=be_alone, args=(theirs,))
     process.start()
     assert ours.poll(60)
-    agreed = [[1.0, 0.0], [[2.0, 0.0], [7.0]], "from 0", [{"rank": 0}]]
+    agreed = [[[2.0, 0.0], [7.0]], "from 0", [{"rank": 0}]]
     assert ours.recv() == [(0, 1, "cpu"), True, False, agreed, True, False]
     process.join()
 

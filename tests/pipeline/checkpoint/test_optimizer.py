@@ -30,7 +30,7 @@ def later(world: World, saved: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder / "later" / f"checkpoint-{STEPS + 2}"
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_stages_and_world_sizes_write_the_same(
     world: World, ranks: Ranks, saved: Path, stage: int, tmp_path: Path
 ) -> None:
@@ -38,7 +38,7 @@ def test_stages_and_world_sizes_write_the_same(
     assert_close(ranks.run(save_after_steps, stage, tmp_path / "two")[0], saved, 1e-6)
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("size", [1, 2], ids=["1 rank", "2 ranks"])
 def test_it_loads_at_any_world_size_and_stage(
     world: World, ranks: Ranks, saved: Path, later: Path, size: int, stage: int, tmp_path: Path
@@ -55,8 +55,9 @@ def test_other_group_settings_are_found(world: World, saved: Path) -> None:
         checkpoint.restore_optimizer(engine, world, saved, make_state(STEPS, groups=groups))
 
 
-def test_weights_that_are_not_the_saved_ones_are_found(world: World, saved: Path) -> None:
-    engine = make_engine(world, 1)
+@pytest.mark.parametrize("stage", [1, 3])
+def test_weights_that_are_not_the_saved_ones_are_found(world: World, saved: Path, stage: int) -> None:
+    engine = make_engine(world, stage)
     with pytest.raises(UserError, match=r"model\.safetensors: .* is not the saved one"):
         checkpoint.restore_optimizer(engine, world, saved, make_state(STEPS, engine))
 
@@ -115,7 +116,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, torch.Tensor], str], Any], str]] = 
 }
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 3])
 @pytest.mark.parametrize("kind", CHANGES)
 def test_moments_that_do_not_fit(
     manifest: Manifest, world: World, copy: Path, tmp_path: Path, stage: int, kind: str

@@ -115,7 +115,7 @@ def sealed(old: Path) -> Path:
         ({"seeds": None}, "seeds: "),
         ({"seeds": {"train": "0"}}, r"seeds\.train: "),
         ({"world_size": 0}, "world_size: "),
-        ({"zero_stage": 2}, "zero_stage: "),
+        ({"zero_stage": 4}, "zero_stage: "),
         ({"config": None}, "config: "),
         ({"config": {"model": {}}}, r"lacks config\.train"),
         ({"config": {"model": None, "train": {}}}, r"config\.model: "),

@@ -19,9 +19,10 @@ from pipeline.data.loader import MicroBatch, Step
 from pipeline.data.manifest import Manifest, UnreadableSampleError, read_image_bytes, read_manifest
 from pipeline.distributed import World, close, init_world
 from pipeline.errors import UserError
-from pipeline.train.loop import _agree, _on_device, dropout_seed, train
+from pipeline.train.loop import _agree, _begin_to_share, _on_device, dropout_seed, train
 from pipeline.train.run import Run, TrainJob
 from tests.builders import spoil
+from tests.pipeline.checkpoint.engines import CUT
 from tests.pipeline.train.runs import SAMPLES, assert_same_weights, losses, make_job, points, train_on
 from tests.ranks import Ranks, processes
 
@@ -99,6 +100,40 @@ def test_another_world_goes_on(
     assert checkpoint.read_state(last).world_size == after[0]
 
 
+STAGES = (0, 1, 0, 2, 0, 3, 1, 2, 1, 3, 2, 3, 0)
+"""Every change from one ZeRO stage to another, once."""
+
+
+def test_every_change_of_the_stage_goes_on(
+    manifest: Manifest, twenty: dict[int, float], world: World, ranks: Ranks, tmp_path: Path
+) -> None:
+    """A step at each, by two ranks; the losses and the average of the weights are those of one rank at stage 0."""
+    cut: Any = {"ema": 0.6, "deepspeed": CUT}
+    straight = train(make_job(manifest, tmp_path / "straight", max_steps=len(STAGES), **cut), world)
+    for steps, stage in enumerate(STAGES, start=1):
+        job = make_job(manifest, tmp_path / "changed", max_steps=steps, zero_stage=stage, **cut)
+        last = ranks.run(train_on, job)[0]
+        assert checkpoint.read_state(last).zero_stage == stage
+    assert losses(job.out) == pytest.approx({step: twenty[step] for step in losses(job.out)}, rel=1e-5)
+    assert len(losses(job.out)) == len(STAGES)
+    ours, theirs = (checkpoint.load_model_weights(path, checkpoint.EMA) for path in (last, straight))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_ranks_go_on_to_the_same_bits(manifest: Manifest, ranks: Ranks, tmp_path: Path, stage: int) -> None:
+    cut: Any = {"ema": 0.6, "deepspeed": CUT}
+    straight = make_job(manifest, tmp_path / "straight", zero_stage=stage, max_steps=4, **cut)
+    ends = [ranks.run(train_on, straight)[0]]
+    for steps in (2, 4):
+        job = make_job(manifest, tmp_path / "again", zero_stage=stage, max_steps=steps, **cut)
+        last = ranks.run(train_on, job)[0]
+    assert_same_weights(last, ends[0])
+    assert losses(job.out) == losses(straight.out)
+
+
 def test_more_steps_go_on_to_the_same_bits(
     manifest: Manifest, straight: tuple[TrainJob, Path], world: World, tmp_path: Path
 ) -> None:
@@ -166,7 +201,8 @@ def disagree(
     mine = {"loss": torch.tensor(value, dtype=torch.float64), "loss_ce": torch.tensor(0.25, dtype=torch.float64)}
     error = UserError("no space") if fails and world.rank == 1 else None
     run = Run(job, world, manifest)
-    return _agree(mine, torch.tensor(norm), Step(3, 0, [micro]), run, asked and world.rank == 1, error)
+    shared = _begin_to_share(mine, run, asked and world.rank == 1, error)
+    return _agree(mine, shared, torch.tensor(norm), Step(3, 0, [micro]), run, error)
 
 
 @pytest.mark.parametrize(
