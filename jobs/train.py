@@ -31,6 +31,7 @@ from pipeline.log import get_logger, outcome
 from pipeline.run_folder import RunFolder
 from pipeline.tracking.spool import SpoolReader
 from pipeline.train.run import TrainJob, resume_point
+from pipeline.train.stop import end_of
 
 logger = get_logger(__name__)
 
@@ -103,6 +104,7 @@ def make_job(config: Config, manifest: Manifest) -> TrainJob:
         out=config.folder,
         on_error=config.dataset.on_error,
         cache=manifest.cache,
+        ends=end_of(config.train.max_hours),
         root=Path.cwd(),
     )
 

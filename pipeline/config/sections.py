@@ -231,6 +231,9 @@ class TrainSection(Section):
     """Epochs (fractions allowed) between checkpoints; the last step always writes one."""
     keep_checkpoints: Annotated[int | None, Role.MAY_DIFFER] = Field(3, ge=1)
     """Newest checkpoints that are kept; null keeps all."""
+    max_hours: Annotated[float | None, Role.MAY_DIFFER] = Field(None, gt=0, allow_inf_nan=False)
+    """Hours after the command began at which training ends in order, with a checkpoint, as at a SIGTERM: a little less
+    than a queue allows. The same command goes on."""
     log_steps: Annotated[int, Role.MAY_DIFFER] = Field(10, ge=1)
     """Steps between two points of the training curves."""
     max_restarts: Annotated[int, Role.MAY_DIFFER] = Field(3, ge=0)

@@ -41,6 +41,7 @@ from pipeline.train.stop import (
     LOOK_SECONDS,
     StoppedError,
     StopRequest,
+    end_of,
 )
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "check_init",
     "decay_after",
     "dropout_seed",
+    "end_of",
     "engine_config",
     "find_checkpoint",
     "group_of",

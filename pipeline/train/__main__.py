@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.log import set_up_logging
 from pipeline.train.loop import train
 from pipeline.train.run import TrainJob
-from pipeline.train.stop import StoppedError, StopRequest
+from pipeline.train.stop import StoppedError, StopRequest, end_of
 
 EXIT_STOPPED = 130
 
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         shards, cache = config.shards_folder / "train", cache_of(config.shards)
         labels = together(world, lambda: read_manifest(shards, cache)).labels
         model = config.model_for(labels.num_classes)
-        stop = StopRequest(config.folder.stop)
+        stop = StopRequest(config.folder.stop, end_of(config.train.max_hours))
         stop.on_signals()
         train(TrainJob(model, config.train, shards, config.folder, config.dataset.on_error, cache), world, stop)
     except UserError as error:

@@ -47,7 +47,7 @@ def train(job: TrainJob, world: World, stop: StopRequest | None = None) -> Path:
     Args:
         job: the same on every rank.
         world: this process; every rank calls this.
-        stop: tells when to end in order; when None, the file `RunFolder.stop` alone does.
+        stop: tells when to end in order; when None, the file `RunFolder.stop` and `job.ends` do.
 
     Returns:
         The checkpoint of the last step.
@@ -71,7 +71,7 @@ def train(job: TrainJob, world: World, stop: StopRequest | None = None) -> Path:
     copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None  # type: ignore[no-untyped-call]
     spool = job.out.train_spool if world.rank == 0 else None
     curves = together(world, lambda: Curves(spool, job.train, run.total, run.epochs, first))
-    stop = stop or StopRequest(job.out.stop)
+    stop = stop or StopRequest(job.out.stop, job.ends)
     asked = any(gather_objects(world, stop.asked()))
     try:
         for step, num_boxes, unreadable in _global_steps(run, first):

@@ -47,6 +47,8 @@ class TrainJob:
     """Whether a sample that cannot be read stops the run, or is left out and counted."""
     cache: Cache = DEFAULT_CACHE
     """Where the shards of a store are kept on each machine."""
+    ends: float | None = None
+    """Unix time at which it ends in order, with a checkpoint, done or not."""
     root: Path = Path()
     """Folder that relative paths in `train.init` begin in: where the command was given, whichever host reads them."""
 

@@ -1,11 +1,13 @@
 """Training: the same numbers at any world size, after any interruption."""
 
+import itertools
 import math
 import os
 import shutil
 import signal
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,7 @@ from pipeline.distributed import World, close, init_world
 from pipeline.errors import UserError
 from pipeline.train.loop import _agree, _begin_to_share, _on_device, dropout_seed, train
 from pipeline.train.run import Run, TrainJob
+from pipeline.train.stop import StoppedError
 from tests.builders import spoil
 from tests.pipeline.checkpoint.engines import CUT
 from tests.pipeline.train.runs import SAMPLES, assert_same_weights, losses, make_job, points, train_on
@@ -141,6 +144,17 @@ def test_more_steps_go_on_to_the_same_bits(
         last = train(make_job(manifest, tmp_path, max_steps=steps), world)
     assert_same_weights(last, straight[1])
     assert losses(make_job(manifest, tmp_path).out) == losses(straight[0].out)
+
+
+def test_a_run_whose_hours_are_over_is_kept_and_goes_on(
+    manifest: Manifest, straight: tuple[TrainJob, Path], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr("pipeline.train.stop.time", SimpleNamespace(time=lambda: next(ticks), monotonic=time.monotonic))
+    job = make_job(manifest, tmp_path)
+    with pytest.raises(StoppedError, match=r"training is kept in .*checkpoint-4"):
+        train(replace(job, ends=4.0), world)
+    assert_same_weights(train(job, world), straight[1])
 
 
 def _train_alone(job: TrainJob) -> None:

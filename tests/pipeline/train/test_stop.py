@@ -5,9 +5,10 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from pipeline.train.stop import LOOK_SECONDS, StopRequest
+from pipeline.train.stop import LOOK_SECONDS, StopRequest, end_of
 
 
 @pytest.fixture
@@ -50,3 +51,18 @@ def test_the_first_signal_asks_and_the_second_acts_as_ever(number: signal.Signal
     assert came == []
     os.kill(os.getpid(), number)
     assert came == [number]
+
+
+def test_the_hours_are_counted_from_the_begin_of_the_command() -> None:
+    assert end_of(None) is None
+    assert end_of(0.5) == psutil.Process().create_time() + 1800
+
+
+def test_a_time_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = [99.0]
+    monkeypatch.setattr("time.time", lambda: seconds[0])
+    request = StopRequest(tmp_path / "stop", 100.0)
+    assert not request.asked()
+    seconds[0] = 100.0
+    assert request.asked()
+    assert not StopRequest(tmp_path / "stop").asked()
