@@ -215,7 +215,7 @@ def _entries(archive: zipfile.ZipFile) -> Iterable[tuple[str, tuple[zipfile.ZipI
 def _members(file: IO[bytes]) -> Iterable[tuple[str, tuple[int, int]]]:
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:
-            archive.members.clear()  # it would keep all of them, a kilobyte each
+            archive.members.clear()  # type: ignore[attr-defined]  # it would keep all of them, a kilobyte each
             if member.isreg() and not member.issparse():
                 yield posixpath.normpath(member.name), (member.offset_data, member.size)
 
