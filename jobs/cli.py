@@ -17,6 +17,7 @@ import typer
 from typer.exceptions import TyperException
 
 from jobs.interrupt import Interrupted, RayLostError, end_in_order
+from jobs.models import AsJson, TrackingUri, models
 from jobs.options import ConfigFile, Overrides
 from jobs.remote import jobs_app, submit
 from pipeline.config.address import without_secrets
@@ -38,6 +39,7 @@ track = typer.Typer(help="What waits for the tracking server.", no_args_is_help=
 app.add_typer(track, name="track")
 app.command(epilog="Example: raydetr submit run -c my.yaml --address http://head:8265 --follow")(submit)
 app.add_typer(jobs_app, name="jobs")
+app.add_typer(models, name="models")
 
 
 @app.command(epilog="Example: raydetr run -c jobs/configs/demo.yaml --set train.epochs=2")
@@ -133,6 +135,19 @@ def track_sync(
     from jobs.track import sync
 
     sync(settings, wait=wait)
+
+
+@app.command(epilog="Example: raydetr runs --tracking-uri http://mlflow:5000")
+def runs(
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="The pipeline's YAML file.")] = None,
+    tracking_uri: TrackingUri = None,
+    limit: Annotated[int, typer.Option(min=1, help="Most runs, newest first.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """The newest runs: status, AP, age, and whether a command works on those that say RUNNING."""
+    from jobs.runs import show_runs
+
+    show_runs(config, tracking_uri, limit, as_json=as_json)
 
 
 @app.command(epilog="Example: raydetr predict -m models:/raydetr-demo@champion --out drawn picture.jpg")

@@ -157,6 +157,18 @@ def _lock(path: Path, what: str, wait: bool, mend: str) -> TextIO:
         file.close()  # whoever held it has removed it meanwhile
 
 
+def is_held(path: Path) -> bool:
+    """Whether a process, on whatever host of a shared disk, holds this lock of `held`."""
+    try:
+        with path.open("r+") as file:  # some network disks lock files that may be written alone
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def _holder(file: TextIO) -> str:
     """Who wrote a lock, as the end of a message; empty while it is being written."""
     try:

@@ -302,11 +302,24 @@ Metric = Literal["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR10
 METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
+class GateSection(Section):
+    """What a version has to reach to become `@champion`; one that does not is registered, and is `@challenger`."""
+
+    minimum: float | None = Field(None, ge=0, le=1)
+    """Least register.metric, also of the first champion; null asks for none."""
+    margin: float = Field(0.0, ge=0, le=1)
+    """Least improvement of register.metric over the champion's; it has to be better in any case."""
+    category_drop: float | None = Field(None, ge=0, le=1)
+    """Most that the AP of any category may be below the champion's; null does not look at categories."""
+
+
 class RegisterSection(Section):
     model_name: str = "raydetr"
     """Registered model that the run becomes a version of."""
     metric: Metric = "AP"
     """Metric by which @champion moves."""
+    gate: GateSection = GateSection()
+    """What a version has to reach to become @champion."""
     which: Literal["best", "last"] = "best"
     """Which of the scored checkpoints becomes the version: the best by metric of those that are there, or the last."""
 

@@ -1,7 +1,27 @@
 """Versions of a registered model in MLflow."""
 
+from pipeline.registry.aliases import (
+    ALIASES,
+    CHALLENGER,
+    CHAMPION,
+    PREVIOUS,
+    Change,
+    Standing,
+    pin,
+    promote,
+    roll_back,
+    standing_of,
+    unpin,
+)
+from pipeline.registry.gate import (
+    METRIC_TAG,
+    VAL_TAG,
+    category_scores,
+    decide,
+)
 from pipeline.registry.lock import (
     LEASE,
+    LOCKS,
     registry_lock,
 )
 from pipeline.registry.package import (
@@ -13,41 +33,61 @@ from pipeline.registry.package import (
     write_model,
 )
 from pipeline.registry.register import (
-    METRIC_TAG,
     VERSION,
     Registration,
     register,
     register_version,
 )
 from pipeline.registry.versions import (
-    CHAMPION,
     KEY_TAG,
-    VAL_TAG,
-    find_champion,
+    download,
+    find_alias,
+    find_model,
     find_version,
     make_version,
     open_detector,
+    open_registry,
+    resolve,
+    split_reference,
 )
 
 __all__ = [
+    "ALIASES",
+    "CHALLENGER",
     "CHAMPION",
     "KEY_TAG",
     "LEASE",
+    "LOCKS",
     "METRIC_TAG",
+    "PREVIOUS",
     "REQUIREMENTS",
     "SERVED",
     "VAL_TAG",
     "VERSION",
+    "Change",
     "Registration",
-    "find_champion",
+    "Standing",
+    "category_scores",
+    "decide",
+    "download",
+    "find_alias",
+    "find_model",
     "find_version",
     "log_model",
     "make_version",
     "open_detector",
+    "open_registry",
     "own_models",
+    "pin",
+    "promote",
     "register",
     "register_version",
     "registry_lock",
     "requirements",
+    "resolve",
+    "roll_back",
+    "split_reference",
+    "standing_of",
+    "unpin",
     "write_model",
 ]

@@ -13,9 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pipeline.log import get_logger
 from pipeline.tracking.server import error_code, server_errors
-from pipeline.tracking.tracker import Tracker
 
+logger = get_logger(__name__)
+
+LOCKS = "raydetr.lock."
+"""Begin of the names of locks."""
 LEASE = 300.0
 """Seconds after which a lock is taken from its holder: many times what it does under it."""
 POLL = 0.2
@@ -24,14 +28,18 @@ OWNER_TAG = "raydetr.owner"
 
 
 @contextmanager
-def registry_lock(tracker: Tracker, model_name: str) -> Iterator[None]:
-    """Hold the lock of a registered model; the same run may enter again where it was cut.
+def registry_lock(client: Any, owner: str, model_name: str) -> Iterator[None]:
+    """Hold the lock of a registered model; the same owner may enter again where it was cut.
+
+    Args:
+        client: MLflow's client.
+        owner: a run's id, or who gives a command and a mark of that command.
+        model_name: the registered model.
 
     Raises:
         Exception: one of `server_errors`; the lock may be held then, and the run that holds it comes back.
     """
-    name = f"raydetr.lock.{hashlib.sha256(model_name.encode()).hexdigest()[:16]}"
-    client, owner = tracker.client, tracker.run_id
+    name = f"{LOCKS}{hashlib.sha256(model_name.encode()).hexdigest()[:16]}"
     _acquire(client, name, owner)
     try:
         yield
@@ -54,6 +62,8 @@ def _acquire(client: Any, name: str, owner: str) -> None:
         if holder.tags.get(OWNER_TAG) == owner:
             return
         if seen != (holder.tags.get(OWNER_TAG), holder.creation_timestamp):
+            if seen is None:
+                logger.info("waiting for the registry, which is held by %s", holder.tags.get(OWNER_TAG))
             seen, since = (holder.tags.get(OWNER_TAG), holder.creation_timestamp), time.monotonic()
         elif time.monotonic() - since > LEASE:
             _take_away(client, name, holder)

@@ -20,7 +20,8 @@ import model
 import pipeline
 from pipeline.config.sections import EvaluateSection
 from pipeline.predict.detector import Detector
-from pipeline.registry.versions import KEY_TAG, VAL_TAG
+from pipeline.registry.gate import VAL_TAG
+from pipeline.registry.versions import KEY_TAG
 from pipeline.tracking.tracker import Tracker
 
 REQUIREMENTS = (

@@ -10,7 +10,6 @@ whether it was done, by the key of what is registered.
 """
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,17 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.state import STATE, State, read_state
-from pipeline.config.sections import METRICS, EvaluateSection, RegisterSection, Role, settings_with
+from pipeline.config.sections import METRICS, EvaluateSection, GateSection, RegisterSection, Role, settings_with
 from pipeline.config.values import digest, plain
 from pipeline.evaluate.results import weights_digest
+from pipeline.registry.aliases import CHAMPION, after_registration, record, settled
+from pipeline.registry.gate import METRIC_TAG, VAL_TAG, category_tags, decide
 from pipeline.registry.lock import registry_lock
 from pipeline.registry.package import log_model, own_models
-from pipeline.registry.versions import CHAMPION, KEY_TAG, VAL_TAG, find_champion, find_version, make_version
+from pipeline.registry.versions import KEY_TAG, find_alias, find_version, make_version
 from pipeline.tracking.outbox import Operation
+from pipeline.tracking.provenance import code_version
 from pipeline.tracking.server import use_server
 from pipeline.tracking.tracker import Tracker
 
-METRIC_TAG = "raydetr.metric."
 CHAMPION_TAG = "raydetr.champion"
 """Tag of a version with what was decided about `@champion` when it was made."""
 UNDECIDED = "undecided"
@@ -94,13 +95,16 @@ def register(
         "checkpoint": tracker.outbox.reference(checkpoint),
         "evaluate": plain(evaluate),
         "metric": section.metric,
+        "gate": plain(section.gate),
         "metadata": {
             "config": dict(config),
             "label_map": state.labels,
             "data_digest": state.data_digest,
             "val_digest": val_digest,
             "metrics": numbers,
+            "category_AP": {name: float(values["AP"]) for name, values in metrics["per_category"].items()},
             "step": state.step,
+            "code": code_version(),
         },
     }
     tracker.handlers.setdefault(VERSION, register_version)
@@ -124,14 +128,15 @@ def register_version(tracker: Tracker, operation: Operation) -> Registration:
         log_model, tracker, _model_key(operation), checkpoint, EvaluateSection(**body["evaluate"]), metadata
     )
     model_id = "" if find_version(tracker, name, key) else upload()  # which takes long: others need not wait for it
-    with registry_lock(tracker, name):
+    with registry_lock(tracker.client, tracker.run_id, name):
         version = find_version(tracker, name, key)
         is_new = version is None
         if version is None:
             number = make_version(tracker, name, model_id or upload(), _tags(key, metadata))
             version = tracker.client.get_model_version(name, str(number))
-        note = _settle_champion(tracker, name, version, metadata, body["metric"])
-        champion = find_champion(tracker, name)
+        gate = GateSection(**body.get("gate", {}))
+        note = _settle_champion(tracker, name, version, metadata, body["metric"], gate)
+        champion = find_alias(tracker.client, name, CHAMPION)
     is_champion = champion is not None and champion.version == version.version
     _link(tracker, operation, version)
     shutil.rmtree(kept, ignore_errors=True)
@@ -176,21 +181,26 @@ def _tags(key: str, metadata: Mapping[str, Any]) -> dict[str, str]:
         "raydetr.data_digest": metadata["data_digest"],
         "raydetr.step": str(metadata["step"]),
         **numbers,
+        **category_tags(metadata.get("category_AP", {})),
+        **{f"raydetr.{name}": value for name, value in metadata.get("code", {}).items()},
     }
 
 
-def _settle_champion(tracker: Tracker, name: str, version: Any, metadata: Mapping[str, Any], metric: str) -> str:
+def _settle_champion(
+    tracker: Tracker, name: str, version: Any, metadata: Mapping[str, Any], metric: str, gate: GateSection
+) -> str:
     """Decide about `@champion`, once a version: afterwards whoever moves it by hand is right. Returns why."""
     if version.tags.get(CHAMPION_TAG, "") != UNDECIDED:
         return "registered before"
-    champion = find_champion(tracker, name)
-    if champion is not None and champion.version == version.version:
-        moves, note = False, "completed what was begun before: it is the champion"
+    client, number = tracker.client, str(version.version)
+    now = settled(client, name)
+    if now.champion == number:
+        note = "completed what was begun before: it is the champion"
     else:
-        moves, note = _decide(champion, metadata["metrics"], metadata["val_digest"], metric)
-    if moves:
-        tracker.client.set_registered_model_alias(name, CHAMPION, str(version.version))
-    tracker.client.set_model_version_tag(name, str(version.version), CHAMPION_TAG, note)
+        moves, note = decide(find_alias(client, name, CHAMPION), now, metadata, metric, gate)
+        aliases = after_registration(now, number, moves=moves)
+        record(client, name, now, "register", aliases, f"version {number}: {note}", pins=now.pin is not None)
+    client.set_model_version_tag(name, number, CHAMPION_TAG, note)
     return note
 
 
@@ -219,25 +229,3 @@ def _link(tracker: Tracker, operation: Operation, version: Any) -> None:
     for model in own_models(tracker, _model_key(operation)):
         if model.model_id != model_id and "mlflow.modelVersions" not in model.tags:
             client.delete_logged_model(model.model_id)
-
-
-def _decide(champion: Any | None, metrics: Mapping[str, Any], val_digest: str, metric: str) -> tuple[bool, str]:
-    """Whether `@champion` moves, and why."""
-    if float(metrics[metric]) < 0:
-        return False, f"no champion: there is no object on the validation split that {metric} could be of"
-    if champion is None:
-        return True, "the first champion"
-    number = f"version {champion.version}"
-    if champion.tags.get(VAL_TAG) != val_digest:
-        return False, (
-            f"@champion stays {number}: it was scored on another validation split, so the two cannot be compared; "
-            "score both on one split, or move the alias by hand"
-        )
-    try:
-        old = float(champion.tags[f"{METRIC_TAG}{metric}"])
-    except (KeyError, ValueError):
-        return False, f"@champion stays {number}: its tags do not give its {metric}"
-    new = float(metrics[metric])
-    if math.isfinite(new) and new > old:
-        return True, f"{metric} {new:.4f} is better than {old:.4f} of {number}"
-    return False, f"@champion stays {number}: {metric} {new:.4f} is not better than its {old:.4f}"

@@ -1,20 +1,23 @@
-"""Versions of a registered model in MLflow: making one, finding the champion, loading one."""
+"""Versions of a registered model in MLflow: making one, finding one, loading one."""
 
+import re
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.address import SQLITE, shown, sqlite_path
 from pipeline.errors import UserError
+from pipeline.errors import shown as told
+from pipeline.files import disk_told, make_folder
 from pipeline.predict.detector import Detector, detector_in
-from pipeline.tracking.server import connect, error_code, server_errors, why
+from pipeline.tracking.server import connect, error_code, server_errors, use_server, why
 from pipeline.tracking.tracker import Tracker
 
-CHAMPION = "champion"
-"""Alias of the best version."""
-VAL_TAG = "raydetr.val_digest"
-"""Tag with the digest of the validation split that a version was scored on."""
+NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")
+"""Error codes of what a registry does not have."""
 KEY_TAG = "raydetr.key"
 """Tag with the digest of what a version is made of; a logged model that a version is to be made of has it, too."""
 
@@ -42,14 +45,106 @@ def make_version(tracker: Tracker, name: str, model_id: str, tags: Mapping[str, 
     return int(made.version)
 
 
-def find_champion(tracker: Tracker, name: str) -> Any | None:
-    """The version that `@champion` is, or None."""
+def find_alias(client: Any, name: str, alias: str) -> Any | None:
+    """The version that an alias of a registered model is, or None."""
     try:
-        return tracker.client.get_model_version_by_alias(name, CHAMPION)
+        return client.get_model_version_by_alias(name, alias)
     except server_errors() as error:
-        if error_code(error) not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        if error_code(error) not in NOT_THERE:
             raise
         return None
+
+
+@contextmanager
+def open_registry(tracking_uri: str) -> Iterator[Any]:
+    """MLflow's client of the registry at an address; what the server refuses in the block is told in one line.
+
+    Raises:
+        UserError: there is no registry, or it is away.
+    """
+    address = shown(tracking_uri)
+    if address.startswith(SQLITE) and not sqlite_path(address).exists():
+        raise UserError(
+            f"there is no registry at {address}; `raydetr register` makes one, --tracking-uri names another"
+        )
+    client = connect(tracking_uri)
+    try:
+        yield client
+    except server_errors() as error:
+        raise UserError(
+            f"the registry at {address} {why(error)}; start it, or name another with --tracking-uri"
+        ) from error
+
+
+def resolve(client: Any, reference: str) -> Any:
+    """MLflow's version that `NAME@ALIAS` or `NAME/VERSION` means; `models:/` may stand before it.
+
+    Raises:
+        UserError: there is none, with those that there are.
+    """
+    name, which = split_reference(reference)
+    model = find_model(client, name)
+    try:
+        if which.isdecimal():
+            return client.get_model_version(name, which)
+        return client.get_model_version_by_alias(name, which)
+    except server_errors() as error:
+        if error_code(error) not in NOT_THERE:
+            raise
+    aliases = ", ".join(f"@{alias} ({version})" for alias, version in sorted(dict(model.aliases or {}).items()))
+    numbers = sorted(int(version.version) for version in client.search_model_versions(f"name='{name}'"))
+    what = f"version {which}" if which.isdecimal() else f"alias @{which}"
+    known = ", ".join(str(number) for number in numbers[-10:]) or "none"
+    raise UserError(f"{name} has no {what}; its versions are {known}, its aliases {aliases or 'none'}")
+
+
+def find_model(client: Any, name: str) -> Any:
+    """MLflow's registered model of a name.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return client.get_registered_model(name)
+    except server_errors() as error:
+        if error_code(error) not in NOT_THERE:
+            raise
+        raise UserError(
+            f"there is no registered model `{told(name)}`; `raydetr models list` shows them, --tracking-uri names "
+            "another registry"
+        ) from error
+
+
+def split_reference(reference: str) -> tuple[str, str]:
+    """The name and the alias or number of a reference.
+
+    Raises:
+        UserError: it names no version.
+    """
+    match = re.fullmatch(r"(.+)[@/]([\w-]+)", reference.removeprefix("models:/"))
+    if match is None:
+        name = told(reference.removeprefix("models:/"))
+        raise UserError(f"{name} names no version: it must be NAME@ALIAS, such as cells@champion, or NAME/7")
+    return match[1], match[2]
+
+
+def download(client: Any, version: Any, tracking_uri: str, out: Path) -> None:
+    """Write the files of a version into a folder that `raydetr predict -m` takes; it appears whole.
+
+    Raises:
+        UserError: there is something at `out`, it cannot be written, or the version is no detector of ours.
+    """
+    if out.exists():
+        raise UserError(f"{out}: is there already; delete it, or choose another --out")
+    make_folder(out.absolute().parent, "choose another --out")
+    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    try:
+        with disk_told(out, "--out"):
+            files = _files_of(version, tracking_uri, str(draft))
+            detector_in(files)
+            files.replace(out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def open_detector(model: str, tracking_uri: str, device: str = "cpu") -> Detector:
@@ -60,30 +155,13 @@ def open_detector(model: str, tracking_uri: str, device: str = "cpu") -> Detecto
     """
     if not model.startswith("models:/"):
         return detector_in(Path(model), device=device)
-
-    address = shown(tracking_uri)
-    if address.startswith(SQLITE) and not sqlite_path(address).exists():
-        raise UserError(
-            f"{model}: there is no registry at {address}; `raydetr register` makes one, --tracking-uri names another"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            local = _download(model, tracking_uri, folder)
-        except server_errors() as error:
-            if error_code(error) in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND"):
-                raise UserError(
-                    f"{model}: not found in the registry at {address}; `raydetr register` makes a version, and "
-                    "--tracking-uri names another registry"
-                ) from error
-            raise UserError(
-                f"{model}: cannot be read, because the registry at {address} {why(error)}; start it, or name another "
-                "with --tracking-uri"
-            ) from error
-        return detector_in(Path(local), device=device)
+    with open_registry(tracking_uri) as client, tempfile.TemporaryDirectory() as folder:
+        return detector_in(_files_of(resolve(client, model), tracking_uri, folder), device=device)
 
 
-def _download(model: str, tracking_uri: str, folder: str) -> str:
-    connect(tracking_uri)
+def _files_of(version: Any, tracking_uri: str, folder: str) -> Path:
+    """Where the files of a version are put below a folder."""
+    use_server(tracking_uri)
     from mlflow.artifacts import download_artifacts
 
-    return str(download_artifacts(artifact_uri=model, dst_path=folder))
+    return Path(download_artifacts(artifact_uri=f"models:/{version.name}/{version.version}", dst_path=folder))

@@ -24,6 +24,7 @@ from pipeline.files import write_json
 from pipeline.log import get_logger
 from pipeline.run_folder import RunFolder
 from pipeline.tracking.outbox import Operation, Outbox
+from pipeline.tracking.runs import FOLDER_TAG, RUN_TAG
 from pipeline.tracking.server import (
     artifact_location,
     connect,
@@ -49,8 +50,6 @@ RETRY_SECONDS = 15.0
 """Least time between two tries to reach a server that is away: a try can take as long as its time-out."""
 PARAM_LENGTH = 6000
 """Most characters of a param's value that MLflow takes."""
-RUN_TAG = "raydetr.run"
-"""Tag with the key of a run, by which it is found again when the answer to its making was lost."""
 
 Handler = Callable[["Tracker", Operation], Any]
 
@@ -355,7 +354,8 @@ class Tracker:
         found = self.client.search_runs([self._experiment_id], f"tags.`{RUN_TAG}` = '{key}'")
         made = found[0] if found else None
         if made is None:
-            made = self.client.create_run(self._experiment_id, started, {RUN_TAG: key}, self._run_name)
+            tags = {RUN_TAG: key, FOLDER_TAG: str(self._run_file.parent.resolve())}
+            made = self.client.create_run(self._experiment_id, started, tags, self._run_name)
         return str(made.info.run_id)
 
     def _make_experiment(self) -> str:

@@ -13,7 +13,7 @@ from tests.pipeline.shard.test_foreign import yolo_ultralytics
 
 PROJECT = Path(__file__).resolve().parents[2]
 COMMANDS = [
-    *("run", "shard", "train", "evaluate", "register", "predict"),
+    *("run", "runs", "shard", "train", "evaluate", "register", "predict"),
     *("synth", "import", "convert", "config", "inspect", "doctor", "track sync"),
     *("submit", "jobs list", "jobs status", "jobs logs", "jobs stop", "jobs resume"),
 ]

@@ -47,6 +47,6 @@ def test_no_model(mlflow_uri: str, tmp_path: Path) -> None:
     image = write_image(tmp_path / "a.jpg")
     with pytest.raises(UserError, match="neither a checkpoint"):
         predict(str(tmp_path), [image], tmp_path / "out", tracking_uri="")
-    with pytest.raises(UserError, match=r"models:/none@champion: not found in the registry"):
+    with pytest.raises(UserError, match=r"there is no registered model `none`"):
         predict("models:/none@champion", [image], tmp_path / "out", tracking_uri=mlflow_uri)
     assert not (tmp_path / "out").exists()

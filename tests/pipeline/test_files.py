@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.files import disk_error, held, locked, make_folder, read_json, sha256_of, write_json, write_whole
+from pipeline.files import disk_error, held, is_held, locked, make_folder, read_json, sha256_of, write_json, write_whole
 from tests.builders import disk_of
 
 HOLD = """
@@ -199,3 +199,15 @@ def test_the_sha256_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
     content = bytes(range(256)) * 5000
     (tmp_path / "file").write_bytes(content)
     assert sha256_of(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_whether_a_lock_is_held(tmp_path: Path) -> None:
+    lock = tmp_path / "run" / "lock"
+    assert not is_held(lock)
+    assert not lock.parent.exists()
+    with held(lock, "the run"):
+        assert is_held(lock)
+    lock.parent.mkdir()
+    lock.write_text("left by a process that was killed")
+    assert not is_held(lock)
+    assert lock.read_text() == "left by a process that was killed"

@@ -17,7 +17,7 @@ def make_metrics(value: float) -> dict[str, Any]:
 
 
 def register_some(
-    tracker: Tracker, checkpoint: Path, name: str, value: float = 0.5, val_digest: str = "val", **section: str
+    tracker: Tracker, checkpoint: Path, name: str, value: float = 0.5, val_digest: str = "val", **section: Any
 ) -> Registration:
     """A checkpoint of `LABELS`, registered as `name` with all its metrics at `value`."""
     config = {"name": "run", "train": {"lr": 0.1}}

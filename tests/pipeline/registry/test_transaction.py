@@ -44,7 +44,7 @@ def open_run(uri: str, run: Path) -> Tracker:
 
 
 def make_version(tracker: Tracker, checkpoint: Path, name: str, value: float = 0.5) -> Registration | None:
-    metrics = {metric: value for metric in METRICS}
+    metrics = {metric: value for metric in METRICS} | {"per_category": {"cat": {"AP": value}}}
     return register(tracker, checkpoint, metrics, "val", RegisterSection(model_name=name), SECTION, {"name": "run"})
 
 
