@@ -46,6 +46,7 @@ SERVED = (
     "store.py",
     "run_folder.py",
     "config/sections.py",
+    "config/deepspeed.py",
     "config/address.py",
     "config/keys.py",
     "config/values.py",
