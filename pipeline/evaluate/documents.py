@@ -1,7 +1,8 @@
 """What is scored: ground truth and detections, checked, with ids of their own.
 
 Images, categories and annotations are numbered from 1, in the order of their ids (annotations in that of the file), so
-that ids of text, negative ones and 0, which pycocotools takes for no match, score like any others.
+that ids of text and negative ones score like any others. An annotation of a file keeps the id 0, with which a match
+counts as none in pycocotools: the number of a file is what pycocotools says.
 """
 
 from array import array
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import UserError, shown
 from pipeline.evaluate.detect import Detection
+from pipeline.log import get_logger
 from pipeline.shard.document import (
     Entries,
     anything,
@@ -29,6 +31,8 @@ from pipeline.shard.document import (
     read_large_document,
     text,
 )
+
+logger = get_logger(__name__)
 
 IouType = Literal["bbox", "segm", "keypoints"]
 """What overlaps: boxes, masks, or the 17 key points of a person."""
@@ -106,13 +110,17 @@ def ground_truth_of(source: dict[str, Any] | Path, iou_type: IouType) -> Truth:
         if entry.get("name") and isinstance(entry["name"], str):
             check_entry(where, f"categories[{index}]", entry, {"name": text})
     sizes = _sizes(document["images"]) if iou_type == "segm" else {}
+    keeps_zero = isinstance(source, Path)
     annotations = []
     for index, entry in enumerate(document.get("annotations", ())):
         name = f"{where}: annotation {shown(entry['id'])} (entry {index})"
         _check_place(name, entry, images, categories)
         _check_box(name, entry)
         annotation = _annotation(name, entry, iou_type, sizes)
-        number = {"id": index + 1, "image_id": images[entry["image_id"]]}
+        is_zero = keeps_zero and entry["id"] == 0
+        if is_zero:
+            logger.warning("%s: annotation id 0: pycocotools counts a match with it as none; number from 1", where)
+        number = {"id": 0 if is_zero else index + 1, "image_id": images[entry["image_id"]]}
         annotations.append({**annotation, **number, "category_id": categories[entry["category_id"]]})
     numbered = {
         "images": [_image(entry, images[entry["id"]]) for entry in document["images"]],

@@ -49,6 +49,8 @@ def score(
     """
     expected = ground_truth_of(truth, iou_type)
     found = detections_of(detections, expected, iou_type)
+    if any(annotation["id"] == 0 for annotation in expected.document["annotations"]):
+        return _metrics(_pycocotools(expected, found, iou_type), expected, iou_type)
     metrics = _metrics(_hotcoco(expected, found, iou_type), expected, iou_type)
     if verify:
         _check_same(metrics, _metrics(_pycocotools(expected, found, iou_type), expected, iou_type))

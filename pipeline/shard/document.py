@@ -220,7 +220,7 @@ def check_document(
     """
     lists = ", ".join(f"`{name}`" for name in needs)
     if not isinstance(document, dict):
-        kind = type(document).__name__
+        kind = "list" if isinstance(document, Entries) else type(document).__name__
         raise UserError(f"{where}: not COCO: the top is a {kind}, not an object: it needs the lists {lists}")
     for name, keys in needs.items():
         if name not in document and name in may_lack:

@@ -15,6 +15,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 COMMANDS = [
     *("run", "runs", "shard", "train", "evaluate", "register", "predict"),
     *("synth", "import", "convert", "config", "inspect", "doctor", "track sync"),
+    *(f"models {word}" for word in ("list", "show", "compare", "promote", "rollback", "pin", "unpin", "download")),
     *("submit", "jobs list", "jobs status", "jobs logs", "jobs stop", "jobs resume"),
 ]
 
