@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
-from tests.jobs.test_cli import COMMANDS
+from jobs.cli import app
 
 PROJECT = Path(__file__).resolve().parents[1]
 INFRA = PROJECT / "infra"
@@ -56,7 +57,7 @@ def test_the_bases_of_the_image_are_pinned() -> None:
 @pytest.mark.parametrize("path", TEXTS, ids=name_of)
 def test_commands_are_known(path: Path) -> None:
     """Behind `raydetr` (not as the namespace, `-n raydetr`) and `python -m jobs` stands a command that there is."""
-    known = {word.split()[0] for word in COMMANDS} | {"--help", "--version"}
+    known = {*typer.main.get_command(app).commands, "--help", "--version"}
     found = re.findall(
         r"(?:python -m jobs|(?:^|[`/]|(?<!-n) )raydetr\"?) (\w[\w-]*|--\w+)\b(?! [A-Z])", path.read_text(), re.MULTILINE
     )
