@@ -24,16 +24,17 @@ def take_step(engine: Any, clip: float) -> torch.Tensor:
     """Let the optimizer step on the gradients, clipped to a norm of `clip` where that is not 0.
 
     Returns:
-        The norm before clipping, the same on every rank; computed once, as DeepSpeed's own clipping at stage 0 would
+        The norm before clipping, the same on every rank; computed once: DeepSpeed's own clipping at stage 0 would
         compute it again, parameter by parameter. Where it is not finite, the weights are spoilt or as they were.
     """
     if engine.zero_optimization_stage() > 0:
         engine.step()
         return torch.as_tensor(engine.get_global_grad_norm())
-    parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters], foreach=True)
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    # Operation by operation as DeepSpeed's, so that the bits are the same as when it clips.
+    norm = torch.stack(torch._foreach_norm(gradients)).square().sum().sqrt()
     if clip > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm, foreach=True)
+        torch._foreach_mul_(gradients, (torch.full_like(norm, clip) / (norm + 1e-6)).clamp(max=1))
     engine.step()
     return norm
 
