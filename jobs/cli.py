@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 
 from jobs.interrupt import Interrupted, RayLostError, end_in_order
 from jobs.models import AsJson, TrackingUri, models
+from jobs.models import ConfigFile as RegistryConfig
 from jobs.options import ConfigFile, Overrides
 from jobs.remote import jobs_app, submit
 from pipeline.config.address import without_secrets
@@ -139,7 +140,7 @@ def track_sync(
 
 @app.command(epilog="Example: raydetr runs --tracking-uri http://mlflow:5000")
 def runs(
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="The pipeline's YAML file.")] = None,
+    config: RegistryConfig = None,
     tracking_uri: TrackingUri = None,
     limit: Annotated[int, typer.Option(min=1, help="Most runs, newest first.")] = 50,
     as_json: AsJson = False,

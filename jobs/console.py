@@ -1,9 +1,14 @@
-"""What a command shows: lines on the terminal, and one progress display for every step."""
+"""What a command shows: lines and tables on the terminal, and one progress display for every step."""
 
+import sys
 import time
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 PLAIN_SECONDS = 10
 """Seconds between two lines of progress where there is no terminal."""
@@ -12,6 +17,21 @@ PLAIN_SECONDS = 10
 def make_console() -> Console:
     """A console whose lines are left as they are."""
     return Console(highlight=False, soft_wrap=True, markup=False)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table; whatever stands in the cells is text, and a terminal's width does not cut it elsewhere."""
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(_cell(value)) for value in row))
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 class ProgressDisplay:

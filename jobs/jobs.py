@@ -20,7 +20,7 @@ RETRY_SECONDS = 2.0
 """Seconds between two looks."""
 KILL_SECONDS = 20.0
 """Most that a job takes to be gone after the time that it has to stop."""
-COLUMNS = ("RUN", "JOB", "COMMAND", "STATUS", "USER", "SUBMITTED", "TOOK")
+COLUMNS = ("run", "job", "command", "status", "user", "submitted", "took")
 
 
 def find(client: JobClient, name: str) -> JobDetails:
@@ -35,16 +35,15 @@ def find(client: JobClient, name: str) -> JobDetails:
     return found[-1]
 
 
-def table(client: JobClient) -> list[str]:
-    """A line for each job that was submitted by `raydetr submit`, the newest last, below a line of titles."""
-    rows = [COLUMNS]
+def table(client: JobClient) -> list[tuple[str, ...]]:
+    """A row of `COLUMNS` for each job that was submitted by `raydetr submit`, the newest last."""
+    rows: list[tuple[str, ...]] = []
     for job in client.all():
         if (run := run_of(job)) is not None:
             about = job.metadata
             began = f"{_moment(job.start_time):%Y-%m-%d %H:%M:%S}"
             rows.append((run, job.submission_id, about["command"], job.status.value, about["user"], began, took(job)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return rows
 
 
 def described(job: JobDetails) -> dict[str, str]:

@@ -2,18 +2,14 @@
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from pipeline.errors import UserError
+from jobs.console import print_table
 
 if TYPE_CHECKING:
     from pipeline.registry.aliases import Standing
@@ -54,21 +50,6 @@ def _registry(config: Path | None, tracking_uri: str | None) -> Iterator[Any]:
 
     with open_registry(registry_uri(config, tracking_uri)) as client:
         yield client
-
-
-def print_table(columns: list[str], rows: list[list[Any]]) -> None:
-    """Print a table; whatever stands in the cells is text, and a terminal's width does not cut it elsewhere."""
-    table = Table(*columns, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*(Text(_cell(value)) for value in row))
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
-    console.print(table)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 @models.command("list", epilog="Example: raydetr models list --tracking-uri http://mlflow:5000")
@@ -219,8 +200,6 @@ def download(
     from pipeline.registry.versions import download as download_version
     from pipeline.registry.versions import resolve
 
-    if out.exists():
-        raise UserError(f"{out}: is there already; delete it, or choose another --out")
     with _registry(config, tracking_uri) as client:
         found = resolve(client, version)
         download_version(client, found, registry_uri(config, tracking_uri), out)

@@ -1,9 +1,7 @@
 """What travels with a submitted job: the packages as they are here and the configuration, in one small archive."""
 
 import hashlib
-import importlib.metadata
 import io
-import subprocess
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +11,7 @@ import yaml
 from jobs.cluster import HOME, PACKAGES
 from pipeline.config.load import dump_config
 from pipeline.config.sections import Config
+from pipeline.tracking.provenance import code_version
 
 _LEFT_OUT = ("__pycache__", ".so", ".pyc")
 _DATE = (1980, 1, 1, 0, 0, 0)  # the same files are the same bytes, which Ray then uploads once
@@ -73,16 +72,7 @@ def _version(files: dict[str, bytes]) -> str:
     sums = hashlib.sha256()
     for name, data in files.items():
         sums.update(f"{name}\0{len(data)}\0".encode() + data)
-    words = [importlib.metadata.version("raydetr"), _commit(), f"sha256:{sums.hexdigest()[:12]}"]
+    code = code_version()
+    commit = code.get("git_commit", "")[:12] + ("-dirty" if code.get("git_dirty") == "true" else "")
+    words = [code["version"], commit, f"sha256:{sums.hexdigest()[:12]}"]
     return " ".join(word for word in words if word)
-
-
-def _commit() -> str:
-    """Git's commit, with `-dirty` behind it where files differ; empty where the packages are no checkout's."""
-    if not (HOME / ".git").exists():
-        return ""
-    command = ["git", "-C", str(HOME), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""

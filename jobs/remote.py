@@ -53,10 +53,10 @@ def submit(
 @jobs_app.command("list", epilog="Example: raydetr jobs list --address http://head:8265")
 def list_(address: Address = None) -> None:
     """All jobs that were submitted, the newest last."""
-    from jobs.jobs import table
+    from jobs.console import print_table
+    from jobs.jobs import COLUMNS, table
 
-    for line in table(_client(address)):
-        typer.echo(line)
+    print_table(COLUMNS, table(_client(address)))
 
 
 @jobs_app.command(epilog="Example: raydetr jobs status cells")

@@ -6,7 +6,8 @@ from typing import Any
 
 import typer
 
-from jobs.models import print_table, registry_uri
+from jobs.console import print_table
+from jobs.models import registry_uri
 
 
 def show_runs(config: Path | None, tracking_uri: str | None, limit: int, *, as_json: bool) -> None:

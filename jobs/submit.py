@@ -4,7 +4,6 @@ A run has one job at a time: its n-th is `raydetr-<name>-<n>`. Of two that are s
 under the same id, the cluster takes one.
 """
 
-import getpass
 import json
 import re
 import tempfile
@@ -23,6 +22,7 @@ from pipeline.config.load import dump_config, parse_config
 from pipeline.config.sections import Config
 from pipeline.config.values import digest
 from pipeline.errors import UserError
+from pipeline.tracking.provenance import user
 
 STOP_SECONDS = 10
 """Seconds that a stopped job has for its checkpoint; Ray would give it 3."""
@@ -91,7 +91,7 @@ def _about(command: str, config: Config, package: Package) -> dict[str, str]:
     return {
         "run": config.name,
         "command": command,
-        "user": getpass.getuser(),
+        "user": user(),
         "code": package.code,
         "config_digest": digest(settings),
         "config": json.dumps(settings),

@@ -10,6 +10,7 @@ from pipeline.registry.gate import METRIC_TAG, VAL_TAG, category_scores
 from pipeline.registry.lock import LOCKS
 from pipeline.registry.register import CHAMPION_TAG
 from pipeline.registry.versions import find_model
+from pipeline.tracking.server import every
 
 PAGE = 100
 """Entries of an answer of the server."""
@@ -17,13 +18,9 @@ PAGE = 100
 
 def list_models(client: Any) -> list[dict[str, Any]]:
     """All registered models: name, champion with its AP, challenger, previous, whether pinned, when it changed."""
-    models, token = [], None
-    while True:
-        found = client.search_registered_models(max_results=PAGE, page_token=token)
-        models += [_summary(client, model) for model in found if not model.name.startswith(LOCKS)]
-        token = found.token
-        if not token:
-            return sorted(models, key=lambda model: str(model["name"]))
+    models = every(lambda token: client.search_registered_models(max_results=PAGE, page_token=token))
+    found = [_summary(client, model) for model in models if not model.name.startswith(LOCKS)]
+    return sorted(found, key=lambda model: str(model["name"]))
 
 
 def show_model(client: Any, name: str) -> dict[str, Any]:
@@ -34,17 +31,12 @@ def show_model(client: Any, name: str) -> dict[str, Any]:
     """
     model = find_model(client, name)
     standing = standing_of(model)
-    versions, token = [], None
-    while True:
-        found = client.search_model_versions(f"name='{name}'", max_results=PAGE, page_token=token)
-        versions += list(found)
-        token = found.token
-        if not token:
-            break
+    named = f"name='{name}'"
+    found = every(lambda token: client.search_model_versions(named, max_results=PAGE, page_token=token))
+    versions = sorted(found, key=lambda version: -int(version.version))
     by_version: dict[str, list[str]] = {}
     for alias, number in dict(model.aliases or {}).items():
         by_version.setdefault(str(number), []).append(alias)
-    versions.sort(key=lambda version: -int(version.version))
     return {
         **_summary(client, model),
         "pin": standing.pin,

@@ -22,6 +22,10 @@ from pipeline.shard.imported import (
 from pipeline.shard.look import (
     write_look,
 )
+from pipeline.shard.member import (
+    image_member,
+    json_member,
+)
 from pipeline.shard.origin import (
     Images,
     open_images,
@@ -45,7 +49,6 @@ from pipeline.shard.write import (
     WrittenShard,
     check_same_categories,
     finish,
-    json_member,
     plan_shards,
     report_problems,
     shard_split,
@@ -74,6 +77,7 @@ __all__ = [
     "draw_configured",
     "draw_dataset",
     "finish",
+    "image_member",
     "import_dataset",
     "json_member",
     "open_images",

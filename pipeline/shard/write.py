@@ -21,13 +21,12 @@ import numpy as np
 
 from pipeline.config.sections import DatasetSection, OnError, ShardsSection
 from pipeline.data.cache import DEFAULT_CACHE, Cache, cache_of
-from pipeline.data.images import BadImageError, decode_image, inspect_image
+from pipeline.data.images import BadImageError, decode_image
 from pipeline.data.index import INDEX_NAME, Sample, to_rows, write_rows
 from pipeline.data.labels import LabelMap
 from pipeline.data.manifest import (
     FORMAT,
     MANIFEST_NAME,
-    ORIGINAL_SIZE,
     SUM_NAME,
     Manifest,
     Shard,
@@ -41,7 +40,7 @@ from pipeline.data.manifest import (
 from pipeline.errors import FullDiskError, StoreError, UserError, shown
 from pipeline.files import disk_error, sha256_of, sync, write_whole
 from pipeline.log import get_logger, outcome
-from pipeline.shard.coco import NOTES, CocoImage, CocoSplit, Findings, Source, clean, to_json
+from pipeline.shard.coco import NOTES, CocoImage, CocoSplit, Findings, Source, clean
 from pipeline.shard.destination import (
     alone,
     begin,
@@ -54,6 +53,7 @@ from pipeline.shard.destination import (
     scratch,
     unfinished_of,
 )
+from pipeline.shard.member import image_member, json_member
 from pipeline.shard.origin import Images
 from pipeline.shard.smaller import Smaller, smaller_of
 from pipeline.shard.tar import ShardTar, tar_size
@@ -166,17 +166,6 @@ def plan_shards(split: CocoSplit, max_samples: int, max_bytes: int, smaller: Sma
         size += sample_size
     plans.append(ShardPlan(len(plans), tuple(images)))
     return plans
-
-
-def json_member(image: CocoImage) -> bytes:
-    """The member that follows an image in its shard: image_id, file_name, width, height, annotations.
-
-    That of a smaller copy also has the original_width and original_height of its image.
-    """
-    rest = {"file_name": image.file_name, "height": image.height, "image_id": image.id, "width": image.width}
-    if image.original is not None:
-        rest |= zip(ORIGINAL_SIZE, image.original, strict=True)
-    return b'{"annotations":%b,%b' % (image.annotations_json, to_json(rest)[1:])
 
 
 def write_shard(
@@ -379,42 +368,13 @@ def _write_samples(
     plan: ShardPlan, files: Images, tar: ShardTar, findings: Findings, verify: bool, smaller: Smaller | None
 ) -> Iterator[Sample]:
     for source in plan.images:
-        found = _image_content(source, files, findings, verify, smaller)
+        found = image_member(source, files, findings, verify, smaller)
         if found is None:
             continue
         image, content, extension = found
         key = f"{image.id:012d}"
         members = tar.add(f"{key}.{extension}", content), tar.add(f"{key}.json", json_member(image))
         yield Sample(image.id, image.width, image.height, plan.number, extension, *members)
-
-
-def _image_content(
-    image: CocoImage, files: Images, findings: Findings, verify: bool, smaller: Smaller | None
-) -> tuple[CocoImage, bytes, str] | None:
-    """The image or its smaller copy, its bytes and the extension of its member; None when it has to be left out."""
-    where = shown(files.where(image.file_name), 400)
-    try:
-        content = files.read(image.file_name)
-        header = inspect_image(content, image.width, image.height)
-        is_copied = smaller is not None and smaller.takes(image)
-        pixels = decode_image(content, image.width, image.height) if verify or is_copied else None
-    except FileNotFoundError:
-        rule, told = "image_missing", " is missing"
-    except OSError as error:
-        rule, told = "image_unreadable", f" cannot be read: {error.strerror}"
-    except BadImageError as error:
-        rule, told = error.rule, f": {error}"
-    else:
-        findings.note(header.note)
-        if smaller is None or pixels is None or not is_copied:
-            return image, content, header.extension
-
-        def report(what: str) -> None:
-            findings.report("segmentation_malformed", f"{where}: image {image.id}: {what}")
-
-        return *smaller.copy(image, pixels, report), "jpg"
-    findings.report(rule, f"{where}: image {image.id}{told}")
-    return None
 
 
 def _settings(dataset: DatasetSection, shards: ShardsSection) -> dict[str, Any]:

@@ -2,16 +2,9 @@
 
 import getpass
 import importlib.metadata
-import shlex
 import socket
 import subprocess
-import sys
 from pathlib import Path
-
-from pipeline.config.address import without_secrets
-
-MOST_COMMAND = 4000
-"""Characters that are kept of a command."""
 
 
 def user() -> str:
@@ -22,20 +15,9 @@ def user() -> str:
         return "unknown"
 
 
-def host() -> str:
-    """Name of this machine."""
-    return socket.gethostname()
-
-
 def who() -> str:
     """The user and the machine, as `user@host`."""
-    return f"{user()}@{host()}"
-
-
-def command() -> str:
-    """The command line of this process, without what is secret in its addresses."""
-    name = "raydetr" if sys.argv[0].endswith(("raydetr", "__main__.py")) else sys.argv[0]
-    return without_secrets(shlex.join([name, *sys.argv[1:]]))[:MOST_COMMAND]
+    return f"{user()}@{socket.gethostname()}"
 
 
 def code_version() -> dict[str, str]:

@@ -2,11 +2,13 @@
 
 import json
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pipeline.files import is_held
 from pipeline.run_folder import RunFolder
+from pipeline.tracking.server import every
 
 FOLDER_TAG = "raydetr.folder"
 """Tag of a run with its folder, as the host that made it knows it."""
@@ -21,15 +23,9 @@ def list_runs(client: Any, limit: int) -> list[dict[str, Any]]:
     "worked_on" is None where the folder is not seen from here, or holds another run by now.
     """
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    found: list[Any] = []
-    token = None
-    while len(found) < limit:
-        page = client.search_runs(experiments, f"tags.`{RUN_TAG}` != ''", max_results=PAGE, page_token=token)
-        found += list(page)
-        token = page.token
-        if not token:
-            break
-    return [_describe(run) for run in found[:limit]]
+    ours = f"tags.`{RUN_TAG}` != ''"
+    runs = every(lambda token: client.search_runs(experiments, ours, max_results=PAGE, page_token=token))
+    return [_describe(run) for run in islice(runs, limit)]
 
 
 def _describe(run: Any) -> dict[str, Any]:

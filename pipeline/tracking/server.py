@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sqlite3
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,6 +178,17 @@ def why(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be given everything ({error.strerror})"
     return "is away"
+
+
+def every(ask: Callable[[str | None], Any]) -> Iterator[Any]:
+    """All entries of an answer that comes in pages; `ask` gets the token of the page, None for the first."""
+    token = None
+    while True:
+        page = ask(token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def artifact_location(uri: str, experiment: str) -> str | None:

@@ -23,7 +23,8 @@ from pipeline.evaluate.report import metrics_table, write_category_table
 from pipeline.evaluate.score import score
 from pipeline.shard.coco import clean, open_source
 from pipeline.shard.document import read_document
-from pipeline.shard.write import json_member, plan_shards, shard_split
+from pipeline.shard.member import json_member
+from pipeline.shard.write import plan_shards, shard_split
 from tests.builders import make_annotation, make_dataset_section, write_coco, write_image
 
 EXAMPLES = int(os.environ.get("RAYDETR_EXAMPLES", "200"))
