@@ -12,8 +12,8 @@ from pipeline.checkpoint.optimizer import (
     restore_optimizer,
 )
 from pipeline.checkpoint.save import (
+    CheckpointWriter,
     clean,
-    save,
 )
 from pipeline.checkpoint.state import (
     EMA,
@@ -47,6 +47,7 @@ __all__ = [
     "NAME",
     "OPTIMIZER",
     "STATE",
+    "CheckpointWriter",
     "DamagedError",
     "State",
     "all_whole",
@@ -64,7 +65,6 @@ __all__ = [
     "read_state",
     "restore_averages",
     "restore_optimizer",
-    "save",
     "set_aside",
     "trained_weights",
     "weights_in",

@@ -86,14 +86,17 @@ def _sharded_groups(zero: Any, world: World, names: dict[int, str]) -> list[_Fla
 
 
 def gather_moments(engine: Any, world: World) -> dict[str, torch.Tensor]:
-    """AdamW's state by parameter name, whole, on the host; collective, and empty but on rank 0."""
+    """AdamW's state by parameter name, whole; collective, and empty but on rank 0.
+
+    At ZeRO stage 0 the tensors are the optimizer's own: they change with the next step.
+    """
     state, moments = engine.basic_optimizer.state, {}
     if engine.zero_optimization_stage() == 0:
         if world.rank == 0:
             for group in engine.basic_optimizer.param_groups:
                 for name, parameter in zip(group["names"], group["params"], strict=True):
                     for key in (*MOMENTS, "step"):
-                        moments[f"{name}/{key}"] = on_host(state[parameter][key])
+                        moments[f"{name}/{key}"] = state[parameter][key]
         return moments
     for flat in _flat_groups(engine, world):
         for key in MOMENTS:
@@ -107,7 +110,7 @@ def gather_moments(engine: Any, world: World) -> dict[str, torch.Tensor]:
                     moments[f"{member.name}/{key}"] = on_host(whole.view(member.shape))
         if world.rank == 0:
             for member in flat.members:
-                moments[f"{member.name}/step"] = on_host(state[flat.partition]["step"])
+                moments[f"{member.name}/step"] = state[flat.partition]["step"].clone()
     return moments
 
 

@@ -1,14 +1,17 @@
 """Writing checkpoints, and removing old ones.
 
 A checkpoint is written to a `.tmp` folder, flushed to the disk and renamed: whatever kills the process, the newest
-whole folder stays.
+whole folder stays. This happens beside training: the tensors are copied while the next step computes its gradients,
+and written while training goes on.
 """
 
 import errno
 import json
 import os
 import shutil
+import threading
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,9 @@ from model.weights.files import save_tensors
 from pipeline.checkpoint.find import set_aside
 from pipeline.checkpoint.optimizer import gather_moments
 from pipeline.checkpoint.state import DIGEST, EMA, MODEL, NAME, OPTIMIZER, STATE, State, checkpoints, latest
-from pipeline.checkpoint.weights import gather_weights
+from pipeline.checkpoint.weights import gather_weights, on_host
 from pipeline.config.values import digest
-from pipeline.distributed import World, on_rank_zero
+from pipeline.distributed import World, raise_together
 from pipeline.errors import UserError
 from pipeline.files import sha256_of, sync
 from pipeline.log import get_logger
@@ -44,47 +47,104 @@ def clean(folder: Path) -> None:
             set_aside(path, f"{path / STATE}: is missing")
 
 
-def save(
-    engine: Any,
-    world: World,
-    folder: Path,
-    state: State,
-    keep: int | None,
-    averages: Mapping[str, torch.Tensor] | None = None,
-) -> Path:
-    """Write checkpoint-<step> and remove all but the newest `keep`; every rank takes part, rank 0 writes.
+class CheckpointWriter:
+    """Writes checkpoints one at a time, in a thread of rank 0; the other ranks wait for nothing.
 
     Args:
-        engine: the DeepSpeed engine, at any ZeRO stage, after at least one step.
         world: this process.
         folder: the run's `checkpoints` folder.
-        state: goes into state.json.
         keep: newest checkpoints that stay; None for all.
-        averages: of the trained weights, by name, where the run keeps them.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        UserError: the disk does not take it; the checkpoints before it are whole. Raised on every rank.
+        spool: of the training curves, whose points are flushed to the disk before the checkpoint after them is there.
     """
-    files = {MODEL: gather_weights(engine, world), OPTIMIZER: gather_moments(engine, world)}
-    if averages is not None:
-        files[EMA] = gather_weights(engine, world, averages)
 
-    def write() -> Path:
-        path = _write(folder, files, state)
-        for old in checkpoints(folder)[: -keep if keep else 0]:
-            # Under this name a half-removed folder is no checkpoint, and `clean` removes the rest.
-            shutil.rmtree(old.rename(old.with_name(f"{old.name}.tmp")))
-        return path
+    def __init__(self, world: World, folder: Path, keep: int | None, spool: Path | None = None) -> None:
+        self._world, self._folder, self._keep, self._spool = world, folder, keep, spool
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._written: Future[None] | None = None
+        self._copied = threading.Event()
+        self._copied.set()
+        self.error: Exception | None = None
+        """What this rank has met, for the ranks to agree on: rank 0 alone must not give up."""
 
-    return on_rank_zero(world, write)
+    def begin(self, engine: Any, state: State, averages: Mapping[str, torch.Tensor] | None = None) -> Path:
+        """Begin checkpoint-<step>; collective. Until `wait_copied` the weights must not change.
+
+        Args:
+            engine: the DeepSpeed engine, at any ZeRO stage, after at least one step.
+            state: goes into state.json.
+            averages: of the trained weights, by name, where the run keeps them.
+
+        Returns:
+            The folder that will be there.
+
+        Raises:
+            UserError: the disk did not take the one before; the checkpoints before that are whole. On every rank.
+        """
+        self.finish()
+        files = {MODEL: gather_weights(engine, self._world), OPTIMIZER: gather_moments(engine, self._world)}
+        if averages is not None:
+            files[EMA] = gather_weights(engine, self._world, averages)
+        if self._world.rank == 0:
+            self._copied.clear()
+            is_on_gpu = self._world.device.type == "cuda"
+            gathered = torch.cuda.current_stream().record_event() if is_on_gpu else None
+            self._written = self._thread.submit(self._copy_and_write, files, state, gathered)
+        return _path(self._folder, state)
+
+    def wait_copied(self) -> None:
+        """Wait until the weights may change again."""
+        self._copied.wait()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that was begun is there; collective.
+
+        Raises:
+            UserError: the disk did not take it; the checkpoints before it are whole. On every rank.
+        """
+        if self._written is not None:
+            self._written.result()
+        raise_together(self._world, self.error)
+
+    def close(self) -> None:
+        """Wait until the checkpoint that was begun is there or has failed, alone; none can be begun after it."""
+        self._thread.shutdown()
+
+    def _copy_and_write(
+        self, files: dict[str, dict[str, torch.Tensor]], state: State, gathered: torch.cuda.Event | None
+    ) -> None:
+        try:
+            copies = self._copy(files, gathered)
+            if self._spool is not None and self._spool.exists():
+                sync(self._spool)
+            path = _write(self._folder, copies, state)
+            for old in checkpoints(self._folder)[: -self._keep if self._keep else 0]:
+                # Under this name a half-removed folder is no checkpoint, and `clean` removes the rest.
+                shutil.rmtree(old.rename(old.with_name(f"{old.name}.tmp")))
+            logger.info("%s written", path)
+        except Exception as error:
+            self.error = error
+
+    def _copy(
+        self, files: dict[str, dict[str, torch.Tensor]], gathered: torch.cuda.Event | None
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        try:
+            # On a stream of its own, so that it waits for no kernel of the next step.
+            stream = torch.cuda.Stream(self._world.device) if gathered else None  # type: ignore[no-untyped-call]
+            if stream is not None and gathered is not None:
+                stream.wait_event(gathered)
+            with torch.cuda.stream(stream):  # does nothing with None
+                return {file: {name: on_host(tensor) for name, tensor in own.items()} for file, own in files.items()}
+        finally:
+            self._copied.set()
+
+
+def _path(folder: Path, state: State) -> Path:
+    return folder / f"checkpoint-{state.step}"
 
 
 def _write(folder: Path, files: dict[str, dict[str, torch.Tensor]], state: State) -> Path:
     assert files.keys() == set(state.names)
-    path = folder / f"checkpoint-{state.step}"
+    path = _path(folder, state)
     temporary = folder / f"{path.name}.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -26,7 +26,9 @@ def trained_weights(engine: Any) -> dict[str, torch.Tensor]:
 def gather_weights(
     engine: Any, world: World, averages: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """The model's state dict, whole, on the host; collective, and empty but on rank 0.
+    """The model's state dict, whole; collective, and empty but on rank 0.
+
+    The tensors are the model's own, except for what ZeRO stage 3 has cut: they change with the next step.
 
     Args:
         engine: the DeepSpeed engine.
@@ -39,12 +41,12 @@ def gather_weights(
         if _is_cut(weight):
             parts = [torch.empty_like(own) for _ in range(world.size)]
             dist.all_gather(parts, own.contiguous())
-            own = torch.cat(parts)[: weight.ds_numel].view(weight.ds_shape) if world.rank == 0 else own
-        whole[id(weight)] = own if world.rank else on_host(own)
+            own = on_host(torch.cat(parts)[: weight.ds_numel].view(weight.ds_shape)) if world.rank == 0 else own
+        whole[id(weight)] = own
     if world.rank != 0:
         return {}
     state = engine.module.state_dict(keep_vars=True)
-    return {name: on_host(whole.get(id(tensor), tensor)) for name, tensor in state.items()}
+    return {name: whole.get(id(tensor), tensor) for name, tensor in state.items()}
 
 
 def restore_averages(engine: Any, world: World, averages: Mapping[str, torch.Tensor], saved: Any) -> None:

@@ -16,7 +16,7 @@ import torch
 from model.batch import ImageBatch
 from model.losses.criterion import Criterion
 from model.losses.groups import groups_of
-from pipeline.checkpoint.save import save
+from pipeline.checkpoint.save import CheckpointWriter
 from pipeline.checkpoint.state import latest
 from pipeline.data.loader import MicroBatch, Step, TrainLoader, prepare_workers
 from pipeline.data.manifest import read_manifest
@@ -71,6 +71,7 @@ def train(job: TrainJob, world: World, stop: StopRequest | None = None) -> Path:
     copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None  # type: ignore[no-untyped-call]
     spool = job.out.train_spool if world.rank == 0 else None
     curves = together(world, lambda: Curves(spool, job.train, run.total, run.epochs, first))
+    writer = CheckpointWriter(world, job.out.checkpoints, job.train.keep_checkpoints, spool)
     stop = stop or StopRequest(job.out.stop, job.ends)
     asked = any(gather_objects(world, stop.asked()))
     try:
@@ -79,35 +80,38 @@ def train(job: TrainJob, world: World, stop: StopRequest | None = None) -> Path:
                 break
             set_learning_rates(engine.basic_optimizer, run.factor(step.step))
             losses = _forward_backward(engine, criterion, step, num_boxes, run, copies)
-            shared = _begin_to_share(losses, run, stop.asked(), curves.error)
+            error = curves.error or writer.error
+            shared = _begin_to_share(losses, run, stop.asked(), error)
+            writer.wait_copied()
             norm = take_step(engine, job.train.clip_grad_norm)
-            values, asked = _agree(losses, shared, norm, step, run, curves.error)
+            values, asked = _agree(losses, shared, norm, step, run, error, writer)
             if average is not None:
                 average.update(step.step + 1)
             skipped += unreadable
             curves.step_done(step.step, {**values, "skipped": skipped}, engine.basic_optimizer)
             done = step.step + 1
             if run.saves_after(step.step):
-                path = _save(engine, average, run, done, skipped)
+                path = _begin_checkpoint(writer, engine, average, run, done, skipped)
         raise_together(world, curves.error)
+        if first < done < run.total and not run.saves_after(done - 1):
+            path = _begin_checkpoint(writer, engine, average, run, done, skipped)
+        writer.finish()
         if done < run.total:
-            raise StoppedError(
-                path if done == first or run.saves_after(done - 1) else _save(engine, average, run, done, skipped)
-            )
+            raise StoppedError(path)
     finally:
+        writer.close()
         curves.close()
         engine.destroy()
     assert path is not None, "the last step writes a checkpoint"
     return path
 
 
-def _save(engine: Any, average: WeightAverage | None, run: Run, done: int, skipped: int) -> Path:
-    """Write a checkpoint after `done` steps."""
+def _begin_checkpoint(
+    writer: CheckpointWriter, engine: Any, average: WeightAverage | None, run: Run, done: int, skipped: int
+) -> Path:
+    """Begin a checkpoint after `done` steps."""
     state = run.state(done, skipped, engine.basic_optimizer)
-    averages = average.weights if average else None
-    path = save(engine, run.world, run.job.out.checkpoints, state, run.job.train.keep_checkpoints, averages)
-    logger.info("%s written", path)
-    return path
+    return writer.begin(engine, state, average.weights if average else None)
 
 
 def _global_steps(run: Run, first: int) -> Iterator[tuple[Step, float, int]]:
@@ -206,6 +210,7 @@ def _agree(
     step: Step,
     run: Run,
     error: Exception | None,
+    writer: CheckpointWriter,
 ) -> tuple[dict[str, float], bool]:
     """The losses of the global batch with the gradient's norm, and whether a rank was asked to end; alike on all ranks.
 
@@ -224,6 +229,7 @@ def _agree(
     ids = [image for micro in step.micro_batches for image in micro.image_ids if is_mine]
     images = sorted(image for part in gather_objects(world, ids) for image in part)
     bad = ", ".join(f"{name} {value}" for name, value in values.items() if not math.isfinite(value))
+    writer.finish()
     before = broadcast_object(world, latest(run.job.out.checkpoints))
     raise UserError(
         f"step {step.step}: not finite: {bad}"

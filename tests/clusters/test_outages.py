@@ -234,8 +234,8 @@ def test_ten_commands_register_at_once(folder: Path, server: MlflowServer) -> No
     )
     assert sorted(scores) == list(range(1, 11))
     assert sorted(map(float, scores.values())) == sorted(SCORES)
-    ((champion,),) = ask(database, "select version from registered_model_aliases where name = 'rush'")
-    assert float(scores[champion]) == max(SCORES)
+    aliases = dict(ask(database, "select alias, version from registered_model_aliases where name = 'rush'"))
+    assert float(scores[aliases["champion"]]) == max(SCORES)
     runs = ask(database, "select name, status from runs where name like 'rush-%' order by name")
     assert runs == [(f"rush-{index}", "FINISHED") for index in range(10)]
     models = ask(database, "select run_id, source from model_versions where name = 'rush'")

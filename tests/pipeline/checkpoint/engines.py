@@ -74,20 +74,31 @@ def make_state(step: int, engine: Any = None, **changes: Any) -> State:
     return dataclasses.replace(state, **changes)
 
 
+def save(engine: Any, world: World, folder: Path, state: State, keep: int | None) -> Path:
+    """Write a checkpoint and wait for it."""
+    writer = checkpoint.CheckpointWriter(world, folder, keep)
+    try:
+        path = writer.begin(engine, state)
+        writer.finish()
+    finally:
+        writer.close()
+    return path
+
+
 def save_after_steps(world: World, stage: int, folder: Path) -> Path:
     engine = make_engine(world, stage)
     for number in range(STEPS):
         step(engine, world, number)
-    return checkpoint.save(engine, world, folder, make_state(STEPS, engine), None)
+    return save(engine, world, folder, make_state(STEPS, engine), None)
 
 
 def go_on(world: World, stage: int, path: Path, folder: Path) -> Path:
     """Restore, write what was restored, and what two more steps make of it."""
     engine = make_engine(world, stage, path)
-    again = checkpoint.save(engine, world, folder / "again", make_state(STEPS, engine), None)
+    again = save(engine, world, folder / "again", make_state(STEPS, engine), None)
     for number in (STEPS, STEPS + 1):
         step(engine, world, number)
-    checkpoint.save(engine, world, folder / "later", make_state(STEPS + 2, engine), None)
+    save(engine, world, folder / "later", make_state(STEPS + 2, engine), None)
     return again
 
 
