@@ -5,6 +5,7 @@ from the run's own checkpoints, so nothing is reported to Ray.
 """
 
 import fcntl
+import math
 import os
 import signal
 import socket
@@ -105,6 +106,8 @@ def make_job(config: Config, manifest: Manifest) -> TrainJob:
         on_error=config.dataset.on_error,
         cache=manifest.cache,
         ends=end_of(config.train.max_hours),
+        timeout=config.cluster.timeout,
+        step_timeout=config.cluster.step_timeout,
         root=Path.cwd(),
     )
 
@@ -115,10 +118,14 @@ def _make_trainer(config: Config, job: TrainJob, device: str) -> TorchTrainer:
         train_loop_config={
             "job": job,
             "device": device,
+            "timeout": config.cluster.collective_timeout,
             "threads": max(1, int(config.cluster.cpus_per_worker)),
             "require_compiled": config.cluster.require_compiled,
         },
-        torch_config=_HostTorchConfig(backend="nccl" if device == "cuda" else "gloo"),
+        torch_config=_HostTorchConfig(
+            backend="nccl" if device == "cuda" else "gloo",
+            timeout_s=math.ceil(config.cluster.collective_timeout),
+        ),
         scaling_config=ScalingConfig(
             num_workers=config.cluster.workers,
             use_gpu=device == "cuda",
@@ -148,11 +155,13 @@ def _fit(trainer: TorchTrainer, on_poll: Callable[[], None], run: RunFolder) -> 
     run.stop.unlink(missing_ok=True)
     began = time.monotonic()
     points = SpoolReader(run.train_spool, run.train_spool.stat().st_size if run.train_spool.exists() else 0)
+    seen = run.watch_log.stat().st_size if run.watch_log.exists() else 0
     future = in_thread(trainer.fit, "ray-train")
     try:
         while not wait([future], POLL_SECONDS).done:
             on_poll()
             check_alive()
+            seen = _tell_seen(run.watch_log, seen)
     except Interrupted as interrupted:
         # A run that goes on writes no points of the steps that it does again.
         has_begun = bool(points.read()) or time.monotonic() - began > START_SECONDS
@@ -161,6 +170,19 @@ def _fit(trainer: TorchTrainer, on_poll: Callable[[], None], run: RunFolder) -> 
     with loss_told():
         result: dict[str, str] = future.result().return_value
     return result
+
+
+def _tell_seen(log: Path, offset: int) -> int:
+    """Tell what the workers have written since about each other; where the next line begins."""
+    if not log.exists():
+        return offset
+    with log.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if line.endswith(b"\n"):
+                logger.warning("train: %s", line.decode(errors="replace").rstrip())
+                offset += len(line)
+    return offset
 
 
 def _stop_workers(future: "Future[Any]", run: RunFolder, *, has_begun: bool) -> str:
@@ -185,7 +207,7 @@ def _worker(settings: dict[str, Any]) -> dict[str, str]:
 
     torch.set_num_threads(settings["threads"])
     try:
-        world = init_world(settings["device"])
+        world = init_world(settings["device"], settings["timeout"])
         set_up_logging(world.rank)
         if settings["require_compiled"]:
             together(world, lambda: refuse_plain_operator(settings["device"]))

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from pipeline.errors import UserError
 
 Result = TypeVar("Result")
-_TIMEOUT = timedelta(minutes=30)
+TIMEOUT_SECONDS = 1800.0
+"""Longest wait of a collective for another rank."""
 
 
 @dataclass(frozen=True)
@@ -48,31 +49,36 @@ def _device(kind: Literal["auto", "cpu", "cuda"], local_rank: int) -> torch.devi
     return device
 
 
-def init_world(device: Literal["auto", "cpu", "cuda"] = "auto") -> World:
+def init_world(device: Literal["auto", "cpu", "cuda"] = "auto", timeout: float = TIMEOUT_SECONDS) -> World:
     """Join the run's processes, or make a world of this one process.
 
     Adopts a process group that exists; else joins the one that `torchrun` describes in the environment; else makes
     one of a single process. `close` ends what was made here.
 
+    Args:
+        device: where this process computes.
+        timeout: seconds that a collective of a group made here waits for another rank.
+
     Raises:
         UserError: `device` is cuda and there is none.
     """
+    limit = timedelta(seconds=timeout)
     chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
     owned = not dist.is_initialized()
     if owned:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend, init_method="env://", timeout=_TIMEOUT)
+            dist.init_process_group(backend, init_method="env://", timeout=limit)
         else:
             store = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
     on_host = dist.get_backend() == "gloo"
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         device=chosen,
-        host_group=dist.group.WORLD if on_host else dist.new_group(backend="gloo", timeout=_TIMEOUT),
+        host_group=dist.group.WORLD if on_host else dist.new_group(backend="gloo", timeout=limit),
         owned=owned,
     )
 

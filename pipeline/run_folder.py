@@ -47,6 +47,16 @@ class RunFolder:
         return self.path / "stop"
 
     @property
+    def watch_log(self) -> Path:
+        """File of what training's workers saw of each other."""
+        return self.path / "watch.log"
+
+    @property
+    def stacks(self) -> Path:
+        """Folder of where each rank's threads stood when training was lost."""
+        return self.path / "stacks"
+
+    @property
     def lock(self) -> Path:
         """File that whoever works on the run holds locked."""
         return self.path / "lock"

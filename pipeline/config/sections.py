@@ -361,8 +361,17 @@ class ClusterSection(Section):
     """CPUs that Ray sets aside for a training or inference worker; also its torch threads."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the network runs; auto takes a GPU where Ray has one for each worker."""
+    timeout: float = Field(60, ge=1)
+    """Seconds without a sign of life after which a training worker counts as lost, and training goes on without it."""
+    step_timeout: float = Field(1200, ge=1)
+    """Seconds in which no step ends, after which training hangs: stacks are kept, and the workers start anew."""
     require_compiled: bool = True
     """Refuse to train without the compiled attention operator."""
+
+    @property
+    def collective_timeout(self) -> float:
+        """Seconds that a collective waits: longer than the watch, which knows more about what is wrong."""
+        return self.step_timeout + 2 * self.timeout
 
 
 class Config(Section):

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         config = load_config(options.config, options.set)
-        world = init_world(config.cluster.device)
+        world = init_world(config.cluster.device, config.cluster.collective_timeout)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -43,7 +43,17 @@ def main(arguments: list[str] | None = None) -> int:
         model = config.model_for(labels.num_classes)
         stop = StopRequest(config.folder.stop, end_of(config.train.max_hours))
         stop.on_signals()
-        train(TrainJob(model, config.train, shards, config.folder, config.dataset.on_error, cache), world, stop)
+        job = TrainJob(
+            model=model,
+            train=config.train,
+            shards=shards,
+            out=config.folder,
+            on_error=config.dataset.on_error,
+            cache=cache,
+            timeout=config.cluster.timeout,
+            step_timeout=config.cluster.step_timeout,
+        )
+        train(job, world, stop)
     except UserError as error:
         if world.rank == 0:
             print(f"error: {error}", file=sys.stderr)

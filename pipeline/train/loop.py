@@ -7,6 +7,7 @@ depend on the number of ranks.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from pipeline.train.engine import make_engine, take_step
 from pipeline.train.optim import set_learning_rates
 from pipeline.train.run import Run, TrainJob, find_checkpoint
 from pipeline.train.stop import StoppedError, StopRequest
+from pipeline.train.watch import Watch
 
 logger = get_logger(__name__)
 
@@ -57,6 +59,11 @@ def train(job: TrainJob, world: World, stop: StopRequest | None = None) -> Path:
             every rank, and the checkpoint before it is whole.
         StoppedError: it was asked to end before the last step, and what was trained is kept.
     """
+    with closing(Watch(world, job.out, job.timeout, job.step_timeout)) as watch:
+        return _train(job, world, stop or StopRequest(job.out.stop, job.ends), watch)
+
+
+def _train(job: TrainJob, world: World, stop: StopRequest, watch: Watch) -> Path:
     run = Run(job, world, together(world, lambda: read_manifest(job.shards, job.cache)))
     found = find_checkpoint(run)
     if found is not None and found[1].step == run.total:
@@ -72,14 +79,13 @@ def train(job: TrainJob, world: World, stop: StopRequest | None = None) -> Path:
     spool = job.out.train_spool if world.rank == 0 else None
     curves = together(world, lambda: Curves(spool, job.train, run.total, run.epochs, first))
     writer = CheckpointWriter(world, job.out.checkpoints, job.train.keep_checkpoints, spool)
-    stop = stop or StopRequest(job.out.stop, job.ends)
     asked = any(gather_objects(world, stop.asked()))
     try:
-        for step, num_boxes, unreadable in _global_steps(run, first):
+        for step, num_boxes, unreadable in _global_steps(run, first, watch):
             if asked:
                 break
             set_learning_rates(engine.basic_optimizer, run.factor(step.step))
-            losses = _forward_backward(engine, criterion, step, num_boxes, run, copies)
+            losses = _forward_backward(engine, criterion, step, num_boxes, run, copies, watch)
             error = curves.error or writer.error
             shared = _begin_to_share(losses, run, stop.asked(), error)
             writer.wait_copied()
@@ -89,6 +95,7 @@ def train(job: TrainJob, world: World, stop: StopRequest | None = None) -> Path:
                 average.update(step.step + 1)
             skipped += unreadable
             curves.step_done(step.step, {**values, "skipped": skipped}, engine.basic_optimizer)
+            watch.step_done()
             done = step.step + 1
             if run.saves_after(step.step):
                 path = _begin_checkpoint(writer, engine, average, run, done, skipped)
@@ -114,7 +121,7 @@ def _begin_checkpoint(
     return writer.begin(engine, state, average.weights if average else None)
 
 
-def _global_steps(run: Run, first: int) -> Iterator[tuple[Step, float, int]]:
+def _global_steps(run: Run, first: int, watch: Watch) -> Iterator[tuple[Step, float, int]]:
     """This rank's part of every step from `first`, the boxes and the unreadable samples of the whole step.
 
     The ranks sum these while they compute the step before, so that no forward pass waits for another rank. What stops
@@ -126,7 +133,8 @@ def _global_steps(run: Run, first: int) -> Iterator[tuple[Step, float, int]]:
 
     def begin() -> tuple[Step | Exception, Callable[[], torch.Tensor]]:
         try:
-            step = next(steps)
+            with watch.working():
+                step = next(steps)
         except Exception as error:
             return error, begin_sum_over_ranks(world, torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64))
         boxes = sum(len(target["labels"]) for micro in step.micro_batches for target in micro.targets)
@@ -150,7 +158,13 @@ def dropout_seed(seed: int, step: int, index: int) -> int:
 
 
 def _forward_backward(
-    engine: Any, criterion: Criterion, step: Step, num_boxes: float, run: Run, copies: torch.cuda.Stream | None
+    engine: Any,
+    criterion: Criterion,
+    step: Step,
+    num_boxes: float,
+    run: Run,
+    copies: torch.cuda.Stream | None,
+    watch: Watch,
 ) -> dict[str, torch.Tensor]:
     """Accumulate and reduce a step's gradients; this rank's share of the losses, `loss` being their weighted sum."""
     train, device = run.job.train, run.world.device
@@ -158,8 +172,9 @@ def _forward_backward(
     for number, (micro, batch, targets) in enumerate(_on_device(step.micro_batches, device, copies)):
         torch.manual_seed(dropout_seed(train.seed, step.step, micro.index))
         engine.set_gradient_accumulation_boundary(number == len(step.micro_batches) - 1)
-        outputs = engine(batch)
-        losses = criterion(groups_of(outputs, targets), num_boxes, train.global_batch)
+        with watch.working():
+            outputs = engine(batch)
+            losses = criterion(groups_of(outputs, targets), num_boxes, train.global_batch)
         if not micro.image_ids:  # a placeholder for images that cannot be read
             losses = losses.scaled(0.0)
         total = losses.total()

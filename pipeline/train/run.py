@@ -49,6 +49,10 @@ class TrainJob:
     """Where the shards of a store are kept on each machine."""
     ends: float | None = None
     """Unix time at which it ends in order, with a checkpoint, done or not."""
+    timeout: float = 60
+    """Seconds without a sign of life after which a rank is lost."""
+    step_timeout: float = 1200
+    """Seconds in which no rank ends a step, after which training hangs."""
     root: Path = Path()
     """Folder that relative paths in `train.init` begin in: where the command was given, whichever host reads them."""
 
