@@ -276,7 +276,7 @@ def config(
     if deepspeed:
         from pipeline.train.engine import engine_config
 
-        typer.echo(json.dumps(engine_config(settings.train, settings.cluster.workers), indent=2))
+        typer.echo(json.dumps(engine_config(settings.train, settings.world_sizes[0]), indent=2))
         return
     import yaml
 

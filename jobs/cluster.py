@@ -130,12 +130,12 @@ def device_of(cluster: ClusterSection) -> str:
     """`cuda` or `cpu`: what `cluster.device: auto` means on the connected Ray."""
     if cluster.device != "auto":
         return cluster.device
-    return "cuda" if ray.cluster_resources().get("GPU", 0) >= cluster.workers else "cpu"
+    return "cuda" if ray.cluster_resources().get("GPU", 0) >= cluster.least_workers else "cpu"
 
 
 def _local_cpus(cluster: ClusterSection) -> int:
     """The CPUs of this machine, if they are enough; more would be waited for for ever."""
-    have, need = len(os.sched_getaffinity(0)), cluster.workers * cluster.cpus_per_worker
+    have, need = len(os.sched_getaffinity(0)), cluster.least_workers * cluster.cpus_per_worker
     if need > have:
         raise UserError(_too_few_cpus(cluster, f"this machine has {have}") + ", or set cluster.address to a cluster's")
     return have
@@ -159,20 +159,22 @@ def _join(address: str, key: str, quiet: dict[str, int | bool]) -> None:
 
 
 def _too_few_cpus(cluster: ClusterSection, have: str) -> str:
-    need = cluster.workers * cluster.cpus_per_worker
+    need = cluster.least_workers * cluster.cpus_per_worker
     return (
-        f"cluster.workers {cluster.workers} x cluster.cpus_per_worker {cluster.cpus_per_worker:g} need {need:g} CPUs"
-        f" and {have}; lower one of them"
+        f"cluster.workers {cluster.least_workers} x cluster.cpus_per_worker {cluster.cpus_per_worker:g} need {need:g}"
+        f" CPUs and {have}; lower one of them"
     )
 
 
 def _check_size(cluster: ClusterSection) -> None:
+    if cluster.wait is not None:
+        return
     have = ray.cluster_resources()
-    need_cpus = cluster.workers * cluster.cpus_per_worker
+    need_cpus = cluster.least_workers * cluster.cpus_per_worker
     if have.get("CPU", 0) < need_cpus:
         raise UserError(_too_few_cpus(cluster, f"the Ray cluster has {have.get('CPU', 0):g}") + ", or add nodes")
-    if cluster.device == "cuda" and have.get("GPU", 0) < cluster.workers:
+    if cluster.device == "cuda" and have.get("GPU", 0) < cluster.least_workers:
         raise UserError(
-            f"cluster.device cuda with {cluster.workers} workers needs as many GPUs and the Ray cluster has"
+            f"cluster.device cuda with {cluster.least_workers} workers needs as many GPUs and the Ray cluster has"
             f" {have.get('GPU', 0):g}; lower cluster.workers, add nodes or use cluster.device auto"
         )

@@ -140,7 +140,7 @@ class _Tasks:
 
     def __call__(self, checkpoint: Path, batches: list[list[int]]) -> Iterator[list[Detection]]:
         config = self._config
-        workers = config.evaluate.workers or config.cluster.workers
+        workers = config.evaluate.workers or config.cluster.most_workers
         device = device_of(config.cluster)
         settings = {
             "checkpoint": str(checkpoint.resolve()),

@@ -1,7 +1,7 @@
 """Trains with Ray Train's workers, each of which runs `pipeline.train.train`.
 
-Ray places the workers, makes their process group and starts them anew when one is lost; where training stands is known
-from the run's own checkpoints, so nothing is reported to Ray.
+Ray places the workers and makes their process group. Where one is lost, or more have room, they are started anew, as
+many as there is room for; where training stands is known from the run's own checkpoints, so nothing is reported to Ray.
 """
 
 import fcntl
@@ -17,12 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import (
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 
 from jobs.cluster import check_alive, device_of, loss_told
 from jobs.interrupt import Interrupted, in_thread
+from jobs.room import Growth, resources_of, wait_for_room
 from model.ops.operator import compiled
 from pipeline.checkpoint.state import latest
 from pipeline.config.sections import Config
@@ -72,7 +79,8 @@ def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lamb
     Raises:
         UserError: the run is another one, a worker met one (it is not tried again), or the compiled operator is
             required and missing.
-        ray.train.TrainingFailedError: workers were lost once more than `train.max_restarts` times.
+        ray.train.TrainingFailedError: workers were lost once more than `train.max_restarts` times without a new
+            checkpoint in between.
     """
     device = device_of(config.cluster)
     if config.cluster.require_compiled:
@@ -84,9 +92,34 @@ def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lamb
     if found is not None and found[1].step == config.train.total_steps(len(manifest.samples)):
         logger.info(outcome("train", found[0], is_new=False))
         return found[0]
-    whence = f", going on from {found[0]}" if found else ""
-    logger.info("train: starting %d workers%s", config.cluster.workers, whence)
-    result = _fit(_make_trainer(config, job, device), on_poll, config.folder)
+
+    def poll() -> None:
+        on_poll()
+        check_alive()
+
+    restarts = 0
+    while True:
+        workers = wait_for_room(config.cluster, config.world_sizes, device, poll)
+        before = latest(config.folder.checkpoints)
+        logger.info("train: starting %d workers%s", workers, f", going on from {before}" if before else "")
+        try:
+            result = _fit(config, _make_trainer(config, job, device, workers), workers, poll)
+        except TrainingFailedError as error:
+            restarts = 1 if latest(config.folder.checkpoints) != before else restarts + 1
+            if restarts > config.train.max_restarts:
+                raise
+            logger.warning(
+                "train: %s; restart %d of %d (train.max_restarts)",
+                *(_first_line(error), restarts, config.train.max_restarts),
+            )
+        else:
+            if result is not None:
+                return _checkpoint_of(result)
+            logger.info("train: there is room for more workers")
+
+
+def _checkpoint_of(result: dict[str, str]) -> Path:
+    """The checkpoint that training ended with; raises what it ended with otherwise."""
     if "user_error" in result:
         raise UserError(result["user_error"])
     if "stopped" in result:
@@ -94,6 +127,14 @@ def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lamb
         stopped.add_note(result["stopped"])
         raise stopped
     return Path(result["checkpoint"])
+
+
+def _first_line(error: TrainingFailedError) -> str:
+    """What Ray says of a failure, without the stacks of its workers."""
+    failures = getattr(error, "worker_failures", None) or {None: getattr(error, "controller_failure", error)}
+    rank, failure = next(iter(failures.items()))
+    told = next((line.strip() for line in reversed(str(failure).splitlines()) if line.strip()), repr(failure))
+    return f"{f'rank {rank}' if rank is not None else 'the workers'} failed ({told[:300]})"
 
 
 def make_job(config: Config, manifest: Manifest) -> TrainJob:
@@ -112,7 +153,7 @@ def make_job(config: Config, manifest: Manifest) -> TrainJob:
     )
 
 
-def _make_trainer(config: Config, job: TrainJob, device: str) -> TorchTrainer:
+def _make_trainer(config: Config, job: TrainJob, device: str, workers: int) -> TorchTrainer:
     return TorchTrainer(
         _worker,
         train_loop_config={
@@ -127,14 +168,14 @@ def _make_trainer(config: Config, job: TrainJob, device: str) -> TorchTrainer:
             timeout_s=math.ceil(config.cluster.collective_timeout),
         ),
         scaling_config=ScalingConfig(
-            num_workers=config.cluster.workers,
+            num_workers=workers,
             use_gpu=device == "cuda",
-            resources_per_worker={"CPU": config.cluster.cpus_per_worker} | ({"GPU": 1} if device == "cuda" else {}),
+            resources_per_worker=resources_of(config.cluster, device),
         ),
         run_config=RunConfig(
             name="ray",
             storage_path=str(config.folder),
-            failure_config=FailureConfig(max_failures=config.train.max_restarts),
+            failure_config=FailureConfig(max_failures=0),  # `train` begins anew, with as many as there is room for
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -150,26 +191,33 @@ def refuse_plain_operator(device: str) -> None:
         )
 
 
-def _fit(trainer: TorchTrainer, on_poll: Callable[[], None], run: RunFolder) -> dict[str, str]:
-    """What rank 0 returns; training runs in a thread, so that `on_poll` is called in the one that asked."""
+def _fit(config: Config, trainer: TorchTrainer, workers: int, on_poll: Callable[[], None]) -> dict[str, str] | None:
+    """What rank 0 returns; None where it ended in order because more workers could go on.
+
+    Training runs in a thread, so that `on_poll` is called in the one that asked.
+    """
+    run = config.folder
     run.stop.unlink(missing_ok=True)
     began = time.monotonic()
     points = SpoolReader(run.train_spool, run.train_spool.stat().st_size if run.train_spool.exists() else 0)
     seen = run.watch_log.stat().st_size if run.watch_log.exists() else 0
+    growth = Growth(config, workers)
     future = in_thread(trainer.fit, "ray-train")
     try:
         while not wait([future], POLL_SECONDS).done:
             on_poll()
-            check_alive()
             seen = _tell_seen(run.watch_log, seen)
+            if growth.is_due():
+                run.stop.touch()
     except Interrupted as interrupted:
         # A run that goes on writes no points of the steps that it does again.
         has_begun = bool(points.read()) or time.monotonic() - began > START_SECONDS
         interrupted.add_note(_stop_workers(future, run, has_begun=has_begun))
         raise
+    _tell_seen(run.watch_log, seen)
     with loss_told():
         result: dict[str, str] = future.result().return_value
-    return result
+    return None if "stopped" in result and growth.was_due else result
 
 
 def _tell_seen(log: Path, offset: int) -> int:

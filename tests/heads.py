@@ -29,11 +29,22 @@ class RayHead:
 
     Args:
         address: of its dashboard.
+        cluster: host:port of its Ray.
         environment: of the user's commands.
     """
 
-    def __init__(self, address: str, environment: dict[str, str]) -> None:
-        self.address, self.environment = address, environment
+    def __init__(self, address: str, cluster: str, environment: dict[str, str]) -> None:
+        self.address, self.cluster, self.environment = address, cluster, environment
+
+    @contextmanager
+    def node(self, folder: Path, cpus: int) -> Iterator[None]:
+        """Another node on this machine, which is lost at the end of the block."""
+        command = [
+            RAY, "start", f"--address={self.cluster}", f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1",
+            f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats", "--block",
+        ]  # fmt: skip
+        with _running(command, self.environment, folder / "node.log"):
+            yield
 
     def submit(self, *entry_point: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         """Run a job in a copy of the source tree, to its end unless an option says otherwise."""
@@ -56,22 +67,30 @@ class RayHead:
 
 
 @contextmanager
-def ray_head(folder: Path, path: str = f"{Path(sys.executable).parent}:{os.environ['PATH']}") -> Iterator[RayHead]:
+def ray_head(
+    folder: Path, cpus: int = 2, path: str = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+) -> Iterator[RayHead]:
     """A head in the block, on free ports, whatever Ray this test process has used; its log is in the folder."""
     plain = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment = {**plain, "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    dashboard = free_port()
+    dashboard, port = free_port(), free_port()
     command = [
-        RAY, "start", "--head", f"--port={free_port()}", "--num-cpus=2", "--node-ip-address=127.0.0.1",
+        RAY, "start", "--head", f"--port={port}", f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1",
         f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}",
         "--disable-usage-stats", "--block",
     ]  # fmt: skip
-    with (folder / "head.log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    with _running(command, environment, folder / "head.log"):
+        yield RayHead(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", environment)
+
+
+@contextmanager
+def _running(command: list[str], environment: dict[str, str], log: Path) -> Iterator[None]:
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
     try:
-        yield RayHead(f"http://127.0.0.1:{dashboard}", environment)
+        yield
     finally:
-        # Asked to end, a head drains itself for half a minute.
+        # Asked to end, a node drains itself for half a minute.
         for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
             each.kill()
         process.wait(timeout=60)

@@ -237,7 +237,7 @@ class TrainSection(Section):
     log_steps: Annotated[int, Role.MAY_DIFFER] = Field(10, ge=1)
     """Steps between two points of the training curves."""
     max_restarts: Annotated[int, Role.MAY_DIFFER] = Field(3, ge=0)
-    """Times that lost workers are started again before the step fails."""
+    """Times that lost workers are started again, without a new checkpoint in between, before the step fails."""
     augment: AugmentSection = AugmentSection()
     """Training augmentation."""
     criterion: CriterionConfig = CriterionConfig()
@@ -355,8 +355,10 @@ class TrackingSection(Section):
 class ClusterSection(Section):
     address: str | None = None
     """Ray to join: host:port, ray://host:port or auto; null starts one here (or joins the one of a submitted job)."""
-    workers: int = Field(1, ge=1)
-    """Training workers."""
+    workers: int | tuple[int, int] = 1
+    """Training workers; [least, most] lets their number follow the room on the cluster, whose batch stays the same."""
+    wait: float | None = Field(None, ge=0)
+    """Longest wait in seconds for room for the least workers; null: none at the start, without limit after a loss."""
     cpus_per_worker: float = Field(1, gt=0)
     """CPUs that Ray sets aside for a training or inference worker; also its torch threads."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -367,6 +369,29 @@ class ClusterSection(Section):
     """Seconds in which no step ends, after which training hangs: stacks are kept, and the workers start anew."""
     require_compiled: bool = True
     """Refuse to train without the compiled attention operator."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ClusterSection":
+        if self.least_workers < 1:
+            raise ValueError(f"workers must be at least 1, not {self.least_workers}")
+        if self.least_workers > self.most_workers:
+            raise ValueError(f"workers {list(self.bounds)}: the first must not be greater than the second")
+        return self
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The least and the most workers."""
+        return self.workers if isinstance(self.workers, tuple) else (self.workers, self.workers)
+
+    @property
+    def least_workers(self) -> int:
+        """Workers without which training does not go on."""
+        return self.bounds[0]
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that training has where there is room."""
+        return self.bounds[1]
 
     @property
     def collective_timeout(self) -> float:
@@ -392,12 +417,20 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
-        if self.train.micro_batches % self.cluster.workers:
+        if not self.world_sizes:
+            least, most = self.cluster.bounds
             raise ValueError(
                 f"train.global_batch {self.train.global_batch} is {self.train.micro_batches} micro-batches of "
-                f"{self.train.micro_batch}, which {self.cluster.workers} cluster.workers cannot share equally"
+                f"{self.train.micro_batch}, which {least if least == most else f'{least} to {most}'} cluster.workers "
+                "cannot share equally"
             )
         return self
+
+    @property
+    def world_sizes(self) -> list[int]:
+        """Numbers of workers that share the micro-batches of a step equally, the greatest first."""
+        least, most = self.cluster.bounds
+        return [size for size in range(most, least - 1, -1) if self.train.micro_batches % size == 0]
 
     @property
     def folder(self) -> RunFolder:

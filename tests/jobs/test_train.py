@@ -97,35 +97,29 @@ def test_a_finished_run_is_not_trained_again(trained: tuple[Config, Path, int], 
     assert train(trained[0], manifest) == trained[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-def test_a_lost_worker_changes_nothing(
-    number: signal.Signals, trained: tuple[Config, Path, int], manifest: Manifest, tmp_path: Path
-) -> None:
-    """One that is stopped answers nobody, and holds what it has: only the watch notices it."""
-    config = make_config(tmp_path, max_restarts=1, cluster={"timeout": 10})
+def test_a_killed_worker_changes_nothing(trained: tuple[Config, Path, int], manifest: Manifest, tmp_path: Path) -> None:
+    config = make_config(tmp_path, max_restarts=1)
     spool = config.folder.train_spool
     done = threading.Event()
     killed: list[int] = []
 
-    def lose_one() -> None:
+    def kill_one() -> None:
         """In a thread: the driver's own look, once a second, would be too late for so short a run."""
         while not killed and not done.wait(0.01):
             if spool.exists() and len(spool.read_text().splitlines()) >= 4:
                 workers = [pid for pid, command in descendants(os.getpid()).items() if "RayTrainWorker" in command]
-                os.kill(workers[-1], number)
+                os.kill(workers[-1], signal.SIGKILL)
                 killed.append(len(losses(config.folder)))
 
     with ThreadPoolExecutor(1) as pool:
-        killing = pool.submit(lose_one)
+        killing = pool.submit(kill_one)
         try:
             last = train(config, manifest)
         finally:
             done.set()
         killing.result()
-    assert killed, "no worker was lost"
-    assert killed[0] < STEPS, "it was not lost in time"
-    seen = config.folder.watch_log.read_text() if config.folder.watch_log.exists() else ""
-    assert ("gave no sign of life for 10 s" in seen) == (number == signal.SIGSTOP)
+    assert killed, "no worker was killed"
+    assert killed[0] < STEPS, "it was not killed in time"
     assert_same_weights(last, trained[1])
     assert losses(config.folder) == losses(trained[0].folder)
 

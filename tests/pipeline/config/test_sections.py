@@ -138,6 +138,13 @@ def test_smaller_copies_that_cannot_be_made_are_refused(settings: dict[str, Any]
         parse_config({"name": "a", "shards": settings}, "my.yaml")
 
 
+def test_workers_that_do_not_share_a_step_equally_are_skipped() -> None:
+    train = {"global_batch": 24, "micro_batch": 2}
+    config = Config.model_validate({"name": "a", "train": train, "cluster": {"workers": [2, 8]}})
+    assert config.world_sizes == [6, 4, 3, 2]
+    assert Config.model_validate({"name": "a", "train": train, "cluster": {"workers": 4}}).world_sizes == [4]
+
+
 def test_the_tracking_server_is_embedded_unless_one_is_named(tmp_path: Path) -> None:
     embedded = f"sqlite:///{tmp_path / 'mlflow.db'}"
     assert default_tracking_uri(tmp_path) == embedded

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -216,7 +216,8 @@ def disagree(
     error = UserError("no space") if fails and world.rank == 1 else None
     run = Run(job, world, manifest)
     shared = _begin_to_share(mine, run, asked and world.rank == 1, error)
-    return _agree(mine, shared, torch.tensor(norm), Step(3, 0, [micro]), run, error)
+    with closing(checkpoint.CheckpointWriter(world, job.out.checkpoints, None)) as writer:
+        return _agree(mine, shared, torch.tensor(norm), Step(3, 0, [micro]), run, error, writer)
 
 
 @pytest.mark.parametrize(

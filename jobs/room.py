@@ -1,0 +1,126 @@
+"""Room for training workers on the connected Ray: how many can begin, and when more could."""
+
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Any
+
+import ray
+from ray.autoscaler.sdk import request_resources
+
+from jobs.cluster import device_of
+from jobs.interrupt import in_thread
+from pipeline.config.sections import ClusterSection, Config
+from pipeline.errors import UserError
+from pipeline.log import get_logger
+
+logger = get_logger(__name__)
+
+ANSWER_SECONDS = 2.0
+"""A node that does not answer for so long is counted as gone, long before Ray's head knows."""
+LOOK_SECONDS = 1.0
+"""Between two looks for room."""
+GROW_LOOK_SECONDS = 5.0
+"""Between two looks for room for more workers than there are."""
+GROW_SECONDS = 15.0
+"""It must have been there for so long: what comes and goes is not worth a restart."""
+SETTLE_SECONDS = 5.0
+"""What ended workers held is free after a moment: for so long fewer workers than could be are not begun."""
+
+
+def resources_of(cluster: ClusterSection, device: str) -> dict[str, float]:
+    """What Ray sets aside for one worker on `cpu` or `cuda`."""
+    return {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if device == "cuda" else {})
+
+
+def room(worker: dict[str, float], held: int = 0) -> int:
+    """Workers that fit on the nodes that answer, beside what else runs on Ray.
+
+    Args:
+        worker: the resources of one.
+        held: workers that run already, and are counted.
+    """
+    nodes, free = in_thread(lambda: (ray.nodes(), ray.available_resources()), "ray-nodes").result()
+    alive = [node for node in nodes if node["Alive"]]
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        answering = [node for node, answers in zip(alive, pool.map(_answers, alive), strict=True) if answers]
+    return min(sum(_fitting(node["Resources"], worker) for node in answering), held + _fitting(free, worker))
+
+
+def wait_for_room(cluster: ClusterSection, sizes: list[int], device: str, on_poll: Callable[[], None]) -> int:
+    """Workers to begin with: the most that have room, once one of the sizes has it.
+
+    Args:
+        cluster: `cluster.wait` limits the wait; an autoscaler is asked for the nodes.
+        sizes: numbers of workers that may be, the greatest first.
+        device: where they compute.
+        on_poll: called about every second, in this thread.
+
+    Raises:
+        UserError: `cluster.wait` is over.
+    """
+    worker, began, is_told = resources_of(cluster, device), time.monotonic(), False
+    while True:
+        found, waited = room(worker), time.monotonic() - began
+        fitting = [size for size in sizes if size <= found]
+        if fitting and (fitting[0] == sizes[0] or waited >= SETTLE_SECONDS):
+            if is_told:
+                request_resources(bundles=[])
+            return fitting[0]
+        if cluster.wait is not None and waited >= cluster.wait and not fitting:
+            raise UserError(
+                f"after {cluster.wait:g} s (cluster.wait) the Ray cluster has room for {found} of {sizes[-1]} workers: "
+                "add nodes, or run the same command again later"
+            )
+        if waited >= SETTLE_SECONDS and not is_told:
+            is_told = True
+            logger.warning("train: waiting for room for %d workers; Ray has it for %d", sizes[-1], found)
+            request_resources(bundles=[worker] * sizes[-1])
+        on_poll()
+        time.sleep(LOOK_SECONDS)
+
+
+class Growth:
+    """Whether more workers could go on with a run than there are: room that has been there for a while.
+
+    Args:
+        config: the pipeline.
+        workers: that run now.
+    """
+
+    def __init__(self, config: Config, workers: int) -> None:
+        self._larger = [size for size in config.world_sizes if size > workers]
+        self._worker = resources_of(config.cluster, device_of(config.cluster))
+        self._workers = workers
+        self._looked = time.monotonic()
+        self._since: float | None = None
+        self.was_due = False
+
+    def is_due(self) -> bool:
+        """Whether it is, for the first time; called often."""
+        now = time.monotonic()
+        if self.was_due or not self._larger or now - self._looked < GROW_LOOK_SECONDS:
+            return False
+        self._looked = now
+        if room(self._worker, self._workers) < self._larger[-1]:
+            self._since = None
+        elif self._since is None:
+            self._since = now
+        self.was_due = self._since is not None and now - self._since >= GROW_SECONDS
+        return self.was_due
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    try:
+        with closing(
+            socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=ANSWER_SECONDS)
+        ):
+            return True
+    except OSError:
+        return False
+
+
+def _fitting(resources: dict[str, float], worker: dict[str, float]) -> int:
+    return min(int(resources.get(name, 0.0) / amount + 1e-6) for name, amount in worker.items())
