@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer.exceptions import TyperException
 
-from jobs.interrupt import Interrupted, RayLostError, end_in_order
+from jobs.interrupt import Interrupted, RayLostError, end_in_order, received
 from jobs.models import AsJson, TrackingUri, models
 from jobs.models import ConfigFile as RegistryConfig
 from jobs.options import ConfigFile, Overrides
@@ -369,11 +369,22 @@ def _with_example(error: TyperException) -> str:
     return f"{message}{'' if message.endswith(('.', '?')) else '.'} {example}"
 
 
+def _run() -> int | None:
+    """What the command returns; what it raises once a signal has come is the interruption."""
+    try:
+        code: int | None = app(standalone_mode=False)
+        return code
+    except Exception:
+        if interrupted := received():
+            raise interrupted from None
+        raise
+
+
 def main() -> None:
     """Run the command line; errors that explain themselves become one line."""
     end_in_order()
     try:
-        sys.exit(app(standalone_mode=False))
+        sys.exit(_run())
     except TyperException as error:
         sys.stderr.write(f"error: {_with_example(error)}\n" if error.format_message() else "")
         sys.exit(2)

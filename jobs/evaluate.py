@@ -16,10 +16,11 @@ from pipeline.config.values import digest, plain
 from pipeline.data.manifest import Manifest
 from pipeline.evaluate.detect import Detection, detect
 from pipeline.evaluate.report import plot_categories, write_category_table, write_pictures
-from pipeline.evaluate.results import DETECTIONS_FILE, METRICS_FILE, evaluate_checkpoint
+from pipeline.evaluate.results import DETECTIONS_FILE, evaluate_checkpoint
 from pipeline.files import disk_told, make_folder, write_json
 from pipeline.log import outcome
 from pipeline.predict.detector import Detector
+from pipeline.run_folder import METRICS_FILE
 from pipeline.tracking.spool import Spool
 from pipeline.tracking.tracker import Tracker
 
@@ -47,7 +48,6 @@ def evaluate(config: Config, checkpoint: Path, manifest: Manifest, tracker: Trac
         UserError: the folder holds scores made with other settings, an input is wrong, or the disk is full.
     """
     out, spool = config.folder.evaluation, config.folder.evaluate_spool
-    console = make_console()
     chosen = all_whole(checkpoint.parent) if config.evaluate.curve else [checkpoint]
     metrics: dict[str, Any] = {}
     for path in chosen:
@@ -57,10 +57,7 @@ def evaluate(config: Config, checkpoint: Path, manifest: Manifest, tracker: Trac
             metrics, is_new = evaluate_checkpoint(
                 path, manifest, config.evaluate, out / path.name, tasks, verify=verify
             )
-        with Spool(spool) as points:
-            points.write_once(metrics["step"], _points(metrics), "val/AP")
-        scores = f"{path.name}  AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}"
-        console.print(outcome("evaluate", scores, is_new=is_new))
+        tell_scores(spool, path.name, metrics, is_new=is_new)
     with disk_told(out, "runs"):
         _report(config, manifest, metrics, out / checkpoint.name, out)
     if tracker is not None:
@@ -102,6 +99,14 @@ def evaluate_weights(config: Config, weights: Path, manifest: Manifest, out: Pat
             )
         _report(config, manifest, metrics, folder, out)
     return metrics
+
+
+def tell_scores(spool: Path, name: str, metrics: dict[str, Any], *, is_new: bool = True) -> None:
+    """Print a checkpoint's scores, and write the points of the curves."""
+    with Spool(spool) as points:
+        points.write_once(metrics["step"], _points(metrics), "val/AP")
+    scores = f"{name}  AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}"
+    make_console().print(outcome("evaluate", scores, is_new=is_new))
 
 
 def _points(metrics: dict[str, Any]) -> dict[str, float]:

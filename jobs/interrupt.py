@@ -18,6 +18,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Result = TypeVar("Result")
 
+_received: "Interrupted | None" = None
+
 
 class Interrupted(BaseException):
     """The user, or whoever runs the machine, wants the command to end; its notes say what became of the work.
@@ -45,10 +47,17 @@ def end_in_order() -> None:
         signal.signal(number, _first)
 
 
+def received() -> Interrupted | None:
+    """What the first signal has raised, if one has come: an import that it cuts may end in an ImportError instead."""
+    return _received
+
+
 def _first(number: int, frame: FrameType | None) -> None:
+    global _received
     for other in SIGNALS:
         signal.signal(other, _second)
-    raise Interrupted(number)
+    _received = Interrupted(number)
+    raise _received
 
 
 def _second(number: int, frame: FrameType | None) -> None:

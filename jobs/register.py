@@ -7,11 +7,12 @@ from pipeline.checkpoint.state import STATE, DamagedError
 from pipeline.config.load import dump_config
 from pipeline.config.sections import Config
 from pipeline.errors import UserError
-from pipeline.evaluate.results import METRICS_FILE, weights_digest
+from pipeline.evaluate.results import weights_digest
 from pipeline.files import read_json
 from pipeline.log import get_logger
 from pipeline.registry.register import Registration
 from pipeline.registry.register import register as register_version
+from pipeline.run_folder import METRICS_FILE
 from pipeline.tracking.tracker import Tracker
 
 logger = get_logger(__name__)
@@ -53,11 +54,11 @@ def best_checkpoint(config: Config, last: Path, metrics: dict[str, Any]) -> tupl
     metric = config.register_.metric
     like = {key: value for key, value in metrics["inputs"].items() if key != "weights"}
     scored = [(metrics[metric], metrics.get("step") or 0, last, metrics)]
-    for file in config.folder.evaluation.glob(f"checkpoint-*/{METRICS_FILE}"):
+    for name, file in config.folder.scores().items():
         found = read_json(file, "metrics file")
         inputs = found.get("inputs", {})
-        if {**inputs, "weights": None} == {**like, "weights": None} and file.parent.name != last.name:
-            scored.append((found[metric], found["step"], last.parent / file.parent.name, found))
+        if {**inputs, "weights": None} == {**like, "weights": None} and name != last.name:
+            scored.append((found[metric], found["step"], last.parent / name, found))
     for value, _, path, found in sorted(scored, key=lambda each: each[:2], reverse=True):
         if path == last or _holds(path, found["inputs"]["weights"]):
             return path, found

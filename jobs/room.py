@@ -2,7 +2,6 @@
 
 import socket
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import ray
 from ray.autoscaler.sdk import request_resources
 
-from jobs.cluster import device_of
+from jobs.cluster import check_alive, device_of
 from jobs.interrupt import in_thread
 from pipeline.config.sections import ClusterSection, Config
 from pipeline.errors import UserError
@@ -49,14 +48,19 @@ def room(worker: dict[str, float], held: int = 0) -> int:
     return min(sum(_fitting(node["Resources"], worker) for node in answering), held + _fitting(free, worker))
 
 
-def wait_for_room(cluster: ClusterSection, sizes: list[int], device: str, on_poll: Callable[[], None]) -> int:
+def is_free(worker: dict[str, float]) -> bool:
+    """Whether there is room for one now."""
+    free = in_thread(ray.available_resources, "ray-resources").result()
+    return _fitting(free, worker) > 0
+
+
+def wait_for_room(cluster: ClusterSection, sizes: list[int], device: str) -> int:
     """Workers to begin with: the most that have room, once one of the sizes has it.
 
     Args:
         cluster: `cluster.wait` limits the wait; an autoscaler is asked for the nodes.
         sizes: numbers of workers that may be, the greatest first.
         device: where they compute.
-        on_poll: called about every second, in this thread.
 
     Raises:
         UserError: `cluster.wait` is over.
@@ -78,7 +82,7 @@ def wait_for_room(cluster: ClusterSection, sizes: list[int], device: str, on_pol
             is_told = True
             logger.warning("train: waiting for room for %d workers; Ray has it for %d", sizes[-1], found)
             request_resources(bundles=[worker] * sizes[-1])
-        on_poll()
+        check_alive()
         time.sleep(LOOK_SECONDS)
 
 

@@ -1,7 +1,9 @@
 """The pipeline: its steps on one Ray and under one MLflow run, with what they do shown while they do it."""
 
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from jobs import evaluate, register, shard, track, train
+from jobs.beside import EvaluationBeside
 from jobs.cluster import connected
 from jobs.console import ProgressDisplay, make_console
 from jobs.interrupt import Interrupted, at_first_signal
@@ -122,12 +125,16 @@ class Pipeline:
         total = self.config.train.total_steps(len(manifest.samples))
         self.tracker.log_points(spool)
         uploaded, metrics = time.monotonic(), RunMetrics(self.config.name)
-        with TrainingProgress(self.console, spool, total) as shown:
+        with TrainingProgress(self.console, spool, total) as shown, self._evaluation_beside() as beside:
 
             def poll() -> None:
                 nonlocal uploaded
                 if newest := shown.update():
                     metrics.trained(newest.step, newest.metrics)
+                if beside is not None:
+                    beside.collect()
+                    if newest:  # all workers have their place
+                        beside.begin()
                 if time.monotonic() - uploaded >= UPLOAD_SECONDS:
                     self.tracker.sync()
                     metrics.uploaded(self.tracker.waiting())
@@ -136,6 +143,17 @@ class Pipeline:
             last = train.train(self.config, manifest, on_poll=poll)
         self.tracker.sync()
         return last
+
+    @contextmanager
+    def _evaluation_beside(self) -> Iterator[EvaluationBeside | None]:
+        """Evaluation of new checkpoints while workers train, where it is wanted and the validation shards are there."""
+        spool, val = self.config.folder.evaluate_spool, self.config.shards_folder / "val"
+        if not self.config.evaluate.beside or not (val / MANIFEST_NAME).exists():
+            yield None
+            return
+        self.tracker.log_points(spool)
+        with EvaluationBeside(self.config, self._manifest("val"), partial(evaluate.tell_scores, spool)) as beside:
+            yield beside
 
     def evaluate(self) -> dict[str, Any]:
         """Score the last checkpoint (every kept one with evaluate.curve) on the validation split."""

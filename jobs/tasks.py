@@ -56,7 +56,7 @@ def run_tasks(
                 running[remote.remote(argument)] = argument
             finished = _ended(list(running), 1, LOOK_SECONDS)
             for done in finished:
-                yield running.pop(done), _result(done)
+                yield running.pop(done), result_of(done)
             if not finished:
                 check_alive()
     finally:
@@ -81,7 +81,8 @@ def _ended(running: list[Any], at_least: int, seconds: float) -> list[Any]:
     return list(ended)
 
 
-def _result(reference: Any) -> Any:
+def result_of(reference: Any) -> Any:
+    """The result of a task of the connected Ray that has ended; raises the `UserError` that it met as it was."""
     try:
         with loss_told():
             return in_thread(lambda: ray.get(reference), "ray-get").result()

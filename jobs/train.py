@@ -92,18 +92,13 @@ def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lamb
     if found is not None and found[1].step == config.train.total_steps(len(manifest.samples)):
         logger.info(outcome("train", found[0], is_new=False))
         return found[0]
-
-    def poll() -> None:
-        on_poll()
-        check_alive()
-
     restarts = 0
     while True:
-        workers = wait_for_room(config.cluster, config.world_sizes, device, poll)
+        workers = wait_for_room(config.cluster, config.world_sizes, device)
         before = latest(config.folder.checkpoints)
         logger.info("train: starting %d workers%s", workers, f", going on from {before}" if before else "")
         try:
-            result = _fit(config, _make_trainer(config, job, device, workers), workers, poll)
+            result = _fit(config, _make_trainer(config, job, device, workers), workers, on_poll)
         except TrainingFailedError as error:
             restarts = 1 if latest(config.folder.checkpoints) != before else restarts + 1
             if restarts > config.train.max_restarts:
@@ -146,6 +141,7 @@ def make_job(config: Config, manifest: Manifest) -> TrainJob:
         out=config.folder,
         on_error=config.dataset.on_error,
         cache=manifest.cache,
+        metric=config.register_.metric,
         ends=end_of(config.train.max_hours),
         timeout=config.cluster.timeout,
         step_timeout=config.cluster.step_timeout,
@@ -206,6 +202,7 @@ def _fit(config: Config, trainer: TorchTrainer, workers: int, on_poll: Callable[
     try:
         while not wait([future], POLL_SECONDS).done:
             on_poll()
+            check_alive()
             seen = _tell_seen(run.watch_log, seen)
             if growth.is_due():
                 run.stop.touch()

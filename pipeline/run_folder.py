@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+METRICS_FILE = "metrics.json"
+"""Name of the file of scores in a folder of results."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -30,6 +33,10 @@ class RunFolder:
     def evaluation(self) -> Path:
         """Folder of the scores, detections and pictures."""
         return self.path / "evaluate"
+
+    def scores(self) -> dict[str, Path]:
+        """Files of the scores, by the checkpoint's name."""
+        return {file.parent.name: file for file in self.evaluation.glob(f"checkpoint-*/{METRICS_FILE}")}
 
     @property
     def mlflow_run(self) -> Path:

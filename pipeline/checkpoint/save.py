@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -54,11 +54,19 @@ class CheckpointWriter:
         world: this process.
         folder: the run's `checkpoints` folder.
         keep: newest checkpoints that stay; None for all.
+        best: gives the name of another that stays, if one does: the best so far.
         spool: of the training curves, whose points are flushed to the disk before the checkpoint after them is there.
     """
 
-    def __init__(self, world: World, folder: Path, keep: int | None, spool: Path | None = None) -> None:
-        self._world, self._folder, self._keep, self._spool = world, folder, keep, spool
+    def __init__(
+        self,
+        world: World,
+        folder: Path,
+        keep: int | None,
+        best: Callable[[], str | None] = lambda: None,
+        spool: Path | None = None,
+    ) -> None:
+        self._world, self._folder, self._keep, self._best, self._spool = world, folder, keep, best, spool
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future[None] | None = None
         self._copied = threading.Event()
@@ -117,12 +125,18 @@ class CheckpointWriter:
             if self._spool is not None and self._spool.exists():
                 sync(self._spool)
             path = _write(self._folder, copies, state)
-            for old in checkpoints(self._folder)[: -self._keep if self._keep else 0]:
-                # Under this name a half-removed folder is no checkpoint, and `clean` removes the rest.
-                shutil.rmtree(old.rename(old.with_name(f"{old.name}.tmp")))
             logger.info("%s written", path)
+            self._remove_old()
         except Exception as error:
             self.error = error
+
+    def _remove_old(self) -> None:
+        old = checkpoints(self._folder)[: -self._keep] if self._keep else []
+        best = self._best() if old else None
+        for path in old:
+            if path.name != best:
+                # Under this name a half-removed folder is no checkpoint, and `clean` removes the rest.
+                shutil.rmtree(path.rename(path.with_name(f"{path.name}.tmp")))
 
     def _copy(
         self, files: dict[str, dict[str, torch.Tensor]], gathered: torch.cuda.Event | None

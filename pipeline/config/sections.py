@@ -230,7 +230,7 @@ class TrainSection(Section):
     checkpoint_epochs: Annotated[float, Role.MAY_DIFFER] = Field(1.0, gt=0)
     """Epochs (fractions allowed) between checkpoints; the last step always writes one."""
     keep_checkpoints: Annotated[int | None, Role.MAY_DIFFER] = Field(3, ge=1)
-    """Newest checkpoints that are kept; null keeps all."""
+    """Newest checkpoints that are kept, and the best of those that were scored by then; null keeps all."""
     max_hours: Annotated[float | None, Role.MAY_DIFFER] = Field(None, gt=0, allow_inf_nan=False)
     """Hours after the command began at which training ends in order, with a checkpoint, as at a SIGTERM: a little less
     than a queue allows. The same command goes on."""
@@ -288,6 +288,8 @@ class EvaluateSection(Section):
     """Detections kept of an image."""
     curve: bool = False
     """Score every kept checkpoint, not the last alone: the AP curve of the run."""
+    beside: bool = True
+    """Score new checkpoints while training goes on, one at a time, where the cluster has room beside its workers."""
     verify: bool = True
     """Have pycocotools compute the score of the last checkpoint, too: one digit that differs is an error. It takes a
     minute and 2.6 GB for 5,000 images of COCO, and the scorer itself a second."""

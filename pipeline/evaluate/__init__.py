@@ -28,7 +28,6 @@ from pipeline.evaluate.report import (
 )
 from pipeline.evaluate.results import (
     DETECTIONS_FILE,
-    METRICS_FILE,
     SCORE_SETTINGS,
     evaluate_checkpoint,
     evaluate_files,
@@ -44,7 +43,6 @@ __all__ = [
     "DETECTIONS_FILE",
     "KEYPOINT_NUMBERS",
     "LEAST_SIDE",
-    "METRICS_FILE",
     "NEEDS",
     "NUMBERS",
     "PLOTTED",

@@ -14,8 +14,7 @@ from pipeline.evaluate.detect import DetectAll, sort_detections
 from pipeline.evaluate.documents import IouType
 from pipeline.evaluate.score import score
 from pipeline.files import make_folder, read_json, sha256_of, write_json
-
-METRICS_FILE = "metrics.json"
+from pipeline.run_folder import METRICS_FILE
 
 DETECTIONS_FILE = "detections.json"
 

@@ -78,7 +78,7 @@ def _train(job: TrainJob, world: World, stop: StopRequest, watch: Watch) -> Path
     copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None  # type: ignore[no-untyped-call]
     spool = job.out.train_spool if world.rank == 0 else None
     curves = together(world, lambda: Curves(spool, job.train, run.total, run.epochs, first))
-    writer = CheckpointWriter(world, job.out.checkpoints, job.train.keep_checkpoints, spool)
+    writer = CheckpointWriter(world, job.out.checkpoints, job.train.keep_checkpoints, run.best_scored, spool)
     asked = any(gather_objects(world, stop.asked()))
     try:
         for step, num_boxes, unreadable in _global_steps(run, first, watch):

@@ -4,7 +4,9 @@ A run goes on from its newest checkpoint with the settings that it began with; t
 may differ.
 """
 
+import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,8 @@ from model.config import DetrConfig
 from pipeline.checkpoint.find import newest_whole
 from pipeline.checkpoint.optimizer import group_settings
 from pipeline.checkpoint.save import clean
-from pipeline.checkpoint.state import STATE, State
-from pipeline.config.sections import OnError, Role, TrainSection, settings_with
+from pipeline.checkpoint.state import STATE, State, checkpoints
+from pipeline.config.sections import Metric, OnError, Role, TrainSection, settings_with
 from pipeline.config.values import differences, plain
 from pipeline.data.cache import DEFAULT_CACHE, Cache
 from pipeline.data.manifest import Manifest
@@ -47,6 +49,8 @@ class TrainJob:
     """Whether a sample that cannot be read stops the run, or is left out and counted."""
     cache: Cache = DEFAULT_CACHE
     """Where the shards of a store are kept on each machine."""
+    metric: Metric = "AP"
+    """By which the best of the checkpoints that were scored beside training is kept, too."""
     ends: float | None = None
     """Unix time at which it ends in order, with a checkpoint, done or not."""
     timeout: float = 60
@@ -100,6 +104,15 @@ class Run:
         period = self.job.train.checkpoint_epochs
         full = [math.floor(self.epochs(steps) / period) for steps in (step, step + 1)]
         return step + 1 == self.total or full[1] > full[0]
+
+    def best_scored(self) -> str | None:
+        """Name of the best of the checkpoints that are scored by now; of equal ones the newest."""
+        scores = []
+        for path in checkpoints(self.job.out.checkpoints):
+            with suppress(KeyError, OSError, ValueError):  # not there, or not yet whole
+                metrics = json.loads(self.job.out.scores()[path.name].read_text(encoding="utf-8"))
+                scores.append((float(metrics[self.job.metric]), path.name))
+        return max(reversed(scores), key=lambda score: score[0])[1] if scores else None
 
     def state(self, step: int, skipped: int, optimizer: torch.optim.Optimizer) -> State:
         """What a checkpoint after `step` steps says."""

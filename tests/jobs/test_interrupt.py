@@ -67,6 +67,25 @@ class TestSignals:
         process.send_signal(number)
         assert rest(process).split() == ["whole", number.name]
 
+    def test_an_import_that_is_cut_is_an_interruption(self, number: signal.Signals) -> None:
+        """A compiled module that a signal cuts tells an ImportError of its own."""
+        process = started(
+            "import time\n"
+            "from jobs import cli\n"
+            "def app(**settings):\n"
+            "    try:\n"
+            "        print('ready', flush=True)\n"
+            "        time.sleep(60)\n"
+            "    except BaseException:\n"
+            "        raise ImportError('initialization failed')\n"
+            "cli.app = app\n"
+            "cli.main()\n"
+        )
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=20)
+        told = f"interrupted ({number.name}). The same command goes on where this one stood.\n"
+        assert (process.returncode, errors) == (128 + number, told)
+
 
 def test_an_exit_that_a_foreign_handler_makes_of_a_signal_is_the_signal() -> None:
     process = started(

@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there."""
 
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,16 @@ def test_the_newest_are_kept(world: World, tmp_path: Path, keep: int | None, kep
         save(engine, world, tmp_path, make_state(number, engine), keep)
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [f"checkpoint-{number}" for number in kept]
     assert len(list(tmp_path.iterdir())) == len(kept)
+
+
+def test_the_best_is_kept_beside_the_newest(world: World, tmp_path: Path) -> None:
+    engine = make_engine(world, 0)
+    step(engine, world, 0)
+    with closing(checkpoint.CheckpointWriter(world, tmp_path, 1, lambda: "checkpoint-2")) as writer:
+        for number in range(1, 5):
+            writer.begin(engine, make_state(number, engine))
+        writer.finish()
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
 
 
 @pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER])
@@ -124,7 +135,7 @@ def test_the_points_before_a_checkpoint_are_as_durable_as_it_is(
     monkeypatch.setattr(save_module, "sync", lambda path: synced.append(path.name))
     spool = tmp_path / "train.jsonl"
     spool.write_text("{}\n")
-    writer = checkpoint.CheckpointWriter(world, tmp_path / "checkpoints", None, spool)
+    writer = checkpoint.CheckpointWriter(world, tmp_path / "checkpoints", None, spool=spool)
     writer.begin(engine, make_state(1, engine))
     writer.finish()
     writer.close()

@@ -1,5 +1,6 @@
 """A run: its settings, and where it goes on."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -16,9 +17,10 @@ from pipeline.config.values import flatten
 from pipeline.data.manifest import Manifest
 from pipeline.distributed import World
 from pipeline.errors import UserError
+from pipeline.run_folder import METRICS_FILE
 from pipeline.train.loop import train
 from pipeline.train.run import MAY_DIFFER, Run, TrainJob, resume_point
-from tests.builders import make_varied_manifest, without_sums
+from tests.builders import make_varied_manifest, without_sums, write_checkpoint
 from tests.pipeline.train.runs import SAMPLES, SETTINGS, make_job, train_on
 from tests.ranks import Ranks
 
@@ -144,3 +146,17 @@ def test_checkpoints_follow_epochs(
 ) -> None:
     run = Run(make_job(manifest, tmp_path, max_steps=11, checkpoint_epochs=epochs), world, manifest)
     assert [step + 1 for step in range(11) if run.saves_after(step)] == after
+
+
+def test_the_best_of_the_scored_checkpoints(manifest: Manifest, world: World, tmp_path: Path) -> None:
+    job = dataclasses.replace(make_job(manifest, tmp_path), metric="AP50")
+    run = Run(job, world, manifest)
+    assert run.best_scored() is None
+    for step, value in ((5, 0.25), (10, 0.5), (15, 0.5), (20, 0.25), (25, None)):
+        write_checkpoint(job.out.checkpoints, manifest.labels, step)
+        file = job.out.evaluation / f"checkpoint-{step}" / METRICS_FILE
+        file.parent.mkdir(parents=True)
+        file.write_text("{" if value is None else json.dumps({"AP": 1 - value, "AP50": value}))
+    assert run.best_scored() == "checkpoint-15"
+    shutil.rmtree(job.out.checkpoints / "checkpoint-15")
+    assert run.best_scored() == "checkpoint-10"

@@ -1,0 +1,104 @@
+"""Evaluation beside training: a new checkpoint is scored as one Ray task, as soon as the cluster has room for it.
+
+Nothing waits for it: where there is no room while workers train, the checkpoint is scored when training has ended.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from jobs.cluster import check_alive, device_of
+from jobs.interrupt import in_thread
+from jobs.room import is_free, resources_of
+from jobs.tasks import result_of
+from pipeline.checkpoint.state import checkpoints
+from pipeline.config.sections import Config, EvaluateSection
+from pipeline.config.values import plain
+from pipeline.data.manifest import Manifest
+from pipeline.errors import UserError
+from pipeline.evaluate.detect import Detection, detect
+from pipeline.evaluate.results import evaluate_checkpoint
+from pipeline.log import get_logger
+
+logger = get_logger(__name__)
+
+LOOK_SECONDS = 1.0
+"""Between two looks for a result that is waited for."""
+
+
+class EvaluationBeside:
+    """Scores the checkpoints that come while workers train; a context manager, which ends with the tasks.
+
+    Args:
+        config: the pipeline.
+        manifest: of the validation split.
+        scored: called with each checkpoint's name and metrics, in the driver.
+    """
+
+    def __init__(self, config: Config, manifest: Manifest, scored: Callable[[str, dict[str, Any]], None]) -> None:
+        self._folder, self._scored = config.folder, scored
+        device = device_of(config.cluster)
+        self._resources = resources_of(config.cluster, device)
+        self._settings = {
+            "manifest": manifest,
+            "evaluate": plain(config.evaluate),
+            "device": device,
+            "threads": max(1, int(config.cluster.cpus_per_worker)),
+            "on_error": config.dataset.on_error,
+        }
+        self._begun = set(config.folder.scores())
+        self._running: dict[Any, Path] = {}
+
+    def __enter__(self) -> "EvaluationBeside":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._running and error is None:
+            self.collect(LOOK_SECONDS)
+            check_alive()
+        for reference in self._running:
+            in_thread(partial(ray.cancel, reference, force=True), "ray-cancel")  # of a Ray that may be gone
+
+    def begin(self) -> None:
+        """Begin with the newest checkpoint that nobody has begun, if there is room: while all workers have theirs."""
+        new = [path for path in checkpoints(self._folder.checkpoints) if path.name not in self._begun]
+        if not new or self._running or not is_free(self._resources):
+            return
+        cpus, gpus = self._resources["CPU"], self._resources.get("GPU", 0)
+        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_evaluate)
+        self._running[task.remote(self._settings, new[-1], self._folder.evaluation / new[-1].name)] = new[-1]
+        self._begun.add(new[-1].name)
+
+    def collect(self, seconds: float = 0) -> None:
+        """Tell what has been scored, waiting so long for it. A task that failed is told; the end tries it again."""
+        done, _ = in_thread(lambda: ray.wait(list(self._running), timeout=seconds), "ray-wait").result()
+        for reference in done:
+            path = self._running.pop(reference)
+            try:
+                metrics = result_of(reference)
+            except (UserError, RayError) as error:
+                if path.exists():  # and was not removed for newer ones
+                    logger.warning("evaluate: %s beside training: %s", path.name, str(error).strip().splitlines()[-1])
+            else:
+                self._scored(path.name, metrics)
+
+
+def _evaluate(settings: dict[str, Any], checkpoint: Path, out: Path) -> dict[str, Any]:
+    """What the task does: it scores a checkpoint alone."""
+    import torch
+
+    torch.set_num_threads(settings["threads"])
+    section = EvaluateSection(**settings["evaluate"])
+
+    def detect_all(path: Path, batches: list[list[int]]) -> Iterator[list[Detection]]:
+        yield detect(path, settings["manifest"], batches, section, settings["device"], on_error=settings["on_error"])
+
+    metrics, _ = evaluate_checkpoint(checkpoint, settings["manifest"], section, out, detect_all)
+    return metrics

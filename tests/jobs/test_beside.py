@@ -1,0 +1,122 @@
+"""Evaluation beside training, on a real Ray: where there is room, and without harm where something is in its way."""
+
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from jobs.beside import EvaluationBeside
+from jobs.cluster import connected
+from jobs.evaluate import evaluate
+from pipeline.checkpoint.state import MODEL
+from pipeline.config.sections import METRICS
+from pipeline.data.manifest import Manifest
+from tests.builders import make_varied_manifest, write_checkpoint
+from tests.jobs.test_evaluate import make_config
+
+WAIT_SECONDS = 120
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_here() -> Iterator[None]:
+    with connected(make_config(Path("runs")).cluster):
+        yield
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return make_varied_manifest(tmp_path_factory.mktemp("split"), 7)
+
+
+@pytest.fixture
+def checkpoints(split: Manifest, tmp_path: Path) -> Path:
+    """The folder of two checkpoints of a run."""
+    folder = tmp_path / "run" / "checkpoints"
+    for step in (5, 10):
+        write_checkpoint(folder, split.labels, step, seed=step)
+    return folder
+
+
+class Scores(dict[str, dict[str, Any]]):
+    """What was scored, by the checkpoint's name."""
+
+    def __call__(self, name: str, metrics: dict[str, Any]) -> None:
+        assert name not in self
+        self[name] = metrics
+
+    def wait(self, beside: EvaluationBeside, count: int) -> None:
+        end = time.monotonic() + WAIT_SECONDS
+        while len(self) < count and time.monotonic() < end:
+            beside.begin()
+            beside.collect(0.1)
+        assert len(self) == count
+
+
+def test_the_scores_are_those_of_the_end(split: Manifest, checkpoints: Path) -> None:
+    """Each once, the newest first; and the end finds them."""
+    config, scores = make_config(checkpoints.parents[1], verify=False), Scores()
+    with EvaluationBeside(config, split, scores) as beside:
+        scores.wait(beside, 2)
+        beside.begin()
+    assert list(scores) == ["checkpoint-10", "checkpoint-5"]
+    written = config.folder.scores()["checkpoint-10"].stat().st_mtime_ns
+    metrics = evaluate(config, checkpoints / "checkpoint-10", split, None)
+    assert {name: scores["checkpoint-10"][name] for name in METRICS} == {name: metrics[name] for name in METRICS}
+    assert config.folder.scores()["checkpoint-10"].stat().st_mtime_ns == written
+    again = Scores()
+    with EvaluationBeside(config, split, again) as beside:
+        beside.begin()
+    assert not again
+
+
+def test_what_runs_at_the_end_is_waited_for(split: Manifest, checkpoints: Path) -> None:
+    config, scores = make_config(checkpoints.parents[1]), Scores()
+    with EvaluationBeside(config, split, scores) as beside:
+        beside.begin()
+    assert list(scores) == ["checkpoint-10"]
+
+
+def test_without_room_nothing_begins(split: Manifest, checkpoints: Path) -> None:
+    @ray.remote(num_cpus=ray.cluster_resources()["CPU"])
+    class All:
+        def ready(self) -> None:
+            pass
+
+    everything = All.remote()
+    ray.get(everything.ready.remote())
+    scores = Scores()
+    with EvaluationBeside(make_config(checkpoints.parents[1]), split, scores) as beside:
+        beside.begin()
+        beside.collect(1)
+    assert not scores
+    ray.kill(everything)
+    while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"]:
+        time.sleep(0.1)
+
+
+def test_what_fails_stops_nothing_and_what_is_gone_is_not_missed(
+    split: Manifest, checkpoints: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, scores = make_config(checkpoints.parents[1]), Scores()
+    (checkpoints / "checkpoint-10" / MODEL).write_bytes(b"damaged")
+    with caplog.at_level(logging.WARNING), EvaluationBeside(config, split, scores) as beside:
+        beside.begin()
+        shutil.rmtree(checkpoints / "checkpoint-5")
+    assert not scores
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("raydetr")]
+    assert len(told) == 1
+    assert told[0].startswith("evaluate: checkpoint-10 beside training: ")
+    assert f"{MODEL}: is not" in told[0]
+    caplog.clear()
+    write_checkpoint(checkpoints, split.labels, 15, seed=1)
+    with caplog.at_level(logging.WARNING), EvaluationBeside(config, split, scores) as beside:
+        beside._begun.add("checkpoint-10")
+        beside.begin()
+        shutil.rmtree(checkpoints / "checkpoint-15")
+    assert set(scores) <= {"checkpoint-15"}
+    assert not [record for record in caplog.records if record.name.startswith("raydetr")]
