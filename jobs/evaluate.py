@@ -18,11 +18,13 @@ from pipeline.evaluate.detect import Detection, detect
 from pipeline.evaluate.report import plot_categories, write_category_table, write_pictures
 from pipeline.evaluate.results import DETECTIONS_FILE, evaluate_checkpoint
 from pipeline.files import disk_told, make_folder, write_json
-from pipeline.log import outcome
+from pipeline.log import get_logger, outcome
 from pipeline.predict.detector import Detector
 from pipeline.run_folder import METRICS_FILE
 from pipeline.tracking.spool import Spool
 from pipeline.tracking.tracker import Tracker
+
+logger = get_logger(__name__)
 
 SHARES = 4
 """Inference tasks of a worker: more give smoother progress, and each loads the weights."""
@@ -107,11 +109,19 @@ def tell_scores(spool: Path, name: str, metrics: dict[str, Any], *, is_new: bool
         points.write_once(metrics["step"], _points(metrics), "val/AP")
     scores = f"{name}  AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}"
     make_console().print(outcome("evaluate", scores, is_new=is_new))
+    constant = metrics.get("baseline", {}).get("AP", -1)
+    if is_new and 0 <= metrics["AP"] <= constant:
+        logger.warning(
+            "evaluate: %s is no better than one constant box a category for every image, which has AP %.4f: it has "
+            "not learned to look at them yet; more steps, another train.lr, or train.init.weights may help",
+            *(name, constant),
+        )
 
 
 def _points(metrics: dict[str, Any]) -> dict[str, float]:
     """The points of the curves: those that there are objects for."""
     points = {f"val/{name}": metrics[name] for name in METRICS}
+    points |= {f"baseline/{name}": metrics.get("baseline", {}).get(name, -1) for name in ("AP", "AP50")}
     points |= {f"val_category/AP/{name}": values["AP"] for name, values in metrics["per_category"].items()}
     return {name: value for name, value in points.items() if value >= 0}
 

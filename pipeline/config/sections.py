@@ -307,6 +307,8 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 class GateSection(Section):
     """What a version has to reach to become `@champion`; one that does not is registered, and is `@challenger`."""
 
+    baseline: bool = True
+    """Whether register.metric must be above that of one constant box a category, the same for every image."""
     minimum: float | None = Field(None, ge=0, le=1)
     """Least register.metric, also of the first champion; null asks for none."""
     margin: float = Field(0.0, ge=0, le=1)

@@ -1,5 +1,6 @@
 """Detections of a checkpoint, their score, and the report that people look at."""
 
+from pipeline.evaluate.baseline import constant_boxes
 from pipeline.evaluate.detect import (
     DetectAll,
     Detection,
@@ -54,6 +55,7 @@ __all__ = [
     "IouType",
     "Truth",
     "choose_samples",
+    "constant_boxes",
     "detect",
     "detections_of",
     "evaluate_checkpoint",

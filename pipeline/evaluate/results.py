@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.state import MODEL, STATE, checked_sum, read_state
-from pipeline.config.sections import EvaluateSection, Role, settings_with
+from pipeline.config.sections import METRICS, EvaluateSection, Role, settings_with
 from pipeline.config.values import differences
 from pipeline.data.loader import eval_batches
 from pipeline.data.manifest import Manifest
 from pipeline.data.truth import ground_truth
 from pipeline.errors import UserError
+from pipeline.evaluate.baseline import constant_boxes
 from pipeline.evaluate.detect import DetectAll, sort_detections
 from pipeline.evaluate.documents import IouType
 from pipeline.evaluate.score import score
@@ -42,8 +43,8 @@ def evaluate_checkpoint(
         verify: have pycocotools compute the numbers as well, unless it has for those that are there.
 
     Returns:
-        The metrics (what `score` gives, with "step", "checkpoint" and "inputs", which tell what was scored, and
-        "verified"), and whether they are new.
+        The metrics (what `score` gives, with "step", "checkpoint" and "inputs", which tell what was scored, "verified",
+        and "baseline", the numbers of `constant_boxes`), and whether they are new.
 
     Raises:
         UserError: the folder holds the scores of the same checkpoint under other settings, the checkpoint is damaged,
@@ -63,7 +64,10 @@ def evaluate_checkpoint(
         batches = eval_batches(manifest, evaluate.batch_size)
         detections = sort_detections([entry for share in detect_all(checkpoint, batches) for entry in share])
         write_json(folder / DETECTIONS_FILE, detections, indent=None)
-    metrics = score(ground_truth(manifest), detections, verify=verify)
+    truth = ground_truth(manifest)
+    metrics = score(truth, detections, verify=verify)
+    baseline = score(truth, constant_boxes(truth))
+    metrics["baseline"] = {name: baseline[name] for name in METRICS}
     step = read_state(checkpoint).step if (checkpoint / STATE).is_file() else None
     metrics = {"step": step, "checkpoint": str(checkpoint), "inputs": inputs, "verified": verify, **metrics}
     write_json(folder / METRICS_FILE, metrics)

@@ -43,7 +43,7 @@ def decide(
     Args:
         champion: MLflow's version that is the champion, or None.
         now: what the aliases are, and whether the champion is pinned.
-        metadata: of the new version; its "metrics", "category_AP" and "val_digest" count.
+        metadata: of the new version; its "metrics", "baseline", "category_AP" and "val_digest" count.
         metric: name of the metric that decides.
         gate: what a champion has to reach.
     """
@@ -53,6 +53,12 @@ def decide(
     stays = f"@champion stays version {champion.version}" if champion is not None else "no champion"
     if gate.minimum is not None and not new >= gate.minimum:
         return False, f"{stays}: {metric} {new:.4f} is below register.gate.minimum {gate.minimum:g}"
+    constant = metadata.get("baseline", {}).get(metric, -1.0)
+    if gate.baseline and new <= constant:
+        return False, (
+            f"{stays}: {metric} {new:.4f} is no better than the {constant:.4f} of one constant box a category for "
+            "every image (register.gate.baseline)"
+        )
     if now.pin is not None:
         return False, f"{stays}: {pin_told(now.pin)}; `raydetr models unpin` lets it move"
     if champion is None:

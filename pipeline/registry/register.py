@@ -102,6 +102,7 @@ def register(
             "data_digest": state.data_digest,
             "val_digest": val_digest,
             "metrics": numbers,
+            "baseline": {name: float(value) for name, value in metrics.get("baseline", {}).items()},
             "category_AP": {name: float(values["AP"]) for name, values in metrics["per_category"].items()},
             "step": state.step,
             "code": code_version(),

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import save_file
 
 from jobs.cluster import connected
-from jobs.evaluate import evaluate, evaluate_weights
+from jobs.evaluate import evaluate, evaluate_weights, tell_scores
 from pipeline.checkpoint.state import read_state
 from pipeline.config.load import parse_config
 from pipeline.config.sections import METRICS, Config
@@ -88,11 +88,26 @@ class TestEvaluate:
         assert sorted(point.step for point in history) == [5, 10]
         before = json.loads((run / "evaluate" / "checkpoint-5" / "metrics.json").read_text())
         assert (metrics["verified"], before["verified"]) == (True, False)
+        assert "baseline/AP" in tracker.client.get_run(tracker.run_id).data.metrics
         assert any(name.startswith("val_category/AP/") for name in tracker.client.get_run(tracker.run_id).data.metrics)
         files = {file.path for file in tracker.client.list_artifacts(tracker.run_id, "evaluate")}
         wanted = {"metrics.json", "detections.json", "per_category.csv", "per_category.png", "pictures"}
         assert files == {f"evaluate/{name}" for name in wanted}
         assert len(tracker.client.list_artifacts(tracker.run_id, "evaluate/pictures")) == 2
+
+    def test_what_is_no_better_than_a_constant_box_is_told(
+        self, split: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        told = []
+        for name, factor in (("blind", 1.0), ("seeing", 0.5)):
+            metrics = {"step": 5, "AP": 0.2, "AP50": 0.4, "per_category": {}, "baseline": {"AP": 0.2 * factor}}
+            metrics |= dict.fromkeys(METRICS, 0.2)
+            caplog.clear()
+            with caplog.at_level("WARNING", logger="raydetr"):
+                tell_scores(tmp_path / "spool.jsonl", name, metrics)
+            told.append(caplog.text)
+        assert "blind is no better than one constant box a category for every image, which has AP 0.2000" in told[0]
+        assert not told[1]
 
     def test_a_file_of_weights(self, split: Manifest, run: Path, tmp_path: Path) -> None:
         """That of a checkpoint has the checkpoint's score, and leaves a folder that `predict` takes."""

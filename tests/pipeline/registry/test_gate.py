@@ -28,6 +28,14 @@ def made(value: float, val_digest: str = "val", **by_category: float) -> dict[st
         pytest.param(None, made(0.1), {}, True, "the first champion", id="first"),
         pytest.param(None, made(0.1), {"minimum": 0.2}, False, "no champion: AP 0.1000 is below", id="first, too low"),
         pytest.param(None, made(0.2), {"minimum": 0.2}, True, "first", id="first, just enough"),
+        pytest.param(
+            None, made(0.1) | {"baseline": {"AP": 0.1}}, {}, False, "AP 0.1000 is no better than the 0.1000",
+            id="first, blind",
+        ),
+        pytest.param(None, made(0.11) | {"baseline": {"AP": 0.1}}, {}, True, "first", id="first, seeing"),
+        pytest.param(
+            None, made(0.1) | {"baseline": {"AP": 0.1}}, {"baseline": False}, True, "first", id="first, blind, allowed"
+        ),
         pytest.param(champion(), made(0.6), {}, True, "AP 0.6000 is better than 0.5000 of version 3", id="better"),
         pytest.param(champion(), made(0.5), {}, False, "is not better than its 0.5000", id="equal"),
         pytest.param(champion(), made(0.9, "other"), {}, False, "another validation split", id="another split"),
