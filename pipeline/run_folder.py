@@ -54,6 +54,11 @@ class RunFolder:
         return self.path / "stop"
 
     @property
+    def profile(self) -> Path:
+        """Folder of the traces of steps."""
+        return self.path / "profile"
+
+    @property
     def watch_log(self) -> Path:
         """File of what training's workers saw of each other."""
         return self.path / "watch.log"

@@ -173,6 +173,22 @@ class InitSection(Section):
     """Re-initialise the class heads where the weights are of another number of classes; else they are kept."""
 
 
+class ProfileSection(Section):
+    """Steps of which torch's profiler writes a trace, to <run>/profile."""
+
+    steps: tuple[int, int]
+    """The first and the last, from 0: those at the very beginning are slower than the rest."""
+    rank: int = Field(0, ge=0)
+    """The worker that is looked at."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ProfileSection":
+        first, last = self.steps
+        if not 0 <= first <= last:
+            raise ValueError(f"steps [{first}, {last}] must be the first and the last one, from 0")
+        return self
+
+
 class TrainSection(Section):
     epochs: Annotated[int, Role.MAY_DIFFER] = Field(50, ge=1)
     """Passes over the training split."""
@@ -236,6 +252,8 @@ class TrainSection(Section):
     than a queue allows. The same command goes on."""
     log_steps: Annotated[int, Role.MAY_DIFFER] = Field(10, ge=1)
     """Steps between two points of the training curves."""
+    profile: Annotated[ProfileSection | None, Role.MAY_DIFFER] = None
+    """Steps to write a trace of, such as {steps: [20, 24]}; nothing else of them changes but their time."""
     max_restarts: Annotated[int, Role.MAY_DIFFER] = Field(3, ge=0)
     """Times that lost workers are started again, without a new checkpoint in between, before the step fails."""
     augment: AugmentSection = AugmentSection()

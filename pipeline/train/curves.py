@@ -1,7 +1,8 @@
 """The training curves, as a run writes them down and tells them."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -35,8 +36,15 @@ class Curves:
     ) -> None:
         self._train, self._total, self._epochs = train, total, epochs
         self._spool = Spool(spool) if spool is not None else None
-        self._done, self._since = first, time.perf_counter()
+        self._done, self._since, self._waited = first, time.perf_counter(), 0.0
         self.error: Exception | None = None
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Its block waits for data."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
 
     def step_done(self, step: int, values: dict[str, float], optimizer: torch.optim.Optimizer) -> None:
         """Write a point after `step` if one is due: every `log_steps`, and after the first and the last step."""
@@ -44,9 +52,13 @@ class Curves:
         if self._spool is None or not (done % self._train.log_steps == 0 or done in (1, self._total)):
             return
         now = time.perf_counter()
-        rate = (done - self._done) * self._train.global_batch / (now - self._since)
-        self._done, self._since = done, now
+        per_step = (now - self._since) / (done - self._done)
+        rate = self._train.global_batch / per_step
         point = {**values, "epoch": self._epochs(done), "images_per_second": rate}
+        point |= {"data_wait": self._waited / (now - self._since), "hours_left": (self._total - done) * per_step / 3600}
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            point["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self._done, self._since, self._waited = done, now, 0.0
         point |= {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
         try:
             self._spool.write_once(done, {f"train/{name}": value for name, value in point.items()}, "train/loss")

@@ -36,6 +36,7 @@ from pipeline.train.curves import Curves
 from pipeline.train.ema import WeightAverage, make_average
 from pipeline.train.engine import make_engine, take_step
 from pipeline.train.optim import set_learning_rates
+from pipeline.train.profile import StepProfile
 from pipeline.train.run import Run, TrainJob, find_checkpoint
 from pipeline.train.stop import StoppedError, StopRequest
 from pipeline.train.watch import Watch
@@ -80,10 +81,12 @@ def _train(job: TrainJob, world: World, stop: StopRequest, watch: Watch) -> Path
     curves = together(world, lambda: Curves(spool, job.train, run.total, run.epochs, first))
     writer = CheckpointWriter(world, job.out.checkpoints, job.train.keep_checkpoints, run.best_scored, spool)
     asked = any(gather_objects(world, stop.asked()))
+    traced = StepProfile(job.train.profile, job.out.profile, world.rank)
     try:
-        for step, num_boxes, unreadable in _global_steps(run, first, watch):
+        for step, num_boxes, unreadable in _global_steps(run, first, watch, curves):
             if asked:
                 break
+            traced.before(step.step)
             set_learning_rates(engine.basic_optimizer, run.factor(step.step))
             losses = _forward_backward(engine, criterion, step, num_boxes, run, copies, watch)
             error = curves.error or writer.error
@@ -108,6 +111,7 @@ def _train(job: TrainJob, world: World, stop: StopRequest, watch: Watch) -> Path
     finally:
         writer.close()
         curves.close()
+        traced.close()
         engine.destroy()
     assert path is not None, "the last step writes a checkpoint"
     return path
@@ -121,7 +125,7 @@ def _begin_checkpoint(
     return writer.begin(engine, state, average.weights if average else None)
 
 
-def _global_steps(run: Run, first: int, watch: Watch) -> Iterator[tuple[Step, float, int]]:
+def _global_steps(run: Run, first: int, watch: Watch, curves: Curves) -> Iterator[tuple[Step, float, int]]:
     """This rank's part of every step from `first`, the boxes and the unreadable samples of the whole step.
 
     The ranks sum these while they compute the step before, so that no forward pass waits for another rank. What stops
@@ -133,7 +137,7 @@ def _global_steps(run: Run, first: int, watch: Watch) -> Iterator[tuple[Step, fl
 
     def begin() -> tuple[Step | Exception, Callable[[], torch.Tensor]]:
         try:
-            with watch.working():
+            with watch.working(), curves.waiting():
                 step = next(steps)
         except Exception as error:
             return error, begin_sum_over_ranks(world, torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64))

@@ -164,7 +164,7 @@ def test_the_tracking_server_is_embedded_unless_one_is_named(tmp_path: Path) -> 
             Role.MAY_DIFFER,
             (
                 *("epochs", "max_steps", "zero_stage", "activation_checkpointing", "loader_workers"),
-                *("checkpoint_epochs", "keep_checkpoints", "max_hours", "log_steps", "max_restarts"),
+                *("checkpoint_epochs", "keep_checkpoints", "max_hours", "log_steps", "profile", "max_restarts"),
             ),
         ),
         (EvaluateSection, Role.SCORES, ("batch_size", "short_side", "max_side", "max_detections")),

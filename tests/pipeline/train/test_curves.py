@@ -1,6 +1,7 @@
 """The training curves: which steps have a point, each once."""
 
 import re
+import time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -42,6 +43,22 @@ def test_the_first_the_last_and_every_third_step_have_a_point(tmp_path: Path) ->
         "lr_main": 0.5,
     }
     assert metrics["train/images_per_second"] > 0
+    assert metrics["train/hours_left"] > 0
+    assert records[-1].metrics["train/hours_left"] == 0
+
+
+def test_the_share_of_the_time_that_is_waited_for_data(tmp_path: Path) -> None:
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "name": "main", "lr": 0.5}])
+    curves = Curves(tmp_path / "train.jsonl", TRAIN, total=8, epochs=lambda steps: steps / 2, first=0)
+    for step in range(6):
+        if step == 4:
+            with curves.waiting():
+                time.sleep(0.2)
+        curves.step_done(step, {"loss": 1.0, "grad_norm": 2.0}, optimizer)
+    curves.close()
+    waits = [record.metrics["train/data_wait"] for record in SpoolReader(tmp_path / "train.jsonl").read()]
+    assert waits[:2] == [0, 0]
+    assert 0.5 < waits[2] <= 1
 
 
 @pytest.mark.parametrize(("loss", "steps"), [(1.0, [1, 3, 6, 8]), (1.5, [1, 3, 3, 6, 8])], ids=["same", "another loss"])
