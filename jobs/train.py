@@ -232,9 +232,11 @@ def _tell_seen(log: Path, offset: int) -> int:
 
 def _stop_workers(future: "Future[Any]", run: RunFolder, *, has_begun: bool) -> str:
     """Ask the workers for a checkpoint after the step in flight; where training goes on, for people."""
-    before, end = latest(run.checkpoints), time.monotonic() + (STOP_SECONDS if has_begun else 0)
+    end = time.monotonic() + (STOP_SECONDS if has_begun else 0)
+    # One that is being written now is of an earlier step.
+    before = {latest(run.checkpoints), *(path.with_suffix("") for path in run.checkpoints.glob("checkpoint-*.tmp"))}
     run.stop.touch()
-    while latest(run.checkpoints) == before and time.monotonic() < end and not wait([future], STOP_POLL_SECONDS).done:
+    while latest(run.checkpoints) in before and time.monotonic() < end and not wait([future], STOP_POLL_SECONDS).done:
         pass
     run.stop.unlink(missing_ok=True)
     newest = latest(run.checkpoints)
