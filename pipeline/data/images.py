@@ -5,6 +5,7 @@ viewer shows it, unless the annotation file's size is that of the stored picture
 libjpeg warns of is damage.
 """
 
+import base64
 import io
 import os
 import stat
@@ -143,6 +144,15 @@ def decode_image(content: bytes, width: int, height: int) -> Pixels:
     if pixels.shape != (height, width, 3):
         raise BadImageError("image_unreadable", f"decoding gave {pixels.shape} instead of {height}x{width}")
     return np.ascontiguousarray(pixels)
+
+
+def jpeg_address(pixels: Pixels, most_side: int, quality: int = 85) -> str:
+    """A picture as a `data:` address, which a page holds in itself: a JPEG of at most `most_side` pixels a side."""
+    scale = min(1.0, most_side / max(pixels.shape[:2]))
+    size = [max(1, round(side * scale)) for side in pixels.shape[1::-1]]
+    small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    _, content = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return "data:image/jpeg;base64," + base64.b64encode(content.tobytes()).decode()
 
 
 def _header(content: bytes) -> tuple[str, str, tuple[int, int], int]:

@@ -4,7 +4,6 @@ What is counted is what training would get: the annotation files after the rules
 rules found. Pictures are shown with their boxes as they are, and as training augments them.
 """
 
-import base64
 import html
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,13 +12,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config.sections import AugmentSection
 from pipeline.data.augment import DRAWS, Plan, plan_train
-from pipeline.data.images import BadImageError, Pixels, decode_image, inspect_image
+from pipeline.data.images import BadImageError, Pixels, decode_image, inspect_image, jpeg_address
 from pipeline.data.samples import xyxy
 from pipeline.errors import shown
 from pipeline.files import write_whole
@@ -194,7 +192,8 @@ def _figure(view: _View) -> str:
     boxes = "".join(_box(*shape) for shape in zip(view.boxes.tolist(), view.names, view.crowds, strict=True))
     return (
         f'<figure><svg viewBox="0 0 {width} {height}"><image width="{width}" height="{height}" '
-        f'href="{_jpeg(view.pixels)}"/>{boxes}</svg><figcaption>{html.escape(view.caption)}</figcaption></figure>'
+        f'href="{jpeg_address(view.pixels, SIDE)}"/>{boxes}</svg>'
+        f"<figcaption>{html.escape(view.caption)}</figcaption></figure>"
     )
 
 
@@ -205,14 +204,6 @@ def _box(box: Sequence[float], name: str, is_crowd: bool) -> str:
         f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{bottom - top:.1f}" '
         f'stroke="hsl({hue} 90% 50%)"{" class=crowd" * is_crowd}><title>{html.escape(name)}</title></rect>'
     )
-
-
-def _jpeg(pixels: Pixels) -> str:
-    scale = min(1.0, SIDE / max(pixels.shape[:2]))
-    size = [max(1, round(side * scale)) for side in pixels.shape[1::-1]]
-    small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-    _, content = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 85])
-    return "data:image/jpeg;base64," + base64.b64encode(content.tobytes()).decode()
 
 
 def _histogram(values: NDArray[Any], bounds: Sequence[float]) -> list[tuple[str, int]]:

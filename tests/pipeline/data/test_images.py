@@ -1,5 +1,6 @@
 """Encoded images: their header, whether they are whole, their pixels."""
 
+import base64
 import io
 import os
 import re
@@ -20,6 +21,7 @@ from pipeline.data.images import (
     BadImageError,
     decode_image,
     inspect_image,
+    jpeg_address,
     read_image_file,
     shown_size,
 )
@@ -291,3 +293,17 @@ class TestFiles:
         os.truncate(path, MOST_BYTES + 1)
         with pytest.raises(BadImageError, match=re.escape(f"{MOST_BYTES + 1} bytes")):
             read_image_file(path)
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "expected"), [((40, 20), 40, (40, 20)), ((40, 20), 10, (10, 5)), ((400, 1), 8, (8, 1))]
+)
+def test_a_picture_as_an_address(size: tuple[int, int], most: int, expected: tuple[int, int]) -> None:
+    pixels = make_image(*size)
+    address = jpeg_address(pixels, most)
+    kind, _, content = address.partition(",")
+    assert kind == "data:image/jpeg;base64"
+    with Image.open(io.BytesIO(base64.b64decode(content))) as picture:
+        assert picture.size == expected
+        if expected == size:
+            assert np.abs(np.asarray(picture).astype(int) - pixels).mean() < 5
