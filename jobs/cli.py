@@ -118,6 +118,44 @@ def evaluate(
             pipeline.evaluate()
 
 
+@app.command(epilog="Example: raydetr report --compare runs/cells runs/cells-larger --out comparison.html")
+def report(
+    folder: Annotated[Path | None, typer.Argument(help="Folder of a run or of an evaluation.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="The pipeline's YAML file, of a run.")] = None,
+    overrides: Overrides = None,
+    annotations: Annotated[Path | None, typer.Option(help="Ground truth of a file of detections.")] = None,
+    detections: Annotated[Path | None, typer.Option(help="Detections: a file in COCO's result format.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder or archive of the images of --annotations.")] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="A B", help="Set B against A: each is a folder, or the YAML file of a run."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The page; else beside the evaluation, or report.html here.")] = None,
+) -> None:
+    """Write an HTML page about an evaluation, a file of detections, or two evaluations against each other."""
+    if (annotations is None) != (detections is None) or (images and not annotations):
+        raise UserError(
+            "a report of a file of detections takes --annotations, --detections, and --images if they lie here"
+        )
+    if sum(given is not None for given in (folder, config, annotations, compare)) != 1:
+        raise UserError("give one of: a folder, -c, --annotations and --detections, --compare")
+    if overrides and config is None:
+        raise UserError("--set changes a configuration: give one with -c")
+    if config is not None:
+        folder = _load(config, overrides).folder.path
+    from jobs.report import report as report_folder
+    from jobs.report import report_comparison, report_files
+
+    page = out or Path("report.html")
+    if compare is not None:
+        report_comparison(*compare, page)
+    elif annotations and detections:
+        report_files(annotations, detections, images, page)
+    elif folder is not None:
+        page = report_folder(folder, out)
+    typer.echo(f"{page}: open it in a browser")
+
+
 @app.command(epilog="Example: raydetr register -c my.yaml --set register.model_name=cells")
 def register(config: ConfigFile, overrides: Overrides = None) -> None:
     """Make the scored checkpoint a version of the registered model; @champion moves if it is better."""

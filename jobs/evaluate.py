@@ -9,18 +9,23 @@ from typing import Any
 
 from jobs.cluster import device_of
 from jobs.console import ProgressDisplay, make_console
+from jobs.interrupt import in_thread
 from jobs.tasks import run_tasks
 from pipeline.checkpoint.find import all_whole
+from pipeline.config.load import dump_config
 from pipeline.config.sections import METRICS, Config
 from pipeline.config.values import digest, plain
 from pipeline.data.manifest import Manifest
 from pipeline.evaluate.detect import Detection, detect
+from pipeline.evaluate.evaluated import RECORD_FILE, evaluated_of, read_curve
+from pipeline.evaluate.page import REPORT_FILE, write_report
 from pipeline.evaluate.report import plot_categories, write_category_table, write_pictures
 from pipeline.evaluate.results import DETECTIONS_FILE, evaluate_checkpoint
-from pipeline.files import disk_told, make_folder, write_json
+from pipeline.files import disk_told, make_folder, read_json, write_json
 from pipeline.log import get_logger, outcome
 from pipeline.predict.detector import Detector
 from pipeline.run_folder import METRICS_FILE
+from pipeline.tracking.provenance import code_version
 from pipeline.tracking.spool import Spool
 from pipeline.tracking.tracker import Tracker
 
@@ -35,7 +40,7 @@ def evaluate(config: Config, checkpoint: Path, manifest: Manifest, tracker: Trac
 
     Ray must be connected, and every node must see the checkpoints and the shards. Each checkpoint's detections.json and
     metrics.json are below <run>/evaluate/checkpoint-<step>; those of `checkpoint` are also in <run>/evaluate, with
-    pictures, a table and a plot by category.
+    report.html, pictures, a table and a plot by category.
 
     Args:
         config: the pipeline.
@@ -64,7 +69,7 @@ def evaluate(config: Config, checkpoint: Path, manifest: Manifest, tracker: Trac
         _report(config, manifest, metrics, out / checkpoint.name, out)
     if tracker is not None:
         tracker.log_points(spool)
-        for name in (METRICS_FILE, DETECTIONS_FILE, "per_category.csv", "per_category.png"):
+        for name in (METRICS_FILE, DETECTIONS_FILE, REPORT_FILE, "per_category.csv", "per_category.png"):
             tracker.log_artifacts(out / name, "evaluate")
         tracker.log_artifacts(out / "pictures", "evaluate/pictures")
     return metrics
@@ -73,8 +78,9 @@ def evaluate(config: Config, checkpoint: Path, manifest: Manifest, tracker: Trac
 def evaluate_weights(config: Config, weights: Path, manifest: Manifest, out: Path) -> dict[str, Any]:
     """Score a file of weights, such as a published one, on the validation split.
 
-    Below `out` are metrics.json, detections.json, pictures, a table and a plot by category, and `detector`, a folder
-    that `raydetr predict -m` takes. Ray must be connected, and every node must see `out` and the shards.
+    Below `out` are metrics.json, detections.json, report.html, pictures, a table and a plot by category, and
+    `detector`, a folder that `raydetr predict -m` takes. Ray must be connected, and every node must see `out` and the
+    shards.
 
     Args:
         config: the pipeline; its model section is the architecture of the weights.
@@ -127,12 +133,14 @@ def _points(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def _report(config: Config, manifest: Manifest, metrics: dict[str, Any], source: Path, out: Path) -> None:
-    """Put the results of the last checkpoint on top, with pictures, table and plot; metrics.json last."""
-    section = config.evaluate
-    key = digest([metrics["inputs"], metrics["step"], metrics["verified"], section.pictures, section.picture_score])
-    marker = out / "report.json"
-    if marker.is_file() and json.loads(marker.read_text(encoding="utf-8"))["key"] == key:
+    """Put the results of the last checkpoint on top, with report, pictures, table and plot; the record comes last."""
+    section, curve = config.evaluate, read_curve(out, manifest.digest)
+    scored = [metrics["inputs"], metrics["step"], metrics["verified"], curve]
+    key = digest([*scored, str(manifest.folder), section.pictures, section.picture_score])
+    record = out / RECORD_FILE
+    if (out / REPORT_FILE).is_file() and record.is_file() and read_json(record, "record")["key"] == key:
         return
+    settings, code = dump_config(config), code_version()
     pictures = out / "pictures"
     shutil.rmtree(pictures, ignore_errors=True)
     detections = json.loads((source / DETECTIONS_FILE).read_text(encoding="utf-8"))
@@ -142,7 +150,9 @@ def _report(config: Config, manifest: Manifest, metrics: dict[str, Any], source:
     for name in (DETECTIONS_FILE, METRICS_FILE):
         shutil.copyfile(source / name, out / f".{name}.tmp")
         (out / f".{name}.tmp").replace(out / name)
-    write_json(marker, {"key": key})
+    evaluated = evaluated_of(source, manifest, settings, code, curve)
+    in_thread(partial(write_report, out / REPORT_FILE, evaluated), "report").result()  # see jobs/report.py
+    write_json(record, {"key": key, "config": settings, "code": code, "val": str(manifest.folder)})
 
 
 class _Tasks:

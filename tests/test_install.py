@@ -17,7 +17,7 @@ import pytest
 
 from model import ops
 from model.ops.operator import kernels
-from tests.builders import make_varied_manifest
+from tests.builders import make_annotation, make_varied_manifest, write_coco
 from tests.pipeline.train.runs import MODEL, SETTINGS
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -113,6 +113,15 @@ def test_a_network_runs_with_one_warning(install: Install, tmp_path: Path) -> No
     (warning,) = told["warnings"]
     assert "plain torch" in warning
     assert "it was not built" in warning
+
+
+def test_a_report_finds_its_templates(install: Install, tmp_path: Path) -> None:
+    files = write_coco(tmp_path, [1], [make_annotation(1, 1)])
+    (tmp_path / "found.json").write_text("[]")
+    words = ["--annotations", str(files.annotations), "--detections", "found.json", "--images", str(files.images)]
+    result = install.run("raydetr", "report", *words, cwd=tmp_path)
+    assert result.stdout == "report.html: open it in a browser\n", result.stderr
+    assert (tmp_path / "report.html").is_file()
 
 
 def test_doctor_says_so(install: Install, tmp_path: Path) -> None:

@@ -62,6 +62,10 @@ class Truth:
     """Number of each category by its id."""
     names: list[str]
     """Names of the categories in the order of their numbers; one that several have is followed by the id."""
+    files: dict[int, str]
+    """File name of each image by its number; empty where the document tells none."""
+    sizes: dict[int, tuple[int, int] | None]
+    """Width and height of each image by its number, where the document tells them."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,9 @@ def ground_truth_of(source: dict[str, Any] | Path, iou_type: IouType) -> Truth:
         "categories": [{"id": number, "name": str(number)} for number in categories.values()],
         "annotations": annotations,
     }
-    return Truth(numbered, images, categories, _category_names(document))
+    files = {images[entry["id"]]: str(entry.get("file_name") or "") for entry in document["images"]}
+    told = {images[entry["id"]]: _size(entry) for entry in document["images"]}
+    return Truth(numbered, images, categories, _category_names(document), files, told)
 
 
 def detections_of(source: list[Detection] | Path, truth: Truth, iou_type: IouType) -> Found:
@@ -190,8 +196,13 @@ def _annotation(name: str, entry: dict[str, Any], iou_type: IouType, sizes: dict
 
 
 def _image(entry: dict[str, Any], number: int) -> dict[str, Any]:
-    size = {key: entry[key] for key in ("width", "height") if pixels(entry.get(key)) is None}
-    return {"width": 1, "height": 1, **size, "id": number}  # scorers want one that boxes do not need
+    width, height = _size(entry) or (1, 1)  # scorers want one that boxes do not need
+    return {"width": width, "height": height, "id": number}
+
+
+def _size(entry: dict[str, Any]) -> tuple[int, int] | None:
+    is_told = all(pixels(entry.get(key)) is None for key in ("width", "height"))
+    return (entry["width"], entry["height"]) if is_told else None
 
 
 def _sizes(images: Sequence[dict[str, Any]]) -> dict[Any, list[int]]:

@@ -51,14 +51,17 @@ def score(
     found = detections_of(detections, expected, iou_type)
     if any(annotation["id"] == 0 for annotation in expected.document["annotations"]):
         return _metrics(_pycocotools(expected, found, iou_type), expected, iou_type)
-    metrics = _metrics(_hotcoco(expected, found, iou_type), expected, iou_type)
+    metrics = _metrics(evaluation_of(expected, found, iou_type), expected, iou_type)
     if verify:
         _check_same(metrics, _metrics(_pycocotools(expected, found, iou_type), expected, iou_type))
     return metrics
 
 
-def _hotcoco(truth: Truth, found: Found, iou_type: IouType) -> COCOeval | None:
-    """An evaluation that is accumulated; None where there are no images."""
+def evaluation_of(truth: Truth, found: Found, iou_type: IouType = "bbox") -> COCOeval | None:
+    """The evaluation by hotcoco, accumulated; None where there are no images.
+
+    It numbers the detections from 1, in their order.
+    """
     if not truth.images:
         return None
     expected = COCO(truth.document)

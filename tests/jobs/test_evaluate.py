@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from jobs.cluster import connected
 from jobs.evaluate import evaluate, evaluate_weights, tell_scores
+from jobs.report import report
 from pipeline.checkpoint.state import read_state
 from pipeline.config.load import parse_config
 from pipeline.config.sections import METRICS, Config
@@ -22,6 +23,7 @@ from pipeline.evaluate.score import score
 from pipeline.predict.detector import Detector
 from pipeline.tracking.tracker import Tracker
 from tests.builders import make_manifest, make_varied_manifest, write_checkpoint
+from tests.pipeline.evaluate.pages import read_page
 
 SIZES = {"batch_size": 2, "short_side": 48, "max_side": 64, "max_detections": 10, "pictures": 2}
 
@@ -58,7 +60,9 @@ def run(split: Manifest, tmp_path: Path) -> Path:
 
 @pytest.mark.usefixtures("ray_here")
 class TestEvaluate:
-    def test_equals_one_process(self, split: Manifest, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_equals_one_process(
+        self, split: Manifest, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         config = make_config(run.parent)
         last = run / "checkpoints" / "checkpoint-10"
         metrics = evaluate(config, last, split, None)
@@ -73,8 +77,13 @@ class TestEvaluate:
         }
         assert f"evaluate: checkpoint-10  AP {metrics['AP']:.4f}" in capsys.readouterr().out
 
-        written = (run / "evaluate" / "metrics.json").stat().st_mtime_ns
+        written, reported = ((run / "evaluate" / name).stat().st_mtime_ns for name in ("metrics.json", "report.html"))
         assert evaluate(config, last, split, None) == metrics
+        assert (run / "evaluate" / "report.html").stat().st_mtime_ns == reported
+        page = read_page(run / "evaluate" / "report.html")
+        shown = {row[0]: row[2] for row in page.section("numbers").rows()[1:]}
+        assert shown == {name: f"{metrics[name]:.4f}" if metrics[name] >= 0 else "-" for name in METRICS}
+        assert report(run, tmp_path / "again.html").read_bytes() == (run / "evaluate" / "report.html").read_bytes()
         assert "already done, checkpoint-10" in capsys.readouterr().out
         assert (run / "evaluate" / "metrics.json").stat().st_mtime_ns == written
 
@@ -91,7 +100,7 @@ class TestEvaluate:
         assert "baseline/AP" in tracker.client.get_run(tracker.run_id).data.metrics
         assert any(name.startswith("val_category/AP/") for name in tracker.client.get_run(tracker.run_id).data.metrics)
         files = {file.path for file in tracker.client.list_artifacts(tracker.run_id, "evaluate")}
-        wanted = {"metrics.json", "detections.json", "per_category.csv", "per_category.png", "pictures"}
+        wanted = {"metrics.json", "detections.json", "report.html", "per_category.csv", "per_category.png", "pictures"}
         assert files == {f"evaluate/{name}" for name in wanted}
         assert len(tracker.client.list_artifacts(tracker.run_id, "evaluate/pictures")) == 2
 

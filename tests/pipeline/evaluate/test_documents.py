@@ -104,8 +104,10 @@ class TestBadInput:
 
 def test_numbers_stand_for_ids_in_their_order() -> None:
     annotation = {"id": 0, "image_id": "b", "category_id": -1, "bbox": [0, 0, 4, 4]}
-    document = {"images": [{"id": "b"}, {"id": "a"}], "categories": [{"id": 7}, {"id": -1}]}
+    images = [{"id": "b", "file_name": "b.jpg", "width": 8, "height": 6}, {"id": "a", "width": 8}]
+    document = {"images": images, "categories": [{"id": 7}, {"id": -1}]}
     truth = ground_truth_of({**document, "annotations": [annotation]}, "bbox")
     assert (truth.images, truth.categories, truth.names) == ({"a": 1, "b": 2}, {-1: 1, 7: 2}, ["-1", "7"])
+    assert (truth.files, truth.sizes) == ({2: "b.jpg", 1: ""}, {2: (8, 6), 1: None})
     (numbered,) = truth.document["annotations"]
     assert (numbered["id"], numbered["image_id"], numbered["category_id"], numbered["area"]) == (1, 2, 1, 16)
