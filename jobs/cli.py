@@ -343,6 +343,48 @@ def inspect(
         typer.echo(f"{what:<14} {value}")
 
 
+@app.command(epilog="Example: raydetr plan -c jobs/configs/coco_r50.yaml --images 118287 --gpu H100 --price 2.5")
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Machines; else a table over 1, 8, 64, 256 GPUs.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs of a machine; 8 with --nodes alone.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="The card: V100, A100, H100, H200, B200.")] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Images of an epoch, of COCO's sizes, where the data is not here.")
+    ] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="Classes, where the data does not tell them.")] = None,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="GB/s that a GPU sends; else the card's link, and 25 between machines."),
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Price of an hour of a GPU.")] = None,
+    utilisation: Annotated[
+        float, typer.Option(min=0.001, max=1, help="Part of the card's most that is reached; --profile measures it.")
+    ] = 0.3,
+    profile: Annotated[Path | None, typer.Option(help="Times measured by --measure, in place of assumed ones.")] = None,
+    measure: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="Train a few steps here on random images, write their times, end."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what training will take before it starts: steps, FLOPs, memory, time, data, checkpoints and cost."""
+    settings = _load(config, overrides)
+    from jobs.plan import make_plan, show_plan
+    from jobs.plan import measure as measure_here
+
+    made = make_plan(
+        settings, images=images, classes=classes, gpu=gpu, bandwidth=bandwidth, price=price, utilisation=utilisation,
+        profile=profile,
+    )  # fmt: skip
+    if measure:
+        measure_here(settings, made, measure)
+        typer.echo(f"{measure}: now raydetr plan --profile {measure}")
+        return
+    show_plan(settings, made, nodes, gpus, as_json=as_json)
+
+
 @app.command(epilog="Example: raydetr doctor --address 10.0.0.1:6379")
 def doctor(
     address: Annotated[str | None, typer.Option(help="A Ray cluster that should answer.")] = None,

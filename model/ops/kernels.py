@@ -104,6 +104,13 @@ def _flops(value: Size, spatial_shapes: list[int], locations: Size, weights: Siz
     return 2 * 5 * prod(weights) * value[-1]
 
 
+def _backward_flops(
+    grad_output: Size, value: Size, spatial_shapes: list[int], locations: Size, weights: Size, *_: Any, **__: Any
+) -> int:
+    """Twice the forward pass, as for a matrix product: gradients of the values, and of where and how they are taken."""
+    return 2 * _flops(value, spatial_shapes, locations, weights)
+
+
 def _autocast(device_type: str) -> Any:
     """Under autocast the values, most of the traffic, take its type; locations and weights are fp32 at least."""
 
@@ -131,6 +138,7 @@ def _register() -> None:
     torch.library.register_autograd(OPERATOR, _backward, setup_context=_save)
     torch.library.register_autograd(OPERATOR + "_backward", _no_second_derivative)
     register_flop_formula(torch.ops.raydetr.ms_deform_attn)(_flops)
+    register_flop_formula(torch.ops.raydetr.ms_deform_attn_backward)(_backward_flops)
     # The registrations below live as long as this object.
     EXTENSION.registered = torch.library.Library("raydetr", "IMPL")  # type: ignore[no-untyped-call]
     for device in ("cpu", "cuda"):

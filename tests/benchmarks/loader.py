@@ -28,16 +28,12 @@ from pipeline.data.loader import TrainLoader
 from pipeline.data.manifest import Manifest, read_image_bytes
 from pipeline.data.order import SampleOrder
 from pipeline.data.samples import plan_step
+from pipeline.plan.data import COCO_SIZES
 from pipeline.shard.coco import open_source
 from pipeline.shard.write import shard_split
 
 STEPS = 100
 REPEATS = 5
-SHAPES = np.array(
-    [(640, 480)] * 28 + [(640, 427)] * 24 + [(480, 640)] * 11 + [(427, 640)] * 8 + [(500, 375)] * 6
-    + [(640, 360), (640, 425), (640, 428)] * 4 + [(375, 500), (500, 333), (612, 612), (640, 640)] * 2
-)  # fmt: skip
-"""(width, height) as they are frequent in COCO."""
 TRAIN = TrainSection(global_batch=2, micro_batch=2, loader_workers=0)
 
 
@@ -88,7 +84,7 @@ def wasted(cut: Callable[[NDArray[np.int64], int], NDArray[np.int64]], batch: in
     choose = np.random.default_rng(0)
     for _ in range(50):
         draws = choose.integers(0, 2**32, (batch, DRAWS), dtype=np.uint64)
-        sizes = plan_train(SHAPES[choose.integers(0, len(SHAPES), batch)], draws, AugmentSection()).size
+        sizes = plan_train(COCO_SIZES[choose.integers(0, len(COCO_SIZES), batch)], draws, AugmentSection()).size
         canvases = sizes[cut(sizes, micro)].reshape(-1, micro, 2).max(axis=1)
         used += int(sizes.prod(axis=1).sum())
         total += int((-(-canvases // multiple) * multiple).prod(axis=1).sum()) * micro

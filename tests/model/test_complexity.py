@@ -5,9 +5,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.complexity import measure
-from model.config import DetrConfig
+from model.complexity import MicroBatch, measure
+from model.config import CriterionConfig, DetrConfig
+from model.losses.criterion import Criterion
+from model.losses.groups import groups_of
+from model.memory import LiveBytes, kept_for_backward
 from model.ops import compiled, ms_deform_attn, operator
+from model.recompute import recompute_activations
+from tests.builders import make_batch, make_detector, make_target
 
 DETR: dict[str, Any] = {
     "arch": "detr",
@@ -51,13 +56,73 @@ def test_a_small_detr_by_hand() -> None:
     assert two.multiply_adds - one.multiply_adds == layer
 
 
+def test_training_of_a_small_detr_by_hand() -> None:
+    config = DetrConfig(
+        backbone="resnet_tiny", arch="detr", feature_levels=1, hidden_dim=32, heads=4, ffn_dim=48, num_queries=7,
+        decoder_layers=1, num_classes=5,
+    )  # fmt: skip
+    one, two = (MicroBatch(replace(config, encoder_layers=n), 2, (64, 96), frozen="none").work() for n in (1, 2))
+    cells = 2 * 3
+    products, attention = cells * (4 * 32 * 32 + 2 * 32 * 48), 2 * cells * cells * 32
+    # Twice the forward pass backwards, and fused attention computes its weights again.
+    layer = 2 * (3 * products + 3.5 * attention)
+    assert two.flops - one.flops == 2 * layer
+    assert two.conv_flops == one.conv_flops, "no convolutions"
+
+
+def test_what_is_frozen_has_no_backward_pass() -> None:
+    batch = MicroBatch(DetrConfig(), 1, (64, 96), frozen="none")
+    forward = 2 * measure(DetrConfig(), size=(64, 96)).multiply_adds
+    flops = [replace(batch, frozen=frozen).work().flops / forward for frozen in ("none", "stem_and_layer1", "all")]
+    assert 3.1 > flops[0] > flops[1] > flops[2] > 2
+    assert replace(batch, recompute=True).work().flops == pytest.approx(flops[0] * forward + 0.9 * forward, rel=0.1)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"feature_levels": 4, "encoder_layers": 2}, id="base"),
+        pytest.param(TWO_STAGE, id="two-stage"),
+        pytest.param({"arch": "detr"}, id="detr"),
+        pytest.param({"backbone": "resnet18", "backbone_norm": "frozen_batch_norm"}, id="frozen"),
+    ],
+)
+def test_memory_of_training_is_that_of_real_tensors(settings: dict[str, Any], recompute: bool) -> None:
+    model = make_detector(**settings, dropout=0.0).train()
+    model.backbone.freeze("stem_and_layer1")
+    recompute_activations(model, recompute)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    size = (160, 192)
+    batch, targets = make_batch([size, size]), [make_target(7), make_target(7)]
+    with LiveBytes() as live:
+        with kept_for_backward([*model.parameters(), *model.buffers()]) as kept:
+            groups = groups_of(model(batch), targets)
+            loss = Criterion(CriterionConfig(), model.config.class_loss)(groups, 14.0, 2).total()
+        real = sum(kept.values())
+        del groups
+        loss.backward()
+    counted, peak = MicroBatch(model.config, 2, size, recompute=recompute).memory()
+    assert counted == pytest.approx(real, rel=0.02)
+    assert peak == pytest.approx(live.peak, rel=0.05)
+
+
+def test_bf16_keeps_less() -> None:
+    batch = MicroBatch(DetrConfig(), 2, (640, 640))  # of a small one the copies of the weights are most
+    assert replace(batch, bf16=True).memory()[0] < 0.7 * batch.memory()[0]
+    assert replace(batch, bf16=True).work().flops == batch.work().flops
+    assert replace(batch, bf16=True).work().moved < 0.8 * batch.work().moved
+
+
 def test_plain_torch_counts_as_much_as_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiled():
         pytest.skip("there are no kernels here")
-    with_kernels = measure(DetrConfig(), size=(256, 256))
+    with_kernels, training = measure(DetrConfig(), size=(256, 256)), MicroBatch(DetrConfig(), 1, (64, 64)).work().flops
     monkeypatch.setattr(operator, "compiled", lambda device="cpu": False)
     monkeypatch.setattr(operator, "_warn_once", lambda: None)
     assert measure(DetrConfig(), size=(256, 256)) == with_kernels
+    assert MicroBatch(DetrConfig(), 1, (64, 64)).work().flops == training
 
 
 def test_any_counter_knows_the_operator() -> None:
