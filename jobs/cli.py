@@ -370,6 +370,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Tell what training will take before it starts: steps, FLOPs, memory, time, data, checkpoints and cost."""
+    if measure and profile:
+        raise UserError("--measure makes a profile and --profile reads one: give one of them")
     settings = _load(config, overrides)
     from jobs.plan import make_plan, show_plan
     from jobs.plan import measure as measure_here

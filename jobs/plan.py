@@ -1,10 +1,11 @@
 """What `raydetr plan` shows: what a schedule costs at several numbers of GPUs, before anything starts."""
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import typer
@@ -15,8 +16,8 @@ from pipeline.config.sections import ClusterSection, Config
 from pipeline.errors import UserError
 from pipeline.files import disk_told, make_folder, write_json
 from pipeline.plan.cards import Card, card_of_device, find_card
-from pipeline.plan.data import PlannedData, planned_data
-from pipeline.plan.memory import STAGES
+from pipeline.plan.data import planned_data
+from pipeline.plan.memory import STAGES, Memory
 from pipeline.plan.profile import Profile, measure_profile, micro_batch, profile_settings, read_profile
 from pipeline.plan.table import GPUS_OF_NODE, LATENCY, Plan, Row, profile_canvases
 from pipeline.train.run import TrainJob
@@ -56,9 +57,10 @@ def make_plan(
         UserError: the data does not tell enough, the card is unknown, or the profile is of something else.
     """
     data = planned_data(config, images)
-    if data.classes is None and classes is None:
+    classes = classes or data.classes
+    if classes is None:
         raise UserError(f"{data.source}: does not tell how many classes there are; say it with --classes")
-    model = config.model_for(classes or data.classes or 0)
+    model = config.model_for(classes)
     measured = read_profile(profile, profile_settings(model, config.train)) if profile else None
     rate = None if bandwidth is None else bandwidth * GB
     return Plan(model, config.train, data, _card(gpu, measured), utilisation, measured, rate, price)
@@ -77,12 +79,13 @@ def measure(config: Config, plan: Plan, out: Path) -> None:
     """Measure a profile of the planned network on this machine, on a GPU where there is one, and write it.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: there is no GPU and one is configured, or the file cannot be written.
     """
+    device = _device(config.cluster)
     make_folder(out.parent, "give another --measure")
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     job = TrainJob(plan.model, config.train, config.shards_folder / "train", config.folder)
-    profile = measure_profile(job, profile_canvases(plan), _device(config.cluster))
+    profile = measure_profile(job, profile_canvases(plan), device)
     with disk_told(out, "another --measure"):
         write_json(out, asdict(profile))
     rows = (
@@ -119,27 +122,47 @@ def show_plan(config: Config, plan: Plan, nodes: int | None, gpus: int | None, *
         as_json: as JSON.
     """
     shapes = [(nodes or 1, gpus or GPUS_OF_NODE)] if nodes or gpus else [_machines(count) for count in COUNTS]
-    problems = {shape: plan.problem(shape[0] * shape[1]) for shape in shapes}
-    rows = {shape: plan.row(*shape) for shape, problem in problems.items() if problem is None}
+    cases = [Case(*shape, plan.problem(math.prod(shape)) or plan.row(*shape)) for shape in shapes]
     if as_json:
-        typer.echo(json.dumps(_content(config, plan, problems, rows), indent=1))
+        typer.echo(json.dumps(_content(config, plan, cases), indent=1))
         return
     console = make_console()
     for line in _head(config, plan):
         console.print(line)
     console.print()
-    columns = ["GPUs", "machines", "images a GPU", "s a step", "waiting", "hours", "GPU-hours", "cost", "GB read"]
-    print_table(columns, (_cells(plan, shape, problems[shape], rows) for shape in shapes))
+    columns = [
+        "GPUs",
+        "machines",
+        "images a GPU",
+        "s a step",
+        "waiting",
+        "hours",
+        "GPU-hours",
+        "cost",
+        "GB read",
+        "GiB",
+    ]
+    print_table(columns, (_cells(plan, case) for case in cases))
+    rows = [case.outcome for case in cases if isinstance(case.outcome, Row)]
     if rows:
-        largest = list(rows.values())[-1]
-        console.print(f"\nGiB of a GPU, of {largest.gpus}:")
-        print_table(["ZeRO", *_parts(largest, 0), "total"], _memory_rows(plan, largest))
+        console.print(f"\nGiB of a GPU, of {rows[-1].gpus}:")
+        print_table(["ZeRO", *asdict(rows[-1].memory[0]), "total"], _memory_rows(plan, rows[-1]))
     console.print()
-    for shape, problem in problems.items():
-        if problem:
-            console.print(f"{shape[0] * shape[1]} GPUs: {problem}")
+    for case in cases:
+        if isinstance(case.outcome, str):
+            console.print(f"{case.nodes * case.gpus} GPUs: {case.outcome}")
     for line in _assumptions(plan):
         console.print(f"Assumed: {line}")
+
+
+class Case(NamedTuple):
+    """So many machines."""
+
+    nodes: int
+    gpus: int
+    """GPUs of a machine."""
+    outcome: Row | str
+    """The schedule on them, or why there is none."""
 
 
 def _machines(gpus: int) -> tuple[int, int]:
@@ -190,15 +213,12 @@ def _assumptions(plan: Plan) -> Iterator[str]:
         yield "activations are those of plain torch: the compiled operator, which keeps fewer, is missing here"
 
 
-def _cells(
-    plan: Plan, shape: tuple[int, int], problem: str | None, rows: dict[tuple[int, int], Row]
-) -> list[str | int | None]:
-    gpus = shape[0] * shape[1]
-    if problem:
-        return [gpus, shape[0], "does not divide, see below", *[None] * 6]
-    row = rows[shape]
+def _cells(plan: Plan, case: Case) -> list[str | int | None]:
+    row = case.outcome
+    if isinstance(row, str):
+        return [case.nodes * case.gpus, case.nodes, "does not divide, see below", *[None] * 7]
     return [
-        gpus,
+        row.gpus,
         row.nodes,
         f"{row.micro_batches} x {plan.train.micro_batch}",
         _short(row.step),
@@ -207,6 +227,7 @@ def _cells(
         _short(row.gpu_hours),
         None if row.cost is None else _short(row.cost),
         _short(row.node_bytes / GB),
+        _total(plan, row.memory[plan.train.zero_stage]),
     ]
 
 
@@ -215,30 +236,24 @@ def _short(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def _parts(row: Row, stage: int) -> dict[str, int]:
-    return asdict(row.memory[stage])
+def _total(plan: Plan, memory: Memory) -> str:
+    """GiB, and whether the card has them."""
+    lacks = plan.card is not None and memory.total > plan.card.memory
+    return f"{_short(memory.total / GIB)}{', too much' if lacks else ''}"
 
 
 def _memory_rows(plan: Plan, row: Row) -> Iterator[list[str]]:
-    for stage in STAGES:
-        total = row.memory[stage].total
-        cells = [_short(size / GIB) for size in (*_parts(row, stage).values(), total)]
-        if plan.card is not None and total > plan.card.memory:
-            cells[-1] += f", more than the card's {plan.card.memory / GIB:.0f}"
-        yield [f"{stage}{' (set)' if stage == plan.train.zero_stage else ''}", *cells]
+    for stage, memory in zip(STAGES, row.memory, strict=True):
+        name = f"{stage}{' (set)' if stage == plan.train.zero_stage else ''}"
+        yield [name, *(_short(size / GIB) for size in asdict(memory).values()), _total(plan, memory)]
 
 
-def _content(
-    config: Config,
-    plan: Plan,
-    problems: dict[tuple[int, int], str | None],
-    rows: dict[tuple[int, int], Row],
-) -> dict[str, Any]:
+def _content(config: Config, plan: Plan, cases: Sequence[Case]) -> dict[str, Any]:
     """The plan as plain values: bytes, seconds, hours."""
     train, flops = plan.train, plan.work.flops
     return {
         "name": config.name,
-        "data": _data(plan.data),
+        "data": {"source": plan.data.source, "images": plan.data.images, "bytes": plan.data.bytes},
         "steps": plan.steps,
         "global_batch": train.global_batch,
         "micro_batch": train.micro_batch,
@@ -255,19 +270,13 @@ def _content(
         "gpu": plan.card.name if plan.card else None,
         "profile": plan.profile.device if plan.profile else None,
         "assumed": list(_assumptions(plan)),
-        "rows": [
-            {"gpus": shape[0] * shape[1], "nodes": shape[0], "problem": problem} | _numbers(rows.get(shape))
-            for shape, problem in problems.items()
-        ],
+        "rows": [_numbers(case) for case in cases],
     }
 
 
-def _data(data: PlannedData) -> dict[str, Any]:
-    return {"source": data.source, "images": data.images, "bytes": data.bytes}
-
-
-def _numbers(row: Row | None) -> dict[str, Any]:
-    if row is None:
-        return {}
-    memory = {str(stage): _parts(row, stage) | {"total": row.memory[stage].total} for stage in STAGES}
+def _numbers(case: Case) -> dict[str, Any]:
+    row = case.outcome
+    if isinstance(row, str):
+        return {"gpus": case.nodes * case.gpus, "nodes": case.nodes, "problem": row}
+    memory = [asdict(memory) | {"total": memory.total} for memory in row.memory]
     return asdict(row) | {"step": row.step, "gpu_hours": row.gpu_hours, "memory": memory}

@@ -23,6 +23,8 @@ COCO_SIZES = np.array(
 """(width, height) as they are frequent in COCO."""
 BYTES_PER_PIXEL = 0.58
 """Of an image file, as COCO's have: 19.3 GB over the 118,287 of train2017, which have 0.28 million pixels each."""
+MOST_SIZES = 100_000
+"""Images of shards whose sizes are looked at, evenly spread."""
 DRAWN = 4096
 """Images whose augmentation is drawn to see what canvases there are."""
 
@@ -63,8 +65,9 @@ def planned_data(config: Config, images: int | None = None) -> PlannedData:
     if size_of(folder / MANIFEST_NAME) is not None:
         manifest = read_manifest(folder, cache_of(config.shards))
         total = sum(shard.bytes for shard in manifest.shards)
-        sizes = manifest.samples.sizes(np.arange(len(manifest.samples)))
-        return PlannedData(f"{folder}", len(sizes), total, sizes, manifest.labels.num_classes, whole_shards)
+        count = len(manifest.samples)
+        some = manifest.samples.sizes(np.arange(0, count, -(-count // MOST_SIZES)))
+        return PlannedData(f"{folder}", count, total, some, manifest.labels.num_classes, whole_shards)
     if dataset.synthetic is not None:
         square = np.full((1, 2), dataset.synthetic.image_size)
         count = dataset.synthetic.train_images

@@ -27,6 +27,8 @@ from pipeline.train.initial import make_model
 from pipeline.train.optim import make_optimizer, parameter_groups
 from pipeline.train.run import TrainJob
 
+Clock = Callable[[], float]
+
 REPEATS = 5
 """Timed micro-batches of a size, after one that warms up."""
 SETTINGS = ("precision", "freeze_backbone", "activation_checkpointing", "compile")
@@ -108,30 +110,33 @@ def read_profile(path: Path, settings: dict[str, Any]) -> Profile:
     return profile
 
 
-def measure_profile(job: TrainJob, canvases: Sequence[tuple[int, int]], device: torch.device) -> Profile:
+def measure_profile(
+    job: TrainJob, canvases: Sequence[tuple[int, int]], device: torch.device, clock: Clock = time.perf_counter
+) -> Profile:
     """Train on random images for a few micro-batches of every size.
 
     Args:
         job: the network and how it is trained; its data is not read, nor its initial weights.
         canvases: height and width of each size, in pixels.
         device: where.
+        clock: gives seconds.
     """
     train = job.train.model_copy(update={"init": InitSection()})
     alone = World(rank=0, size=1, local_rank=0, device=device)
     model = make_model(TrainJob(job.model, train, job.shards, job.out), None, alone).to(device)
     optimizer = make_optimizer(parameter_groups(model, train))
     criterion = Criterion(train.criterion, job.model.class_loss)
-    points = tuple(_measured(model, criterion, job, canvas, device) for canvas in canvases)
+    points = tuple(_measured(model, criterion, job, canvas, device, clock) for canvas in canvases)
 
     def update() -> None:
         nn.utils.clip_grad_norm_(model.parameters(), train.clip_grad_norm or 1.0, foreach=True)
         optimizer.step()
 
-    return Profile(_name(device), profile_settings(job.model, train), points, _median(update, device))
+    return Profile(_name(device), profile_settings(job.model, train), points, _median(update, device, clock))
 
 
 def _measured(
-    model: nn.Module, criterion: Criterion, job: TrainJob, canvas: tuple[int, int], device: torch.device
+    model: nn.Module, criterion: Criterion, job: TrainJob, canvas: tuple[int, int], device: torch.device, clock: Clock
 ) -> Point:
     train, (height, width) = job.train, canvas
     images = train.micro_batch
@@ -150,7 +155,7 @@ def _measured(
     activations = sum(kept.values())
     first.backward()  # type: ignore[no-untyped-call]
     del first
-    seconds = _median(lambda: loss().backward(), device)  # type: ignore[no-untyped-call]
+    seconds = _median(lambda: loss().backward(), device, clock)  # type: ignore[no-untyped-call]
     flops = round(micro_batch(job.model, train, canvas).work().flops)
     return Point(images, height, width, flops, seconds, activations)
 
@@ -167,15 +172,15 @@ def micro_batch(architecture: DetrConfig, train: TrainSection, canvas: tuple[int
     )
 
 
-def _median(call: Callable[[], object], device: torch.device) -> float:
+def _median(call: Callable[[], object], device: torch.device, clock: Clock) -> float:
     """Median seconds of a call, after one that warms up."""
     times = []
     for _ in range(REPEATS + 1):
-        begin = time.perf_counter()
+        begin = clock()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begin)
+        times.append(clock() - begin)
     return statistics.median(times[1:])
 
 

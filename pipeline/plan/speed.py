@@ -17,7 +17,7 @@ BACKWARD = 2 / 3
 WHOLE_BUCKET = 500_000_000
 """Elements of DeepSpeed's buffer at stage 0."""
 PERSISTENT = 100_000
-"""Parameters with fewer elements stay gathered at stage 3."""
+"""Parameters with fewer elements stay gathered at stage 3, unless DeepSpeed is told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -67,5 +67,6 @@ class Exchange:
         if self.stage < 3:
             times = 1 if self.stage == 1 else micro_batches
             return times * reduced + link.gather(gradients, ranks, len(self.layout.groups))
-        cut = [size for sizes in (*self.layout.groups, self.layout.frozen) for size in sizes if size >= PERSISTENT]
+        least = self.zero.get("stage3_param_persistence_threshold", PERSISTENT)
+        cut = [size for sizes in (*self.layout.groups, self.layout.frozen) for size in sizes if size >= least]
         return micro_batches * (reduced + link.gather(FLOAT * sum(cut), ranks, len(cut)))

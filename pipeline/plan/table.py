@@ -23,7 +23,7 @@ NETWORK = 25e9
 LATENCY = 10e-6
 """Seconds of a message between GPUs."""
 ADAMW_PASSES = 7
-"""fp32 numbers of a weight that AdamW reads and writes: weight, gradient, two moments; all but the gradient again."""
+"""fp32 numbers that AdamW reads of a weight (itself, its gradient, two moments) and writes (all but the gradient)."""
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,11 @@ def test_what_is_sent_at_each_stage(stage: int, sent: float) -> None:
     assert exchange(stage).seconds(2, 3, 1.0, QUICK) == pytest.approx(sent / 2 / 1e9)
 
 
+def test_every_parameter_is_gathered_where_none_persists() -> None:
+    more = exchange(3, stage3_param_persistence_threshold=0).seconds(2, 1, 1.0, QUICK)
+    assert more - exchange(3).seconds(2, 1, 1.0, QUICK) == pytest.approx(4 * 100_000 / 2 / 1e9)
+
+
 def test_smaller_buckets_are_more_messages() -> None:
     few, many = (exchange(1, reduce_bucket_size=size).seconds(2, 1, 1.0, LINK) for size in (1_000_000, 100_000))
     assert many - few == pytest.approx(2 * 9 * 1e-3)
