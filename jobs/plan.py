@@ -190,7 +190,7 @@ def _head(config: Config, plan: Plan) -> Iterator[str]:
     yield f"activations  of {train.micro_batch} images on the greatest canvas, {greatest[0]} x {greatest[1]}"
     yield (
         f"checkpoints  {_short(checkpoints.bytes / GB)} GB each; {checkpoints.written} written, "
-        f"{_short(checkpoints.written * checkpoints.bytes / GB)} GB, and {checkpoints.kept} kept, "
+        f"{_short(checkpoints.written * checkpoints.bytes / GB)} GB, and {checkpoints.kept} kept at most, "
         f"{_short(checkpoints.kept * checkpoints.bytes / GB)} GB"
     )
 

@@ -35,7 +35,7 @@ class Checkpoints:
     written: int
     """How many there will have been."""
     kept: int
-    """How many stay; while one is written there is one more."""
+    """How many stay at most: the newest, and the best; while one is written there is one more."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ class Plan:
         epochs = np.arange(self.steps + 1) * self.train.global_batch / self.data.images
         crossed = np.diff(np.floor(epochs / self.train.checkpoint_epochs)) > 0
         written = int(crossed.sum()) + int(not crossed[-1])
-        kept = min(written, self.train.keep_checkpoints or written)
+        keep = self.train.keep_checkpoints
+        kept = written if keep is None else min(written, keep + 1)
         return Checkpoints(self.layout.checkpoint(self.train.ema is not None), written, kept)
 
     def problem(self, gpus: int) -> str | None:

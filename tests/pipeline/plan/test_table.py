@@ -111,7 +111,7 @@ def test_checkpoints_are_written_as_the_run_does(
     plan = replace(PLAN, train=job.train, data=replace(DATA, images=20))
     assert plan.steps == run.total
     assert plan.checkpoints.written == written
-    assert plan.checkpoints.kept == min(written, keep or written)
+    assert plan.checkpoints.kept == (written if keep is None else min(written, keep + 1))
 
 
 def test_an_average_is_another_set_of_weights() -> None:
