@@ -100,7 +100,7 @@ def read_profile(path: Path, settings: dict[str, Any]) -> Profile:
     try:
         points = tuple(Point(**point) for point in content.pop("points"))
         profile = Profile(points=points, **content)
-        if not points or min(value for point in points for value in (point.flops, point.seconds)) <= 0:
+        if not points or min(profile.optimizer, *(min(point.flops, point.seconds) for point in points)) <= 0:
             raise ValueError("no times in it")
         changed = differences(profile.settings, settings)
     except (TypeError, KeyError, AttributeError, ValueError) as error:

@@ -68,6 +68,8 @@ def test_measured_times_take_the_place_of_assumed_ones(tmp_path: Path) -> None:
     assert (told["gpu"], told["profile"]) == (None, "CPU, 1 thread")
     points = json.loads(profile.read_text())["points"]
     assert told["rows"][0]["compute"] == pytest.approx(points[-1]["seconds"], rel=0.5)
+    memory = told["rows"][0]["memory"][0]
+    assert memory["activations"] == pytest.approx(points[-1]["activations"], rel=0.1), "counted, and of real tensors"
     config = load_config(CONFIGS / "demo.yaml", ["model.decoder_layers=1"])
     with pytest.raises(UserError, match="--gpu H100: the profile was measured on CPU, 1 thread"):
         make_plan(config, profile=profile, gpu="H100")

@@ -71,8 +71,15 @@ def test_a_profile_of_another_network_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["[]", "{}", '{"points": [{}]}', '{"points": [], "device": "", "settings": {}, "optimizer": 1}'],
-    ids=["list", "empty", "point", "none"],
+    [
+        "[]",
+        "{}",
+        '{"points": [{}]}',
+        '{"points": [], "device": "", "settings": {}, "optimizer": 1}',
+        json.dumps(asdict(profile_of((100, 0.0)))),
+        json.dumps(asdict(replace(profile_of((100, 1.0)), optimizer="1"))),  # type: ignore[arg-type]
+    ],
+    ids=["list", "empty", "point", "none", "zero", "text"],
 )
 def test_what_is_no_profile_is_told(tmp_path: Path, content: str) -> None:
     (tmp_path / "p.json").write_text(content)
