@@ -1,5 +1,6 @@
 """What ends a command from outside: SIGINT and SIGTERM, the first in order, the second at once; and the loss of Ray."""
 
+import atexit
 import ctypes
 import os
 import signal
@@ -43,8 +44,15 @@ def end_in_order() -> None:
     outlive their node.
     """
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    atexit.register(_hear_no_more)
     for number in SIGNALS:
         signal.signal(number, _first)
+
+
+def _hear_no_more() -> None:
+    """The work is over: while Python takes itself down it has no handlers, and a signal would kill it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def received() -> Interrupted | None:

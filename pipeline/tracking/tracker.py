@@ -468,17 +468,28 @@ class Tracker:
         return uploaded
 
     def _new_metrics(self, records: list[SpoolRecord], steps: dict[str, int]) -> list[Any]:
-        """The metrics of `records` that are beyond `steps` (last step by name), which are moved on."""
+        """The metrics of `records` that the run does not have; `steps`, the last step by name, are moved on.
+
+        Beyond the last step all are new. Before it, what a restart repeats is not, and what was scored late is: the
+        server knows.
+        """
         from mlflow.entities import Metric
 
         names = self.outbox.legal(name for record in records for name in record.metrics)
-        metrics = []
+        metrics: list[Any] = []
+        known: dict[str, set[int]] = {}
         for record in records:
             for raw_name, value in record.metrics.items():
                 name = names[raw_name]
-                if record.step > steps.get(name, -1):
-                    metrics.append(Metric(name, value, round(record.time * 1000), record.step))
-                    steps[name] = record.step
+                if record.step <= steps.get(name, -1):
+                    if name not in known:
+                        known[name] = {point.step for point in self.client.get_metric_history(self.run_id, name)}
+                        known[name] |= {metric.step for metric in metrics if metric.key == name}
+                    if record.step in known[name]:
+                        continue
+                metrics.append(Metric(name, value, round(record.time * 1000), record.step))
+                known.get(name, set()).add(record.step)
+                steps[name] = max(record.step, steps.get(name, -1))
         return metrics
 
     def _state(self, spool: Path) -> dict[str, Any]:

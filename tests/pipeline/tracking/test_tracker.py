@@ -60,6 +60,21 @@ class TestTracker:
         assert second.drain(second.reader(tmp_path / "spool")) == 1
         assert [step for step, _, _ in history(second, "loss")] == [1, 2, 3]
 
+    def test_a_point_that_comes_late_is_kept_and_one_that_is_repeated_is_not(
+        self, tracker: Tracker, tmp_path: Path
+    ) -> None:
+        """A checkpoint may be scored after a later one; a restart writes steps again, with other values."""
+        with Spool(tmp_path / "spool") as spool:
+            for step in (6, 3, 6, 9, 3, 9):
+                spool.write(step, {"AP": 0.1 * step})
+        assert tracker.drain(tracker.reader(tmp_path / "spool")) == 3
+        with Spool(tmp_path / "spool") as spool:
+            for step, value in ((4, 0.4), (6, 0.7), (4, 0.5), (12, 1.0)):
+                spool.write(step, {"AP": value})
+        assert tracker.drain(tracker.reader(tmp_path / "spool")) == 2
+        found = [(step, round(value, 6)) for step, value, _ in history(tracker, "AP")]
+        assert found == [(3, 0.3), (4, 0.4), (6, 0.6), (9, 0.9), (12, 1.0)]
+
     def test_a_lost_offset_doubles_nothing(self, tracker: Tracker, tmp_path: Path) -> None:
         with Spool(tmp_path / "spool") as spool:
             spool.write(1, {"loss": 3.0})
