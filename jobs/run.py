@@ -121,11 +121,12 @@ class Pipeline:
         """Train to the end of the schedule; returns the last checkpoint."""
         self._connect()
         spool = self.config.folder.train_spool
-        manifest = self._manifest("train")
+        manifest, val = self._manifest("train"), self._val_manifest()
         total = self.config.train.total_steps(len(manifest.samples))
         self.tracker.log_points(spool)
+        track.tell_about(self.tracker, self.config, {"train": manifest} | ({"val": val} if val else {}))
         uploaded, metrics = time.monotonic(), RunMetrics(self.config.name)
-        with TrainingProgress(self.console, spool, total) as shown, self._evaluation_beside() as beside:
+        with TrainingProgress(self.console, spool, total) as shown, self._evaluation_beside(val) as beside:
 
             def poll() -> None:
                 nonlocal uploaded
@@ -145,14 +146,14 @@ class Pipeline:
         return last
 
     @contextmanager
-    def _evaluation_beside(self) -> Iterator[EvaluationBeside | None]:
+    def _evaluation_beside(self, val: Manifest | None) -> Iterator[EvaluationBeside | None]:
         """Evaluation of new checkpoints while workers train, where it is wanted and the validation shards are there."""
-        spool, val = self.config.folder.evaluate_spool, self.config.shards_folder / "val"
-        if not self.config.evaluate.beside or not (val / MANIFEST_NAME).exists():
+        spool = self.config.folder.evaluate_spool
+        if val is None or not self.config.evaluate.beside:
             yield None
             return
         self.tracker.log_points(spool)
-        with EvaluationBeside(self.config, self._manifest("val"), partial(evaluate.tell_scores, spool)) as beside:
+        with EvaluationBeside(self.config, val, partial(evaluate.tell_scores, spool)) as beside:
             yield beside
 
     def evaluate(self) -> dict[str, Any]:
@@ -171,6 +172,10 @@ class Pipeline:
 
     def _manifest(self, split: str) -> Manifest:
         return read_manifest(self.config.shards_folder / split, cache_of(self.config.shards))
+
+    def _val_manifest(self) -> Manifest | None:
+        """That of the validation split, if it is sharded: training does not need it."""
+        return self._manifest("val") if (self.config.shards_folder / "val" / MANIFEST_NAME).exists() else None
 
     def _last_checkpoint(self) -> Path:
         folder = self.config.folder.checkpoints

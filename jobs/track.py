@@ -1,14 +1,24 @@
 """Uploads what a run has for MLflow and a server that was away has not got."""
 
+import shlex
+import socket
+import sys
+from collections.abc import Mapping
 from pathlib import PurePath
 
+import yaml
+
 from jobs.console import make_console
+from pipeline.config.address import without_secrets
+from pipeline.config.load import dump_config
 from pipeline.config.sections import Config
+from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
-from pipeline.files import held
+from pipeline.files import held, write_whole
 from pipeline.log import outcome
 from pipeline.registry.register import VERSION, Registration, register_version
 from pipeline.tracking.outbox import Operation
+from pipeline.tracking.provenance import code_version, user
 from pipeline.tracking.tracker import Tracker
 
 
@@ -23,6 +33,55 @@ def open_tracker(config: Config, *, reach: bool = True) -> Tracker:
         reach=reach,
         handlers={VERSION: make_version},
     )
+
+
+def tell_about(tracker: Tracker, config: Config, manifests: Mapping[str, Manifest]) -> None:
+    """What the run's page says: what is trained on which data by whom, with what command, code and configuration.
+
+    Args:
+        tracker: the MLflow run.
+        config: the pipeline.
+        manifests: of the splits that are used, by name.
+    """
+    code = code_version()
+    tags = {
+        "mlflow.note.content": described(config, manifests["train"]),
+        "mlflow.user": user(),
+        "mlflow.source.name": without_secrets(shlex.join(["raydetr", *sys.argv[1:]])),
+        "mlflow.source.type": "JOB",
+        "raydetr.host": socket.gethostname(),
+        **{f"raydetr.{name}": value for name, value in code.items()},
+    }
+    if "git_commit" in code:
+        tags["mlflow.source.git.commit"] = code["git_commit"]
+    tracker.log_tags(tags)
+    for split, context in (("train", "training"), ("val", "validation")):
+        if split in manifests:
+            name = f"{config.dataset.name} {split}"
+            tracker.log_dataset(context, name, manifests[split].digest, str(manifests[split].folder))
+    file = config.folder.path / "config.yaml"
+    write_whole(file, yaml.safe_dump(dump_config(config), sort_keys=False).encode())
+    tracker.log_artifacts(file)
+
+
+def described(config: Config, manifest: Manifest) -> str:
+    """A few words of Markdown on what is trained, on what and how."""
+    model, train, images = config.model, config.train, len(manifest.samples)
+    names = {"dilation": "dilated stage 5", "with_box_refine": "iterative box refinement", "two_stage": "two-stage"}
+    parts = [model.backbone, *(name for key, name in names.items() if getattr(model, key))]
+    steps = train.total_steps(images)
+    return (
+        f"**{'DETR' if model.arch == 'detr' else 'Deformable DETR'}** ({', '.join(parts)}, {model.num_queries} queries)"
+        f" on {_verbatim(config.dataset.name)}: {images:,} images, {len(manifest.labels.names)} categories"
+        f"{f', from {_verbatim(train.init.weights)}' if train.init.weights else ''}.\n\n"
+        f"{steps:,} steps of {train.global_batch} images ({steps * train.global_batch / images:.3g} epochs), learning "
+        f"rate {train.lr:g}, {train.precision}. The scores and the pictures are in `evaluate/report.html` among the "
+        "artifacts, the settings in `config.yaml`."
+    )
+
+
+def _verbatim(text: str) -> str:
+    return f"`{' '.join(text.replace('`', ' ').split())}`"
 
 
 def make_version(tracker: Tracker, operation: Operation) -> Registration:

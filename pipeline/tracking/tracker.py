@@ -89,6 +89,8 @@ class Tracker:
         self.handlers: dict[str, Handler] = {
             "params": Tracker._send_params,
             "points": lambda tracker, operation: None,  # spools are uploaded before all operations
+            "tags": Tracker._send_tags,
+            "dataset": Tracker._send_dataset,
             "artifacts": Tracker._send_artifacts,
             "status": Tracker._send_status,
             **(handlers or {}),
@@ -129,6 +131,21 @@ class Tracker:
         `continued.<key>`.
         """
         self._want("params", "", {key: str(value)[:PARAM_LENGTH] for key, value in flatten(params).items()})
+
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run; those of the last call count."""
+        self._want("tags", "", dict(tags))
+
+    def log_dataset(self, context: str, name: str, digest: str, source: str) -> None:
+        """Name a dataset that the run uses, in a `context` such as training.
+
+        Args:
+            context: what it is used for.
+            name: for people.
+            digest: of its content; MLflow keeps 36 characters of it.
+            source: where it lies.
+        """
+        self._want("dataset", context, {"name": name, "digest": digest[:36], "source": shown(source)})
 
     def log_points(self, spool: Path) -> None:
         """Upload the points of a spool from now on, with each `sync`."""
@@ -411,6 +428,20 @@ class Tracker:
         ]
         self._send("params", new, PARAMS, lambda some: self.client.log_batch(self.run_id, params=some))
         self._send("tags", changed, PARAMS, lambda some: self.client.log_batch(self.run_id, tags=some))
+
+    def _send_tags(self, operation: Operation) -> None:
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(name, text) for name, text in operation.body.items()]
+        self._send("tags", tags, PARAMS, lambda some: self.client.log_batch(self.run_id, tags=some))
+
+    def _send_dataset(self, operation: Operation) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        name, digest, source = (operation.body[key] for key in ("name", "digest", "source"))
+        dataset = Dataset(name, digest, source_type="raydetr", source=json.dumps({"uri": source}))
+        context = [InputTag("mlflow.data.context", operation.subject)]
+        self.client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, context)])
 
     def _send_artifacts(self, operation: Operation) -> None:
         path, folder = self.outbox.path(operation.subject), operation.body["folder"]

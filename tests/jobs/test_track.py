@@ -8,13 +8,14 @@ import pytest
 
 from jobs import run as running
 from jobs.register import best_checkpoint
-from jobs.track import open_tracker, sync
-from pipeline.config.load import parse_config
+from jobs.track import open_tracker, sync, tell_about
+from pipeline.config.load import load_config, parse_config
 from pipeline.config.sections import METRICS, Config
 from pipeline.data.labels import Category, LabelMap
 from pipeline.errors import TrackingError, UserError
 from pipeline.evaluate.results import weights_digest
-from tests.builders import write_checkpoint
+from pipeline.tracking.provenance import user
+from tests.builders import make_manifest, write_checkpoint
 from tests.jobs.test_cli import raydetr
 
 LABELS = LabelMap("contiguous", (Category(1, "cat"),))
@@ -41,6 +42,38 @@ class TestSync:
         made = open_tracker(make_config(tmp_path, mlflow_uri))
         run = made.client.get_run(made.run_id)
         assert (run.info.status, run.data.params) == ("FINISHED", {"a": "1"})
+
+    def test_what_the_page_of_a_run_says(
+        self, mlflow_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        manifests = {"train": make_manifest(tmp_path / "train"), "val": make_manifest(tmp_path / "val")}
+        config = make_config(
+            tmp_path / "runs",
+            mlflow_uri,
+            dataset={"root": "data/<b> `cells`"},
+            model={"with_box_refine": True},
+            train={"global_batch": 2, "micro_batch": 2, "epochs": 3},
+        )
+        monkeypatch.setattr("sys.argv", ["raydetr", "run", "--set", f"tracking.uri={AWAY}"])
+        tracker = open_tracker(config)
+        for _ in range(2):
+            tell_about(tracker, config, manifests)
+        assert tracker.sync()
+        run = tracker.client.get_run(tracker.run_id)
+        note = run.data.tags["mlflow.note.content"]
+        kind = "**Deformable DETR** (resnet50, iterative box refinement, 300 queries)"
+        assert note.startswith(f"{kind} on `<b> cells`: {len(manifests['train'].samples)} images, 3 categories.")
+        assert "5 steps of 2 images (3.33 epochs)" in note
+        assert run.data.tags["mlflow.source.name"].startswith("raydetr run --set ")
+        assert "hunter2" not in str(run.data.tags)
+        assert run.data.tags["mlflow.user"] == user()
+        found = {(each.tags[0].value, each.dataset.digest) for each in run.inputs.dataset_inputs}
+        contexts = {"train": "training", "val": "validation"}
+        assert found == {(contexts[split], manifest.digest[:36]) for split, manifest in manifests.items()}
+        assert len(run.inputs.dataset_inputs) == 2
+        (file,) = tracker.client.list_artifacts(tracker.run_id)
+        kept = Path(tracker.client.download_artifacts(tracker.run_id, file.path, str(tmp_path)))
+        assert (kept.name, load_config(kept)) == ("config.yaml", config)
 
     def test_the_command(self, tmp_path: Path) -> None:
         file = tmp_path / "my.yaml"
