@@ -100,20 +100,18 @@ class Growth:
         self._workers = workers
         self._looked = time.monotonic()
         self._since: float | None = None
-        self.was_due = False
 
     def is_due(self) -> bool:
-        """Whether it is, for the first time; called often."""
+        """Whether it is; called often, until it is."""
         now = time.monotonic()
-        if self.was_due or not self._larger or now - self._looked < GROW_LOOK_SECONDS:
+        if not self._larger or now - self._looked < GROW_LOOK_SECONDS:
             return False
         self._looked = now
         if room(self._worker, self._workers) < self._larger[-1]:
             self._since = None
         elif self._since is None:
             self._since = now
-        self.was_due = self._since is not None and now - self._since >= GROW_SECONDS
-        return self.was_due
+        return self._since is not None and now - self._since >= GROW_SECONDS
 
 
 def _answers(node: dict[str, Any]) -> bool:

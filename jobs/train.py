@@ -39,6 +39,7 @@ from pipeline.log import get_logger, outcome
 from pipeline.run_folder import RunFolder
 from pipeline.tracking.spool import SpoolReader
 from pipeline.train.run import TrainJob, resume_point
+from pipeline.train.scores import is_exhausted, scored
 from pipeline.train.stop import end_of
 
 logger = get_logger(__name__)
@@ -89,7 +90,8 @@ def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lamb
         os.environ.setdefault(name, value)
     job = make_job(config, manifest)
     found = resume_point(job, manifest)
-    if found is not None and found[1].step == config.train.total_steps(len(manifest.samples)):
+    is_over = found is not None and found[1].step == config.train.total_steps(len(manifest.samples))
+    if found is not None and (is_over or is_no_better(config)):
         logger.info(outcome("train", found[0], is_new=False))
         return found[0]
     restarts = 0
@@ -110,7 +112,19 @@ def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lamb
         else:
             if result is not None:
                 return _checkpoint_of(result)
+            last = latest(config.folder.checkpoints)
+            if last is not None and is_no_better(config):
+                logger.info("train: %s has not been better for train.patience checkpoints", config.register_.metric)
+                return last
             logger.info("train: there is room for more workers")
+
+
+def is_no_better(config: Config) -> bool:
+    """Whether there are checkpoints, and their scores have not been better for `train.patience` of them."""
+    patience, run = config.train.patience, config.folder
+    if patience is None or latest(run.checkpoints) is None:
+        return False
+    return is_exhausted(scored(run, config.register_.metric), patience)
 
 
 def _checkpoint_of(result: dict[str, str]) -> Path:
@@ -188,7 +202,7 @@ def refuse_plain_operator(device: str) -> None:
 
 
 def _fit(config: Config, trainer: TorchTrainer, workers: int, on_poll: Callable[[], None]) -> dict[str, str] | None:
-    """What rank 0 returns; None where it ended in order because more workers could go on.
+    """What rank 0 returns; None where it ended in order because more workers could go on, or none need to.
 
     Training runs in a thread, so that `on_poll` is called in the one that asked.
     """
@@ -197,14 +211,15 @@ def _fit(config: Config, trainer: TorchTrainer, workers: int, on_poll: Callable[
     began = time.monotonic()
     points = SpoolReader(run.train_spool, run.train_spool.stat().st_size if run.train_spool.exists() else 0)
     seen = run.watch_log.stat().st_size if run.watch_log.exists() else 0
-    growth = Growth(config, workers)
+    growth, ends = Growth(config, workers), False
     future = in_thread(trainer.fit, "ray-train")
     try:
         while not wait([future], POLL_SECONDS).done:
             on_poll()
             check_alive()
             seen = _tell_seen(run.watch_log, seen)
-            if growth.is_due():
+            if not ends and (growth.is_due() or is_no_better(config)):
+                ends = True
                 run.stop.touch()
     except Interrupted as interrupted:
         # A run that goes on writes no points of the steps that it does again.
@@ -214,7 +229,7 @@ def _fit(config: Config, trainer: TorchTrainer, workers: int, on_poll: Callable[
     _tell_seen(run.watch_log, seen)
     with loss_told():
         result: dict[str, str] = future.result().return_value
-    return None if "stopped" in result and growth.was_due else result
+    return None if "stopped" in result and ends else result
 
 
 def _tell_seen(log: Path, offset: int) -> int:

@@ -250,6 +250,9 @@ class TrainSection(Section):
     max_hours: Annotated[float | None, Role.MAY_DIFFER] = Field(None, gt=0, allow_inf_nan=False)
     """Hours after the command began at which training ends in order, with a checkpoint, as at a SIGTERM: a little less
     than a queue allows. The same command goes on."""
+    patience: Annotated[int | None, Role.MAY_DIFFER] = Field(None, ge=1)
+    """Scored checkpoints in a row without a better register.metric after which training ends; null trains to the end of
+    the schedule. It looks at what evaluate.beside scores: where the cluster has no room for it, nothing ends early."""
     log_steps: Annotated[int, Role.MAY_DIFFER] = Field(10, ge=1)
     """Steps between two points of the training curves."""
     profile: Annotated[ProfileSection | None, Role.MAY_DIFFER] = None
@@ -439,6 +442,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
+        if self.train.patience is not None and not self.evaluate.beside:
+            raise ValueError("train.patience looks at the scores of evaluate.beside, which is false: mend one")
         if not self.world_sizes:
             least, most = self.cluster.bounds
             raise ValueError(

@@ -4,9 +4,7 @@ A run goes on from its newest checkpoint with the settings that it began with; t
 may differ.
 """
 
-import json
 import math
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from pipeline.files import make_folder
 from pipeline.run_folder import RunFolder
 from pipeline.store import Place
 from pipeline.train.optim import lr_factor
+from pipeline.train.scores import best_of, scored
 
 MAY_DIFFER = {f"train.{name}" for name in settings_with(TrainSection, Role.MAY_DIFFER)}
 """Settings that a run may go on with when they changed: none of them changes what a step does."""
@@ -106,13 +105,10 @@ class Run:
         return step + 1 == self.total or full[1] > full[0]
 
     def best_scored(self) -> str | None:
-        """Name of the best of the checkpoints that are scored by now; of equal ones the newest."""
-        scores = []
-        for path in checkpoints(self.job.out.checkpoints):
-            with suppress(KeyError, OSError, ValueError):  # not there, or not yet whole
-                metrics = json.loads(self.job.out.scores()[path.name].read_text(encoding="utf-8"))
-                scores.append((float(metrics[self.job.metric]), path.name))
-        return max(reversed(scores), key=lambda score: score[0])[1] if scores else None
+        """Name of the best of the checkpoints that are scored by now, and there; of equal ones the newest."""
+        there = {path.name for path in checkpoints(self.job.out.checkpoints)}
+        scores = scored(self.job.out, self.job.metric)
+        return best_of({name: value for name, value in scores.items() if name in there})
 
     def state(self, step: int, skipped: int, optimizer: torch.optim.Optimizer) -> State:
         """What a checkpoint after `step` steps says."""

@@ -20,7 +20,8 @@ from pipeline.config.sections import ClusterSection, Config
 from pipeline.data.manifest import Manifest
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.run_folder import RunFolder
+from pipeline.files import write_json
+from pipeline.run_folder import METRICS_FILE, RunFolder
 from pipeline.train.loop import train as train_here
 from pipeline.train.run import TrainJob
 from tests.builders import make_varied_manifest
@@ -122,6 +123,15 @@ def test_a_killed_worker_changes_nothing(trained: tuple[Config, Path, int], mani
     assert killed[0] < STEPS, "it was not killed in time"
     assert_same_weights(last, trained[1])
     assert losses(config.folder) == losses(trained[0].folder)
+
+
+def test_a_run_that_is_no_better_ends(manifest: Manifest, tmp_path: Path) -> None:
+    config = make_config(tmp_path, max_steps=100_000, patience=1)
+    for name, value in (("checkpoint-1", 0.5), ("checkpoint-2", 0.4)):
+        write_json(config.folder.evaluation / name / METRICS_FILE, {"AP": value})
+    last = train(config, manifest)
+    assert 0 < checkpoint.read_state(last).step < 100_000
+    assert train(config, manifest) == last
 
 
 def test_wrong_input_of_a_worker_is_told_to_the_driver(manifest: Manifest, tmp_path: Path) -> None:

@@ -138,6 +138,13 @@ def test_smaller_copies_that_cannot_be_made_are_refused(settings: dict[str, Any]
         parse_config({"name": "a", "shards": settings}, "my.yaml")
 
 
+def test_patience_needs_scores() -> None:
+    sections: dict[str, Any] = {"name": "a", "train": {"patience": 2}}
+    assert Config.model_validate(sections).train.patience == 2
+    with pytest.raises(ValueError, match=r"train\.patience looks at the scores of evaluate\.beside, which is false"):
+        Config.model_validate({**sections, "evaluate": {"beside": False}})
+
+
 def test_workers_that_do_not_share_a_step_equally_are_skipped() -> None:
     train = {"global_batch": 24, "micro_batch": 2}
     config = Config.model_validate({"name": "a", "train": train, "cluster": {"workers": [2, 8]}})
@@ -164,7 +171,15 @@ def test_the_tracking_server_is_embedded_unless_one_is_named(tmp_path: Path) -> 
             Role.MAY_DIFFER,
             (
                 *("epochs", "max_steps", "zero_stage", "activation_checkpointing", "loader_workers"),
-                *("checkpoint_epochs", "keep_checkpoints", "max_hours", "log_steps", "profile", "max_restarts"),
+                *(
+                    "checkpoint_epochs",
+                    "keep_checkpoints",
+                    "max_hours",
+                    "patience",
+                    "log_steps",
+                    "profile",
+                    "max_restarts",
+                ),
             ),
         ),
         (EvaluateSection, Role.SCORES, ("batch_size", "short_side", "max_side", "max_detections")),
