@@ -18,6 +18,9 @@ def test_everything_has_its_place_below_the_folder() -> None:
         "mlflow_run": "runs/demo/mlflow_run.json",
         "outbox": "runs/demo/outbox",
         "stop": "runs/demo/stop",
+        "profile": "runs/demo/profile",
+        "watch_log": "runs/demo/watch.log",
+        "stacks": "runs/demo/stacks",
         "lock": "runs/demo/lock",
     }
 
@@ -25,3 +28,13 @@ def test_everything_has_its_place_below_the_folder() -> None:
 def test_naming_it_makes_nothing(tmp_path: Path) -> None:
     assert not RunFolder(tmp_path / "demo").checkpoints.exists()
     assert not list(tmp_path.iterdir())
+
+
+def test_scores_are_found_by_the_checkpoint(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.scores() == {}
+    for name in ("checkpoint-5", "checkpoint-10", "other"):
+        (run.evaluation / name).mkdir(parents=True)
+    file = run.evaluation / "checkpoint-5" / "metrics.json"
+    file.write_text("{}")
+    assert run.scores() == {"checkpoint-5": file}
