@@ -64,6 +64,10 @@ def ask(database: Path, question: str, *values: object) -> list[Any]:
         return opened.execute(question, values).fetchall()
 
 
+OF_THE_MOMENT = ("images_per_second", "data_wait", "hours_left")
+"""Ends of the names of curves that are other ones each time."""
+
+
 def contents(folder: Path, name: str) -> dict[str, str]:
     """The files of a folder with digests of what is in them, whatever the name of the run."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
@@ -89,7 +93,7 @@ def tracked(server: MlflowServer, name: str) -> dict[str, Any]:
     (packed,) = (server.folder / "artifacts").glob(f"*/models/{model}/artifacts")
     return {
         "run": (status, stage),
-        "points": sorted((key, step, 0 if "per_second" in key else value) for key, step, value in points),
+        "points": sorted((key, step, 0 if key.endswith(OF_THE_MOMENT) else value) for key, step, value in points),
         "params": {
             key: value.replace(name, "NAME")
             for key, value in ask(database, "select key, value from params where run_uuid = ?", run)
