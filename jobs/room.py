@@ -4,6 +4,7 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import ray
@@ -66,24 +67,26 @@ def wait_for_room(cluster: ClusterSection, sizes: list[int], device: str) -> int
         UserError: `cluster.wait` is over.
     """
     worker, began, is_told = resources_of(cluster, device), time.monotonic(), False
-    while True:
-        found, waited = room(worker), time.monotonic() - began
-        fitting = [size for size in sizes if size <= found]
-        if fitting and (fitting[0] == sizes[0] or waited >= SETTLE_SECONDS):
-            if is_told:
-                request_resources(bundles=[])
-            return fitting[0]
-        if cluster.wait is not None and waited >= cluster.wait and not fitting:
-            raise UserError(
-                f"after {cluster.wait:g} s (cluster.wait) the Ray cluster has room for {found} of {sizes[-1]} workers: "
-                "add nodes, or run the same command again later"
-            )
-        if waited >= SETTLE_SECONDS and not is_told:
-            is_told = True
-            logger.warning("train: waiting for room for %d workers; Ray has it for %d", sizes[-1], found)
-            request_resources(bundles=[worker] * sizes[-1])
-        check_alive()
-        time.sleep(LOOK_SECONDS)
+    try:
+        while True:
+            found, waited = room(worker), time.monotonic() - began
+            fitting = [size for size in sizes if size <= found]
+            if fitting and (fitting[0] == sizes[0] or waited >= SETTLE_SECONDS):
+                return fitting[0]
+            if cluster.wait is not None and waited >= cluster.wait and not fitting:
+                raise UserError(
+                    f"after {cluster.wait:g} s (cluster.wait) the Ray cluster has room for {found} of {sizes[-1]} "
+                    "workers: add nodes, or run the same command again later"
+                )
+            if waited >= SETTLE_SECONDS and not is_told:
+                is_told = True
+                logger.warning("train: waiting for room for %d workers; Ray has it for %d", sizes[-1], found)
+                request_resources(bundles=[worker] * sizes[-1])
+            check_alive()
+            time.sleep(LOOK_SECONDS)
+    finally:
+        if is_told:  # an autoscaler keeps what nobody takes back; of a Ray that may be gone
+            in_thread(partial(request_resources, bundles=[]), "ray-request")
 
 
 class Growth:
