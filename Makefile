@@ -24,7 +24,7 @@ demo: setup  ## the main job on drawn images: no network service, no GPU
 test: setup
 	$(BIN)/python -m pytest
 
-test-clusters: setup  ## what takes minutes: runs that are ended, cut and lost; for all of it Debian's slurm-wlm and munge, kubectl, and root
+test-clusters: setup  ## what takes minutes: runs that are ended, cut and lost; for all of it Debian's slurm-wlm, munge and iproute2, kubectl, and root
 	$(BIN)/python -m pytest $(CLUSTERS)
 
 check: setup

@@ -19,15 +19,16 @@ class S3Server:
     """An S3 server in this process; its buckets end with it."""
 
     def __init__(self) -> None:
-        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        # For tests with hosts of their own, on all interfaces; what it holds is drawn.
+        self._server = ThreadedMotoServer(ip_address="0.0.0.0", port=0, verbose=False)
         self._server.start()
         self.port: int = self._server.get_host_and_port()[1]
         self._buckets = 0
 
-    def environment(self, port: int | None = None) -> dict[str, str]:
+    def environment(self, port: int | None = None, host: str = "127.0.0.1") -> dict[str, str]:
         """What a process needs to reach it, or a network before it by its port."""
         return {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port or self.port}",
+            "AWS_ENDPOINT_URL": f"http://{host}:{port or self.port}",
             "AWS_ACCESS_KEY_ID": "user",
             "AWS_SECRET_ACCESS_KEY": "planted-secret",
             "AWS_DEFAULT_REGION": "us-east-1",

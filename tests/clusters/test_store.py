@@ -22,6 +22,7 @@ from pipeline.shard.write import shard_split
 from pipeline.store import StorePath
 from tests.clusters.test_interrupts import Started
 from tests.end_to_end.test_pipeline import PROJECT
+from tests.hosts import CAN_HAVE_HOSTS, NEEDS, hosts
 from tests.stores import FaultyNetwork, S3Server
 
 WAIT_SECONDS = 300
@@ -158,13 +159,19 @@ def finished(folder: StorePath) -> dict[str, int]:
     return {name: time for name, time in modified(folder).items() if name.removesuffix(".tar") in records}
 
 
-def test_two_machines_share_only_the_store(s3: S3Server, uploaded: StorePath, local: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(not CAN_HAVE_HOSTS, reason=f"needs {NEEDS}")
+def test_two_hosts_share_only_the_store(s3: S3Server, uploaded: StorePath, local: Path, tmp_path: Path) -> None:
     """One shards, the other trains with nothing on its disk, and a cache with room for little."""
-    shard = command("one", tmp_path, f"{uploaded}/data", f"{uploaded}/shards")
-    shard[shard.index("run")] = "shard"
-    run(shard, s3.environment())
-    largest = max(size for name, size in (uploaded / "shards").list().items() if name.endswith(".tar"))
-    small = ("--set", f"shards.cache_bytes={3 * largest}")
-    run(command("two", tmp_path, f"{uploaded}/data", f"{uploaded}/shards", *small), s3.environment())
-    assert weights(tmp_path / "two") == weights(local / "local")
-    assert sum(path.stat().st_size for path in (tmp_path / "two-cache").iterdir()) <= 4 * largest
+    with hosts(2, tmp_path) as (here, (first, second)):
+        shard = command("one", tmp_path, f"{uploaded}/data", f"{uploaded}/shards")
+        shard[shard.index("run")] = "shard"
+        run(first.command(shard, PROJECT), s3.environment(host=here))
+        largest = max(size for name, size in (uploaded / "shards").list().items() if name.endswith(".tar"))
+        small = ("--set", f"shards.cache_bytes={3 * largest}")
+        train = command("two", tmp_path, f"{uploaded}/data", f"{uploaded}/shards", *small)
+        run(second.command(train, PROJECT), s3.environment(host=here))
+        disk = second.outside(tmp_path)
+    assert weights(disk / "two") == weights(local / "local")
+    assert sum(path.stat().st_size for path in (disk / "two-cache").iterdir()) <= 4 * largest
+    assert not list(tmp_path.glob("one*")), "the hosts wrote on this machine's disk"
+    assert not first.outside(tmp_path / "two").exists()
