@@ -3,6 +3,7 @@
 Nothing waits for it: where there is no room while workers train, the checkpoint is scored when training has ended.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,11 @@ from pipeline.config.values import plain
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.evaluate.detect import Detection, detect
-from pipeline.evaluate.results import evaluate_checkpoint
+from pipeline.evaluate.results import DETECTIONS_FILE, evaluate_checkpoint
+from pipeline.files import make_folder, write_json, write_whole
 from pipeline.log import get_logger
+from pipeline.mirror import checkpoint_here
+from pipeline.run_folder import METRICS_FILE, RunFolder
 
 logger = get_logger(__name__)
 
@@ -73,7 +77,7 @@ class EvaluationBeside:
             return
         cpus, gpus = self._resources["CPU"], self._resources.get("GPU", 0)
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_evaluate)
-        self._running[task.remote(self._settings, new[-1], self._folder.evaluation / new[-1].name)] = new[-1]
+        self._running[task.remote(self._settings, self._folder, new[-1])] = new[-1]
         self._begun.add(new[-1].name)
 
     def collect(self, seconds: float = 0) -> None:
@@ -82,16 +86,20 @@ class EvaluationBeside:
         for reference in done:
             path = self._running.pop(reference)
             try:
-                metrics = result_of(reference)
+                metrics, detections = result_of(reference)
             except (UserError, RayError) as error:
                 if path.exists():  # and was not removed for newer ones
                     logger.warning("evaluate: %s beside training: %s", path.name, str(error).strip().splitlines()[-1])
             else:
+                out = self._folder.evaluation / path.name
+                make_folder(out)
+                write_whole(out / DETECTIONS_FILE, detections)
+                write_json(out / METRICS_FILE, metrics)
                 self._scored(path.name, metrics)
 
 
-def _evaluate(settings: dict[str, Any], checkpoint: Path, out: Path) -> dict[str, Any]:
-    """What the task does: it scores a checkpoint alone."""
+def _evaluate(settings: dict[str, Any], run: RunFolder, checkpoint: Path) -> tuple[dict[str, Any], bytes]:
+    """What the task does: it scores a checkpoint alone, and gives the metrics and the file of the detections."""
     import torch
 
     torch.set_num_threads(settings["threads"])
@@ -100,5 +108,6 @@ def _evaluate(settings: dict[str, Any], checkpoint: Path, out: Path) -> dict[str
     def detect_all(path: Path, batches: list[list[int]]) -> Iterator[list[Detection]]:
         yield detect(path, settings["manifest"], batches, section, settings["device"], on_error=settings["on_error"])
 
-    metrics, _ = evaluate_checkpoint(checkpoint, settings["manifest"], section, out, detect_all)
-    return metrics
+    with checkpoint_here(run, checkpoint) as path, tempfile.TemporaryDirectory() as folder:
+        metrics, _ = evaluate_checkpoint(path, settings["manifest"], section, Path(folder), detect_all)
+        return metrics | {"checkpoint": str(checkpoint)}, Path(folder, DETECTIONS_FILE).read_bytes()

@@ -23,6 +23,7 @@ from pipeline.evaluate.report import plot_categories, write_category_table, writ
 from pipeline.evaluate.results import DETECTIONS_FILE, evaluate_checkpoint
 from pipeline.files import disk_told, make_folder, read_json, write_json
 from pipeline.log import get_logger, outcome
+from pipeline.mirror import checkpoint_here
 from pipeline.predict.detector import Detector
 from pipeline.run_folder import METRICS_FILE
 from pipeline.tracking.provenance import code_version
@@ -168,7 +169,8 @@ class _Tasks:
         workers = config.evaluate.workers or config.cluster.most_workers
         device = device_of(config.cluster)
         settings = {
-            "checkpoint": str(checkpoint.resolve()),
+            "run": config.folder,
+            "checkpoint": checkpoint.absolute(),
             "manifest": self._manifest,
             "evaluate": plain(config.evaluate),
             "device": device,
@@ -189,20 +191,21 @@ class _Tasks:
 
 
 def _detect_share(settings: dict[str, Any], batches: list[list[int]]) -> list[Detection]:
-    """What one task does: it loads the weights from the shared disk once, for all its batches."""
+    """What one task does: it loads the weights once, for all its batches."""
     import torch
 
     from pipeline.config.sections import EvaluateSection
 
     torch.set_num_threads(settings["threads"])
-    return detect(
-        Path(settings["checkpoint"]),
-        settings["manifest"],
-        batches,
-        EvaluateSection(**settings["evaluate"]),
-        settings["device"],
-        on_error=settings["on_error"],
-    )
+    with checkpoint_here(settings["run"], settings["checkpoint"]) as checkpoint:
+        return detect(
+            checkpoint,
+            settings["manifest"],
+            batches,
+            EvaluateSection(**settings["evaluate"]),
+            settings["device"],
+            on_error=settings["on_error"],
+        )
 
 
 def _progress(name: str, manifest: Manifest) -> ProgressDisplay:

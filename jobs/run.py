@@ -23,8 +23,8 @@ from pipeline.config.sections import Config
 from pipeline.data.cache import cache_of
 from pipeline.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from pipeline.errors import UserError
-from pipeline.files import held
 from pipeline.log import get_logger
+from pipeline.mirror import Mirror, driver_mirror
 from pipeline.registry.register import Registration
 from pipeline.tracking.spool import SpoolReader, SpoolRecord
 from pipeline.tracking.tracker import Tracker
@@ -57,13 +57,14 @@ class Pipeline:
         self.console = make_console()
         self._stack = ExitStack()
         self._tracker: Tracker | None = None
+        self._mirror: Mirror | None = None
 
     def __enter__(self) -> "Pipeline":
         with self._stack:  # closed if one of these fails
             if self._works_on_run:
                 check_init(self.config.train.init, self.config.folder.checkpoints)
                 name = f"the run {self.config.name}"
-                self._stack.enter_context(held(self.config.folder.lock, name, wait=self._wait, mend="set runs"))
+                self._mirror = self._stack.enter_context(driver_mirror(self.config.folder, name, wait=self._wait))
                 check_resume(self.config)
             self._begin_kill = self._stack.enter_context(at_first_signal(self._kill, FINISH_SECONDS))
             self._ray = self._stack.enter_context(ExitStack())
@@ -119,8 +120,9 @@ class Pipeline:
 
     def train(self) -> Path:
         """Train to the end of the schedule; returns the last checkpoint."""
+        assert self._mirror is not None, "training works on the run"
         self._connect()
-        spool = self.config.folder.train_spool
+        mirror, spool = self._mirror, self.config.folder.train_spool
         manifest, val = self._manifest("train"), self._val_manifest()
         total = self.config.train.total_steps(len(manifest.samples))
         self.tracker.log_points(spool)
@@ -130,6 +132,7 @@ class Pipeline:
 
             def poll() -> None:
                 nonlocal uploaded
+                mirror.check()
                 if newest := shown.update():
                     metrics.trained(newest.step, newest.metrics)
                 if beside is not None:
@@ -141,7 +144,7 @@ class Pipeline:
                     metrics.uploaded(self.tracker.waiting())
                     uploaded = time.monotonic()
 
-            last = train.train(self.config, manifest, on_poll=poll)
+            last = train.train(self.config, manifest, on_poll=poll, sync=mirror.sync)
         self.tracker.sync()
         return last
 

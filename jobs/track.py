@@ -14,8 +14,9 @@ from pipeline.config.load import dump_config
 from pipeline.config.sections import Config
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
-from pipeline.files import held, write_whole
+from pipeline.files import write_whole
 from pipeline.log import outcome
+from pipeline.mirror import driver_mirror
 from pipeline.registry.register import VERSION, Registration, register_version
 from pipeline.tracking.outbox import Operation
 from pipeline.tracking.provenance import code_version, user
@@ -104,9 +105,12 @@ def sync(config: Config, *, wait: bool = False) -> None:
         UserError: there is no such run.
         TrackingError: the server is away still.
     """
-    if not config.folder.outbox.is_dir():
-        raise UserError(f"{config.folder}: no command has written anything for MLflow there; see name and runs")
-    with held(config.folder.lock, f"the run {config.name}", wait=wait):
+    run = config.folder
+    if run.store is None and not run.outbox.is_dir():
+        raise UserError(f"{run}: no command has written anything for MLflow there; see name and runs")
+    with driver_mirror(run, f"the run {config.name}", wait=wait):
+        if not run.outbox.is_dir():
+            raise UserError(f"{run}: no command has written anything for MLflow there; see name and runs")
         tracker = open_tracker(config)
         waiting = tracker.waiting()
         tracker.settle(patience=0)

@@ -66,13 +66,19 @@ ENVIRONMENT = {
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
 
-def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lambda: None) -> Path:
+def train(
+    config: Config,
+    manifest: Manifest,
+    on_poll: Callable[[], None] = lambda: None,
+    sync: Callable[[], None] = lambda: None,
+) -> Path:
     """Train on the connected Ray to the end of the schedule, from the run's newest checkpoint.
 
     Args:
         config: the pipeline; `cluster.workers` workers run it, restarted `train.max_restarts` times.
         manifest: of the training split.
         on_poll: called about every second while workers train, in this thread.
+        sync: makes the run's folder alike here and where the workers have it.
 
     Returns:
         The checkpoint of the last step.
@@ -100,7 +106,7 @@ def train(config: Config, manifest: Manifest, on_poll: Callable[[], None] = lamb
         before = latest(config.folder.checkpoints)
         logger.info("train: starting %d workers%s", workers, f", going on from {before}" if before else "")
         try:
-            result = _fit(config, _make_trainer(config, job, device, workers), workers, on_poll)
+            result = _fit(config, _make_trainer(config, job, device, workers), workers, on_poll, sync)
         except TrainingFailedError as error:
             restarts = 1 if latest(config.folder.checkpoints) != before else restarts + 1
             if restarts > config.train.max_restarts:
@@ -184,7 +190,7 @@ def _make_trainer(config: Config, job: TrainJob, device: str, workers: int) -> T
         ),
         run_config=RunConfig(
             name="ray",
-            storage_path=str(config.folder),
+            storage_path=str(config.folder),  # every node writes there, and Ray refuses a folder that is not shared
             failure_config=FailureConfig(max_failures=0),  # `train` begins anew, with as many as there is room for
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
@@ -201,23 +207,26 @@ def refuse_plain_operator(device: str) -> None:
         )
 
 
-def _fit(config: Config, trainer: TorchTrainer, workers: int, on_poll: Callable[[], None]) -> dict[str, str] | None:
+def _fit(
+    config: Config, trainer: TorchTrainer, workers: int, on_poll: Callable[[], None], sync: Callable[[], None]
+) -> dict[str, str] | None:
     """What rank 0 returns; None where it ended in order because more workers could go on, or none need to.
 
     Training runs in a thread, so that `on_poll` is called in the one that asked.
     """
     run = config.folder
     run.stop.unlink(missing_ok=True)
+    sync()
     began = time.monotonic()
     points = SpoolReader(run.train_spool, run.train_spool.stat().st_size if run.train_spool.exists() else 0)
-    seen = run.watch_log.stat().st_size if run.watch_log.exists() else 0
+    seen = _Seen(run.watch)
     growth, ends = Growth(config, workers), False
     future = in_thread(trainer.fit, "ray-train")
     try:
         while not wait([future], POLL_SECONDS).done:
             on_poll()
             check_alive()
-            seen = _tell_seen(run.watch_log, seen)
+            seen.tell()
             if not ends and (growth.is_due() or is_no_better(config)):
                 ends = True
                 run.stop.touch()
@@ -226,23 +235,29 @@ def _fit(config: Config, trainer: TorchTrainer, workers: int, on_poll: Callable[
         has_begun = bool(points.read()) or time.monotonic() - began > START_SECONDS
         interrupted.add_note(_stop_workers(future, run, has_begun=has_begun))
         raise
-    _tell_seen(run.watch_log, seen)
+    sync()
+    seen.tell()
     with loss_told():
         result: dict[str, str] = future.result().return_value
     return None if "stopped" in result and ends else result
 
 
-def _tell_seen(log: Path, offset: int) -> int:
-    """Tell what the workers have written since about each other; where the next line begins."""
-    if not log.exists():
-        return offset
-    with log.open("rb") as file:
-        file.seek(offset)
-        for line in file:
-            if line.endswith(b"\n"):
-                logger.warning("train: %s", line.decode(errors="replace").rstrip())
-                offset += len(line)
-    return offset
+class _Seen:
+    """What the workers write from now on about each other, each in a file of the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._offsets = {log: log.stat().st_size for log in folder.glob("*.log")}
+
+    def tell(self) -> None:
+        """Tell what is new."""
+        for log in sorted(self._folder.glob("*.log")):
+            with log.open("rb") as file:
+                file.seek(self._offsets.get(log, 0))
+                for line in file:
+                    if line.endswith(b"\n"):
+                        logger.warning("train: %s", line.decode(errors="replace").rstrip())
+                        self._offsets[log] = self._offsets.get(log, 0) + len(line)
 
 
 def _stop_workers(future: "Future[Any]", run: RunFolder, *, has_begun: bool) -> str:
@@ -255,7 +270,7 @@ def _stop_workers(future: "Future[Any]", run: RunFolder, *, has_begun: bool) -> 
         pass
     run.stop.unlink(missing_ok=True)
     newest = latest(run.checkpoints)
-    return f"training goes on from {newest}" if newest else "training begins anew"
+    return f"training goes on from {run.place(newest)}" if newest else "training begins anew"
 
 
 def _worker(settings: dict[str, Any]) -> dict[str, str]:

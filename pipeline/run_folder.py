@@ -1,7 +1,12 @@
 """What lies where in a run's folder, `<runs>/<name>`."""
 
+import hashlib
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from pipeline.store import Place, StorePath
 
 METRICS_FILE = "metrics.json"
 """Name of the file of scores in a folder of results."""
@@ -12,7 +17,9 @@ class RunFolder:
     """Everything of one run."""
 
     path: Path
-    """The folder itself; Ray keeps its own bookkeeping of the run in `ray` below it."""
+    """The folder itself, or this machine's copy of it; Ray keeps its own bookkeeping of the run in `ray` below it."""
+    store: StorePath | None = None
+    """Where the run lies whose copy this is; None where the folder is all there is."""
 
     @property
     def checkpoints(self) -> Path:
@@ -59,9 +66,9 @@ class RunFolder:
         return self.path / "profile"
 
     @property
-    def watch_log(self) -> Path:
-        """File of what training's workers saw of each other."""
-        return self.path / "watch.log"
+    def watch(self) -> Path:
+        """Folder of what each rank saw of the others."""
+        return self.path / "watch"
 
     @property
     def stacks(self) -> Path:
@@ -73,5 +80,19 @@ class RunFolder:
         """File that whoever works on the run holds locked."""
         return self.path / "lock"
 
+    def place(self, path: Path | None) -> Place | None:
+        """Where people find what lies in the folder."""
+        if path is None or self.store is None:
+            return path
+        return self.store / path.relative_to(self.path).as_posix()
+
     def __str__(self) -> str:
-        return str(self.path)
+        return str(self.store or self.path)
+
+
+def run_folder(runs: Place, name: str) -> RunFolder:
+    """The folder of a run below that of all runs; for runs in a store, this user's copy of it on this machine."""
+    if isinstance(runs, Path):
+        return RunFolder(runs / name)
+    copies = Path(tempfile.gettempdir()) / f"raydetr-runs-{os.getuid()}"
+    return RunFolder(copies / hashlib.sha256(str(runs).encode()).hexdigest()[:16] / name, runs / name)

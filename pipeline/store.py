@@ -121,6 +121,10 @@ class StorePath:
 
     def list(self) -> dict[str, int]:
         """The sizes of all files in the folder and those below it, by their paths under it."""
+        return {name: size for name, (size, _) in self.stamps().items()}
+
+    def stamps(self) -> dict[str, tuple[int, int]]:
+        """What changes when one of the files of `list` is written anew, by its path: its size, and its time in ns."""
         import pyarrow.fs
 
         def files() -> Any:
@@ -128,7 +132,7 @@ class StorePath:
 
         found = self._try("listed", files)
         start = len(self._path.rstrip("/")) + 1
-        return {info.path[start:]: int(info.size) for info in found if info.is_file}
+        return {info.path[start:]: (int(info.size), int(info.mtime_ns or 0)) for info in found if info.is_file}
 
     def sizes(self, names: Iterable[str]) -> dict[str, int | None]:
         """The sizes of some files under this folder; None for one that is not there."""

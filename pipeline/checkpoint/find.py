@@ -1,5 +1,6 @@
 """Finding whole checkpoints: one that is damaged is set aside, and the one before it is used."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.checkpoint.state import DamagedError, State, checked_sum, checkpoints, read_state
@@ -10,15 +11,20 @@ from pipeline.log import get_logger
 logger = get_logger(__name__)
 
 
-def newest_whole(folder: Path) -> tuple[Path, State] | None:
+def newest_whole(folder: Path, bring: Callable[[str], object] = lambda name: None) -> tuple[Path, State] | None:
     """The newest checkpoint below a `checkpoints` folder whose files are all as they were written, or None.
 
     Every file is read. Damaged ones that are newer are set aside, so one process at a time may call this.
+
+    Args:
+        folder: the `checkpoints` folder.
+        bring: called with the name of each before its files are read, where they may be somewhere else.
 
     Raises:
         UserError: a checkpoint is of another format, cannot be read, or cannot be set aside.
     """
     for path in reversed(checkpoints(folder)):
+        bring(path.name)
         state = _whole(path)
         if state is not None:
             return path, state

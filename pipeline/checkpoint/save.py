@@ -56,6 +56,7 @@ class CheckpointWriter:
         keep: newest checkpoints that stay; None for all.
         best: gives the name of another that stays, if one does: the best so far.
         spool: of the training curves, whose points are flushed to the disk before the checkpoint after them is there.
+        written: called when it is there, before the next is begun and before `finish` is done.
     """
 
     def __init__(
@@ -65,8 +66,10 @@ class CheckpointWriter:
         keep: int | None,
         best: Callable[[], str | None] = lambda: None,
         spool: Path | None = None,
+        written: Callable[[], None] = lambda: None,
     ) -> None:
         self._world, self._folder, self._keep, self._best, self._spool = world, folder, keep, best, spool
+        self._is_written = written
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future[None] | None = None
         self._copied = threading.Event()
@@ -125,6 +128,7 @@ class CheckpointWriter:
             if self._spool is not None and self._spool.exists():
                 sync(self._spool)
             path = _write(self._folder, copies, state)
+            self._is_written()
             logger.info("%s written", path)
             self._remove_old()
         except Exception as error:

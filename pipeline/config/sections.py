@@ -14,8 +14,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from model.config import CriterionConfig, DetrConfig
 from pipeline.config.address import sqlite_uri
 from pipeline.config.deepspeed import refused
-from pipeline.run_folder import RunFolder
-from pipeline.store import Place, absolute, place
+from pipeline.run_folder import RunFolder, run_folder
+from pipeline.store import WEB, Place, absolute, place
 
 
 class Section(BaseModel):
@@ -429,8 +429,8 @@ class Config(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run; its folder is <runs>/<name>."""
-    runs: str = "runs"
-    """Folder of all runs, on a disk that every worker sees."""
+    runs: PlaceText = "runs"
+    """Folder of all runs: on a disk that every worker sees, or in a store, as `s3://bucket/runs`."""
     dataset: DatasetSection = DatasetSection()
     shards: ShardsSection = ShardsSection()
     model: DetrConfig = DetrConfig()
@@ -444,6 +444,15 @@ class Config(Section):
     def _check(self) -> "Config":
         if self.train.patience is not None and not self.evaluate.beside:
             raise ValueError("train.patience looks at the scores of evaluate.beside, which is false: mend one")
+        if "://" in self.runs and not self.runs.startswith("file://"):
+            if self.runs.startswith(WEB):
+                raise ValueError(f"runs {self.runs}: a web server takes no files: give a folder, or another store")
+            uri = self.tracking.uri or ""
+            if "://" not in uri or uri.startswith("sqlite:"):
+                raise ValueError(
+                    f"runs {self.runs}: set tracking.uri to an MLflow server: a database of one machine would not be "
+                    "there on the next"
+                )
         if not self.world_sizes:
             least, most = self.cluster.bounds
             raise ValueError(
@@ -462,12 +471,12 @@ class Config(Section):
     @property
     def folder(self) -> RunFolder:
         """Folder of the run."""
-        return RunFolder(Path(self.runs).resolve() / self.name)
+        return run_folder(absolute(self.runs), self.name)
 
     @property
     def shards_folder(self) -> Place:
         """Folder of the dataset's shards, shared by runs."""
-        return absolute(self.shards.out or str(Path(self.runs) / "shards" / self.dataset.name))
+        return absolute(self.shards.out) if self.shards.out else absolute(self.runs) / "shards" / self.dataset.name
 
     @property
     def tracking_uri(self) -> str:

@@ -7,7 +7,8 @@ depend on the number of ranks.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from pipeline.distributed import (
 )
 from pipeline.errors import UserError
 from pipeline.log import get_logger, outcome
+from pipeline.mirror import Mirror, worker_mirror
 from pipeline.train.curves import Curves
 from pipeline.train.ema import WeightAverage, make_average
 from pipeline.train.engine import make_engine, take_step
@@ -60,13 +62,17 @@ def train(job: TrainJob, world: World, stop: StopRequest | None = None) -> Path:
             every rank, and the checkpoint before it is whole.
         StoppedError: it was asked to end before the last step, and what was trained is kept.
     """
-    with closing(Watch(world, job.out, job.timeout, job.step_timeout)) as watch:
-        return _train(job, world, stop or StopRequest(job.out.stop, job.ends), watch)
+    with ExitStack() as stack:
+        mirror = together(world, lambda: stack.enter_context(worker_mirror(job.out, world.rank)))
+        copy = mirror.run
+        watch = stack.enter_context(closing(Watch(world, copy, job.timeout, job.step_timeout, mirror.sync)))
+        path = _train(replace(job, out=copy), world, stop or StopRequest(copy.stop, job.ends), watch, mirror)
+    return job.out.checkpoints / path.name
 
 
-def _train(job: TrainJob, world: World, stop: StopRequest, watch: Watch) -> Path:
+def _train(job: TrainJob, world: World, stop: StopRequest, watch: Watch, mirror: Mirror) -> Path:
     run = Run(job, world, together(world, lambda: read_manifest(job.shards, job.cache)))
-    found = find_checkpoint(run)
+    found = find_checkpoint(run, mirror)
     if found is not None and found[1].step == run.total:
         logger.info(outcome("train", found[0], is_new=False))
         return found[0]
@@ -79,7 +85,8 @@ def _train(job: TrainJob, world: World, stop: StopRequest, watch: Watch) -> Path
     copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None  # type: ignore[no-untyped-call]
     spool = job.out.train_spool if world.rank == 0 else None
     curves = together(world, lambda: Curves(spool, job.train, run.total, run.epochs, first))
-    writer = CheckpointWriter(world, job.out.checkpoints, job.train.keep_checkpoints, run.best_scored, spool)
+    keep = job.train.keep_checkpoints
+    writer = CheckpointWriter(world, job.out.checkpoints, keep, run.best_scored, spool, mirror.send_patiently)
     asked = any(gather_objects(world, stop.asked()))
     traced = StepProfile(job.train.profile, job.out.profile, world.rank)
     try:
@@ -107,7 +114,7 @@ def _train(job: TrainJob, world: World, stop: StopRequest, watch: Watch) -> Path
             path = _begin_checkpoint(writer, engine, average, run, done, skipped)
         writer.finish()
         if done < run.total:
-            raise StoppedError(path)
+            raise StoppedError(job.out.place(path))
     finally:
         writer.close()
         curves.close()

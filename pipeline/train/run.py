@@ -5,6 +5,7 @@ may differ.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from pipeline.config.sections import Metric, OnError, Role, TrainSection, settin
 from pipeline.config.values import differences, plain
 from pipeline.data.cache import DEFAULT_CACHE, Cache
 from pipeline.data.manifest import Manifest
-from pipeline.distributed import World, on_rank_zero
+from pipeline.distributed import World, on_rank_zero, together
 from pipeline.errors import UserError
 from pipeline.files import make_folder
+from pipeline.mirror import Mirror
 from pipeline.run_folder import RunFolder
 from pipeline.store import Place
 from pipeline.train.optim import lr_factor
@@ -128,23 +130,25 @@ class Run:
         )
 
 
-def resume_point(job: TrainJob, manifest: Manifest) -> tuple[Path, State] | None:
+def resume_point(
+    job: TrainJob, manifest: Manifest, bring: Callable[[str], object] = lambda name: None
+) -> tuple[Path, State] | None:
     """The newest whole checkpoint of a run and its state, or None where training begins.
 
-    Damaged ones that are newer are set aside, so one process at a time may call this.
+    Damaged ones that are newer are set aside, so one process at a time may call this; `bring` as of `newest_whole`.
 
     Raises:
         UserError: the checkpoint is of another run: its settings or its data differ, or it is beyond the schedule; or
             this version does not know its settings.
     """
-    found = newest_whole(job.out.checkpoints)
+    found = newest_whole(job.out.checkpoints, bring)
     if found is not None:
         _check_same_run(job, manifest, found[1], found[0])
     return found
 
 
-def find_checkpoint(run: Run) -> tuple[Path, State] | None:
-    """`resume_point` as rank 0 sees it, for all."""
+def find_checkpoint(run: Run, mirror: Mirror) -> tuple[Path, State] | None:
+    """`resume_point` as rank 0 sees it, for all; whole in the folder of each."""
     job, world = run.job, run.world
     if job.train.micro_batches % world.size:
         raise UserError(
@@ -156,9 +160,12 @@ def find_checkpoint(run: Run) -> tuple[Path, State] | None:
     def find() -> tuple[Path, State] | None:
         make_folder(job.out.checkpoints)
         clean(job.out.checkpoints)
-        return resume_point(job, run.manifest)
+        return resume_point(job, run.manifest, mirror.get_checkpoint)
 
-    return on_rank_zero(world, find)
+    found = on_rank_zero(world, find)
+    if found is None:
+        return None
+    return together(world, lambda: mirror.get_checkpoint(found[0].name)), found[1]
 
 
 def _check_same_run(job: TrainJob, manifest: Manifest, state: State, path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from pipeline.log import get_logger
+from pipeline.store import Place
 
 logger = get_logger(__name__)
 
@@ -24,7 +25,7 @@ LOOK_SECONDS = 0.2
 class StoppedError(Exception):
     """Training ended before its last step, because it was asked to."""
 
-    def __init__(self, checkpoint: Path | None) -> None:
+    def __init__(self, checkpoint: Place | None) -> None:
         super().__init__(f"training is kept in {checkpoint}" if checkpoint else "nothing was trained yet")
 
 

@@ -14,7 +14,7 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
@@ -33,6 +33,9 @@ SLOW_FACTOR = 1.5
 """A rank that works so many times as long as the median of all is slow."""
 SLOW_SHARE = 0.1
 """Share of the time that it must be busy with it: where all wait for something else, little work says nothing."""
+
+SEND_SECONDS = 5.0
+"""Longest wait for what this rank wrote to reach a store."""
 
 PREFIX = "raydetr/beat/"
 """Of the keys of the store under which the ranks tell of themselves, by number."""
@@ -117,13 +120,21 @@ class Watch:
 
     Args:
         world: this process; every rank makes a watch.
-        run: its `watch_log` takes what a person should know, and `stacks` where the threads of each rank stood.
+        run: its `watch` takes what a person should know, and `stacks` where the threads of each rank stood.
         timeout: as of `Peers`.
         step_timeout: as of `Peers`.
+        sent: called before the process ends, when all that is to be known of it is written.
     """
 
-    def __init__(self, world: World, run: RunFolder, timeout: float, step_timeout: float) -> None:
-        self._rank, self._run, self._timeout = world.rank, run, timeout
+    def __init__(
+        self,
+        world: World,
+        run: RunFolder,
+        timeout: float,
+        step_timeout: float,
+        sent: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._rank, self._run, self._timeout, self._sent = world.rank, run, timeout, sent
         self._watched = range(world.size) if world.rank == 0 else range(1)
         self._peers = Peers(timeout, step_timeout)
         self._steps, self._seconds, self._number, self._unanswered = 0, 0.0, 0, 0
@@ -194,8 +205,10 @@ class Watch:
         return self._store.get(key).decode() if self._store.check([key]) else None
 
     def _write(self, line: str) -> None:
-        with suppress(OSError), self._run.watch_log.open("a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
+        with suppress(OSError):
+            self._run.watch.mkdir(parents=True, exist_ok=True)
+            with (self._run.watch / f"rank-{self._rank}.log").open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
 
     def _end(self, verdict: str) -> None:
         """Write down where this rank's threads stand, and end the process: nothing else ends a collective."""
@@ -209,4 +222,7 @@ class Watch:
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         logger.error("%s", verdict)
+        sending = threading.Thread(target=self._sent, daemon=True)
+        sending.start()
+        sending.join(SEND_SECONDS)
         os._exit(EXIT_CODE)

@@ -19,7 +19,7 @@ def test_everything_has_its_place_below_the_folder() -> None:
         "outbox": "runs/demo/outbox",
         "stop": "runs/demo/stop",
         "profile": "runs/demo/profile",
-        "watch_log": "runs/demo/watch.log",
+        "watch": "runs/demo/watch",
         "stacks": "runs/demo/stacks",
         "lock": "runs/demo/lock",
     }

@@ -113,6 +113,10 @@ def started(tmp_path: Path) -> Callable[..., list[BaseProcess]]:
     return start
 
 
+def told(run: RunFolder) -> str:
+    return "".join(file.read_text() for file in run.watch.iterdir())
+
+
 def ended(process: BaseProcess) -> int | None:
     process.join(WAIT_SECONDS)
     return process.exitcode
@@ -123,7 +127,7 @@ def test_a_stopped_rank_is_lost(started: Callable[..., list[BaseProcess]], tmp_p
     assert ended(first) == EXIT_CODE
     second.kill()
     run = RunFolder(tmp_path)
-    assert "rank 1 on " in run.watch_log.read_text()
+    assert "rank 1 on " in told(run)
     assert "in all_reduce" in (run.stacks / "rank-0.txt").read_text()
 
 
@@ -131,13 +135,13 @@ def test_the_rank_with_the_store_is_missed_too(started: Callable[..., list[BaseP
     first, second = started(stop_the_first)
     assert ended(second) == EXIT_CODE
     first.kill()
-    assert "rank 0 gave no sign of life" in RunFolder(tmp_path).watch_log.read_text()
+    assert "rank 0 gave no sign of life" in told(RunFolder(tmp_path))
 
 
 def test_ranks_that_hang_tell_where(started: Callable[..., list[BaseProcess]], tmp_path: Path) -> None:
     assert [ended(process) for process in started(wait_for_the_other, 2 * TIMEOUT)] == [EXIT_CODE] * 2
     run = RunFolder(tmp_path)
-    assert run.watch_log.read_text().startswith("no step ended for 3 s (cluster.step_timeout)")
+    assert told(run).startswith("no step ended for 3 s (cluster.step_timeout)")
     stacks = [(run.stacks / f"rank-{number}.txt").read_text() for number in (0, 1)]
     assert "in all_reduce" in stacks[0]
     assert "in wait_for_the_other" in stacks[1]
@@ -145,4 +149,4 @@ def test_ranks_that_hang_tell_where(started: Callable[..., list[BaseProcess]], t
 
 def test_a_rank_that_is_done_is_not_missed(started: Callable[..., list[BaseProcess]], tmp_path: Path) -> None:
     assert [ended(process) for process in started(be_done_early)] == [0, 0]
-    assert not RunFolder(tmp_path).watch_log.exists()
+    assert not RunFolder(tmp_path).watch.exists()
