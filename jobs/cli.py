@@ -141,16 +141,16 @@ def report(
         raise UserError("give one of: a folder, -c, --annotations and --detections, --compare")
     if overrides and config is None:
         raise UserError("--set changes a configuration: give one with -c")
-    if config is not None:
-        folder = _load(config, overrides).folder.path
     from jobs.report import report as report_folder
-    from jobs.report import report_comparison, report_files
+    from jobs.report import report_comparison, report_files, report_run
 
     page = out or Path("report.html")
     if compare is not None:
         report_comparison(*compare, page)
     elif annotations and detections:
         report_files(annotations, detections, images, page)
+    elif config is not None:
+        page = report_run(_load(config, overrides).folder, out)
     elif folder is not None:
         page = report_folder(folder, out)
     typer.echo(f"{page}: open it in a browser")

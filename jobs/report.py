@@ -12,6 +12,8 @@ from pipeline.evaluate.comparison import write_comparison
 from pipeline.evaluate.evaluated import Evaluated, evaluation_folder, read_evaluated, read_files
 from pipeline.evaluate.page import REPORT_FILE, write_report
 from pipeline.files import disk_told, make_folder
+from pipeline.mirror import results_here
+from pipeline.run_folder import RunFolder
 
 
 def report(folder: Path, out: Path | None) -> Path:
@@ -22,6 +24,12 @@ def report(folder: Path, out: Path | None) -> Path:
     return page
 
 
+def report_run(run: RunFolder, out: Path | None) -> Path:
+    """The same of a run; for one in a store the page is here unless `out` says where."""
+    with results_here(run) as folder:
+        return report(folder, out or (Path(REPORT_FILE) if run.store else None))
+
+
 def report_files(annotations: Path, detections: Path, images: Path | None, out: Path) -> None:
     """Write the report of a file of detections."""
     _write(read_files(annotations, detections, images), out)
@@ -29,8 +37,10 @@ def report_files(annotations: Path, detections: Path, images: Path | None, out: 
 
 def report_comparison(first: Path, second: Path, out: Path) -> None:
     """Write what is different between two evaluations, each the folder or the configuration of a run."""
-    runs = [path if path.is_dir() else load_config(path).folder.path for path in (first, second)]
-    evaluated = [read_evaluated(evaluation_folder(run)) for run in runs]
+    evaluated = []
+    for path in (first, second):
+        with results_here(RunFolder(path) if path.is_dir() else load_config(path).folder) as folder:
+            evaluated.append(read_evaluated(evaluation_folder(folder)))
     make_folder(out.parent, "give another --out")
     with disk_told(out, "another --out"):
         in_thread(partial(write_comparison, out, *evaluated), "report").result()

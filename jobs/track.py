@@ -30,6 +30,7 @@ def open_tracker(config: Config, *, reach: bool = True) -> Tracker:
         config.tracking.experiment,
         config.name,
         config.folder.mlflow_run,
+        where=str(config.folder) if config.folder.store else None,
         required=config.tracking.required,
         reach=reach,
         handlers={VERSION: make_version},

@@ -50,12 +50,16 @@ STOP_SECONDS = 4.5
 """Longest wait, when the command is to end, for the step in flight and its checkpoint."""
 START_SECONDS = 30.0
 """Workers without a point of the curves count as starting for so long: there is no step in flight to wait for."""
+LOST_SECONDS = 2.0
+"""After workers were lost, before room is looked for: their host may be about to follow."""
 STOP_POLL_SECONDS = 0.1
 """Seconds between two looks for that checkpoint."""
 
 ENVIRONMENT = {
     # How often the controller looks whether a worker failed or is done: 2 s by default.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    # There was room a moment ago: where there is none now, a node was lost, and fewer can begin.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     # Workers stay in the directory that the driver runs in, so that relative paths mean the same.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     # Telemetry is off.
@@ -98,13 +102,14 @@ def train(
     found = resume_point(job, manifest)
     is_over = found is not None and found[1].step == config.train.total_steps(len(manifest.samples))
     if found is not None and (is_over or is_no_better(config)):
-        logger.info(outcome("train", found[0], is_new=False))
+        logger.info(outcome("train", config.folder.place(found[0]), is_new=False))
         return found[0]
     restarts = 0
     while True:
         workers = wait_for_room(config.cluster, config.world_sizes, device)
         before = latest(config.folder.checkpoints)
-        logger.info("train: starting %d workers%s", workers, f", going on from {before}" if before else "")
+        going_on = f", going on from {config.folder.place(before)}" if before else ""
+        logger.info("train: starting %d workers%s", workers, going_on)
         try:
             result = _fit(config, _make_trainer(config, job, device, workers), workers, on_poll, sync)
         except TrainingFailedError as error:
@@ -115,6 +120,7 @@ def train(
                 "train: %s; restart %d of %d (train.max_restarts)",
                 *(_first_line(error), restarts, config.train.max_restarts),
             )
+            time.sleep(LOST_SECONDS)
         else:
             if result is not None:
                 return _checkpoint_of(result)
@@ -191,7 +197,8 @@ def _make_trainer(config: Config, job: TrainJob, device: str, workers: int) -> T
         run_config=RunConfig(
             name="ray",
             storage_path=str(config.folder),  # every node writes there, and Ray refuses a folder that is not shared
-            failure_config=FailureConfig(max_failures=0),  # `train` begins anew, with as many as there is room for
+            # `train` begins anew, with as many as there is room for.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )

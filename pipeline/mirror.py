@@ -291,6 +291,22 @@ def checkpoint_here(run: RunFolder, path: Path) -> Iterator[Path]:
         yield copy
 
 
+@contextmanager
+def results_here(run: RunFolder) -> Iterator[Path]:
+    """The folder of a run in the block, on a host that may have nothing of it; of one in a store, with its scores.
+
+    Raises:
+        StoreError: the store fails.
+    """
+    if run.store is None:
+        yield run.path
+        return
+    with tempfile.TemporaryDirectory(prefix="raydetr-results-") as folder:
+        for name in (run.store / run.evaluation.name).list():
+            get(run.store / run.evaluation.name / name, Path(folder, run.evaluation.name, name))
+        yield Path(folder)
+
+
 def get(source: StorePath, path: Path) -> None:
     """A file of a store, whole or not at all. Raises FileNotFoundError where it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -63,6 +63,7 @@ class Tracker:
         run_name: name of the MLflow run.
         run_file: JSON file that remembers the run (`uri`, `experiment`, `run_id`): when it is there, and the uri is the
             same, the run is continued, else a new one is made. The outbox is beside it.
+        where: people find the run, where that is not the folder of the run file.
         required: refuse a server that is away now, instead of making the run when it is back.
         reach: call `reach` at once.
         handlers: what operations of other kinds do, by kind.
@@ -78,6 +79,7 @@ class Tracker:
         run_name: str,
         run_file: Path,
         *,
+        where: str | None = None,
         required: bool = False,
         reach: bool = True,
         handlers: Mapping[str, Handler] | None = None,
@@ -96,7 +98,7 @@ class Tracker:
             **(handlers or {}),
         }
         self._address, self._experiment, self._run_name, self._run_file = uri, experiment, run_name, run_file
-        self._required = required
+        self._required, self._where = required, where
         self._experiment_id = ""
         self._client: MlflowClient | None = None
         self._lock = threading.Lock()
@@ -371,7 +373,7 @@ class Tracker:
         found = self.client.search_runs([self._experiment_id], f"tags.`{RUN_TAG}` = '{key}'")
         made = found[0] if found else None
         if made is None:
-            tags = {RUN_TAG: key, FOLDER_TAG: str(self._run_file.parent.resolve())}
+            tags = {RUN_TAG: key, FOLDER_TAG: self._where or str(self._run_file.parent.resolve())}
             made = self.client.create_run(self._experiment_id, started, tags, self._run_name)
         return str(made.info.run_id)
 

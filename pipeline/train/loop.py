@@ -74,7 +74,7 @@ def _train(job: TrainJob, world: World, stop: StopRequest, watch: Watch, mirror:
     run = Run(job, world, together(world, lambda: read_manifest(job.shards, job.cache)))
     found = find_checkpoint(run, mirror)
     if found is not None and found[1].step == run.total:
-        logger.info(outcome("train", found[0], is_new=False))
+        logger.info(outcome("train", job.out.place(found[0]), is_new=False))
         return found[0]
     path, first, skipped = (found[0], found[1].step, found[1].skipped) if found else (None, 0, 0)
     done = first

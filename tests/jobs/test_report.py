@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from jobs.report import report, report_comparison, report_files
 from pipeline.errors import UserError
+from pipeline.store import StorePath
 from tests.builders import write_coco
 from tests.pipeline.evaluate.evaluations import FOUND, OBJECTS, PERFECT, make_split, write_evaluation
 
@@ -31,6 +32,19 @@ def test_beside_the_evaluation_or_elsewhere(runs: Path, tmp_path: Path) -> None:
 def test_folders_and_configurations_are_compared(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text(f"name: b\nruns: {runs}\n")
     report_comparison(runs / "a", tmp_path / "b.yaml", tmp_path / "page.html")
+    assert "<title>b, step 10 against a, step 10</title>" in (tmp_path / "page.html").read_text()
+
+
+def test_of_a_run_in_a_store(runs: Path, s3_folder: StorePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("metrics.json", "detections.json", "report.json"):
+        (s3_folder / "a" / "evaluate" / name).upload(runs / "a" / "evaluate" / name)
+    (tmp_path / "a.yaml").write_text(f"name: a\nruns: {s3_folder}\ntracking: {{uri: 'http://127.0.0.1:1'}}\n")
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["report", "-c", "a.yaml"])
+    assert result.exit_code == 0, result.output
+    report(runs / "a", None)
+    assert (tmp_path / "report.html").read_bytes() == (runs / "a" / "evaluate" / "report.html").read_bytes()
+    report_comparison(tmp_path / "a.yaml", runs / "b", tmp_path / "page.html")
     assert "<title>b, step 10 against a, step 10</title>" in (tmp_path / "page.html").read_text()
 
 

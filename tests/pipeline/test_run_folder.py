@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from pipeline.run_folder import RunFolder
+from pipeline.run_folder import RunFolder, run_folder
+from pipeline.store import StorePath
 
 
 def test_everything_has_its_place_below_the_folder() -> None:
@@ -38,3 +39,15 @@ def test_scores_are_found_by_the_checkpoint(tmp_path: Path) -> None:
     file = run.evaluation / "checkpoint-5" / "metrics.json"
     file.write_text("{}")
     assert run.scores() == {"checkpoint-5": file}
+
+
+def test_a_run_in_a_store_has_a_copy_here(tmp_path: Path) -> None:
+    assert run_folder(tmp_path, "demo") == RunFolder(tmp_path / "demo")
+    runs = StorePath("s3://bucket/runs")
+    run, other = run_folder(runs, "demo"), run_folder(StorePath("s3://other/runs"), "demo")
+    assert str(run) == "s3://bucket/runs/demo"
+    assert run.path.name == other.path.name == "demo"
+    assert run.path != other.path
+    assert str(run.place(run.checkpoints / "checkpoint-5")) == "s3://bucket/runs/demo/checkpoints/checkpoint-5"
+    assert run.place(None) is None
+    assert RunFolder(tmp_path).place(tmp_path / "stop") == tmp_path / "stop"

@@ -6,7 +6,7 @@ from typing import Annotated, Any, NamedTuple
 
 import pytest
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from model import DetrConfig, build_model
 from pipeline.config.load import ConfigError, dump_config, load_config, parse_config
@@ -150,6 +150,20 @@ def test_workers_that_do_not_share_a_step_equally_are_skipped() -> None:
     config = Config.model_validate({"name": "a", "train": train, "cluster": {"workers": [2, 8]}})
     assert config.world_sizes == [6, 4, 3, 2]
     assert Config.model_validate({"name": "a", "train": train, "cluster": {"workers": 4}}).world_sizes == [4]
+
+
+def test_runs_in_a_store_need_a_server() -> None:
+    server = {"uri": "http://mlflow:5000"}
+    config = Config.model_validate({"name": "a", "runs": "s3://bucket/runs", "tracking": server})
+    assert str(config.folder) == "s3://bucket/runs/a"
+    assert str(config.shards_folder).startswith("s3://bucket/runs/shards/")
+    for uri in (None, "mlflow.db", "sqlite:////shared/mlflow.db"):
+        with pytest.raises(ValidationError, match=r"runs s3://bucket/runs: set tracking\.uri to an MLflow server"):
+            Config.model_validate({"name": "a", "runs": "s3://bucket/runs", "tracking": {"uri": uri}})
+    with pytest.raises(ValidationError, match="a web server takes no files"):
+        Config.model_validate({"name": "a", "runs": "https://host/runs", "tracking": server})
+    with pytest.raises(ValidationError, match="runs"):
+        Config.model_validate({"name": "a", "runs": "ftp://host/runs", "tracking": server})
 
 
 def test_the_tracking_server_is_embedded_unless_one_is_named(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_the_rank_with_the_store_is_missed_too(started: Callable[..., list[BaseP
 def test_ranks_that_hang_tell_where(started: Callable[..., list[BaseProcess]], tmp_path: Path) -> None:
     assert [ended(process) for process in started(wait_for_the_other, 2 * TIMEOUT)] == [EXIT_CODE] * 2
     run = RunFolder(tmp_path)
-    assert told(run).startswith("no step ended for 3 s (cluster.step_timeout)")
+    assert "no step ended for 3 s (cluster.step_timeout)" in told(run)
     stacks = [(run.stacks / f"rank-{number}.txt").read_text() for number in (0, 1)]
     assert "in all_reduce" in stacks[0]
     assert "in wait_for_the_other" in stacks[1]
