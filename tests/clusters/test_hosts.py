@@ -89,14 +89,22 @@ class Cluster:
         """How often the job has told something."""
         return self.log.read_text().count(text)
 
-    def wait_for(self, what: str, seen: Callable[[], bool]) -> float:
-        """Wait until something is seen; the seconds that it took."""
+    def lose(self, what: str, fault: Callable[[], object]) -> float:
+        """The seconds from a fault until training does a step that it had not done."""
+        began, restarts = time.monotonic(), self.told("; restart ")
+        fault()
+        self.wait_for(f"a restart after {what}", lambda: self.told("; restart ") > restarts)
+        before = self.step()
+        self.wait_for(f"a step after {what}", lambda: self.step() > before)
+        return time.monotonic() - began
+
+    def wait_for(self, what: str, seen: Callable[[], bool]) -> None:
+        """Wait until something is seen."""
         began = time.monotonic()
         while not seen():
             assert self._job.poll() is None, self.log.read_text()[-5000:]
             assert time.monotonic() < began + WAIT_SECONDS, f"{what}: {self.log.read_text()[-5000:]}"
             time.sleep(0.2)
-        return time.monotonic() - began
 
     def succeeds(self) -> None:
         assert self._job.wait(WAIT_SECONDS) == 0, self.log.read_text()[-5000:]
@@ -156,18 +164,14 @@ def test_hosts_are_killed_cut_off_and_added(
         cluster.wait_for("two workers", lambda: cluster.told("starting 2 workers") > 0)
         cluster.wait_for("steps", lambda: cluster.step() >= 30)
 
-        before = cluster.step()
-        second.kill()
-        after_kill = cluster.wait_for("a step after the kill", lambda: cluster.step() > before)
+        after_kill = cluster.lose("a kill", second.kill)
         before = cluster.told("starting 2 workers")
         cluster.start(third)
         cluster.wait_for("two workers", lambda: cluster.told("starting 2 workers") > before)
         before = cluster.step()
         cluster.wait_for("steps", lambda: cluster.step() > before + 10)
 
-        before = cluster.step()
-        third.set_link("down")
-        after_cut = cluster.wait_for("a step after the cut", lambda: cluster.step() > before + 3)
+        after_cut = cluster.lose("a cut", lambda: third.set_link("down"))
         cluster.succeeds()
         record_property("seconds to the next step", {"after a kill": after_kill, "after a cut": after_cut})
         print(f"to the next step: {after_kill:.0f} s after a kill, {after_cut:.0f} s after a cut")
