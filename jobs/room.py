@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import ray
+from ray._private.state import state  # what is said of draining nodes and of each node's resources stands nowhere else
 from ray.autoscaler.sdk import request_resources
 
 from jobs.cluster import check_alive, device_of
@@ -24,6 +25,8 @@ LOOK_SECONDS = 1.0
 """Between two looks for room."""
 GROW_LOOK_SECONDS = 5.0
 """Between two looks for room for more workers than there are."""
+NOTICE_LOOK_SECONDS = 2.0
+"""Between two looks for nodes that go away."""
 GROW_SECONDS = 15.0
 """It must have been there for so long: what comes and goes is not worth a restart."""
 SETTLE_SECONDS = 5.0
@@ -36,14 +39,15 @@ def resources_of(cluster: ClusterSection, device: str) -> dict[str, float]:
 
 
 def room(worker: dict[str, float], held: int = 0) -> int:
-    """Workers that fit on the nodes that answer, beside what else runs on Ray.
+    """Workers that fit on the nodes that answer and stay, beside what else runs on Ray.
 
     Args:
         worker: the resources of one.
         held: workers that run already, and are counted.
     """
     nodes, free = in_thread(lambda: (ray.nodes(), ray.available_resources()), "ray-nodes").result()
-    alive = [node for node in nodes if node["Alive"]]
+    going = in_thread(state.get_draining_nodes, "ray-draining").result()
+    alive = [node for node in nodes if node["Alive"] and node["NodeID"] not in going]
     with ThreadPoolExecutor(max_workers=32) as pool:
         answering = [node for node, answers in zip(alive, pool.map(_answers, alive), strict=True) if answers]
     return min(sum(_fitting(node["Resources"], worker) for node in answering), held + _fitting(free, worker))
@@ -115,6 +119,34 @@ class Growth:
         elif self._since is None:
             self._since = now
         return self._since is not None and now - self._since >= GROW_SECONDS
+
+
+class Notice:
+    """Whether Ray was told that a node with workers goes away: a preemptible machine, a pod that is moved.
+
+    Args:
+        worker: the resources of one.
+    """
+
+    def __init__(self, worker: dict[str, float]) -> None:
+        self._worker = worker
+        self._looked = time.monotonic()
+
+    def hosts(self) -> list[str]:
+        """Those of the nodes; called often, until there are some."""
+        now = time.monotonic()
+        if now - self._looked < NOTICE_LOOK_SECONDS:
+            return []
+        self._looked = now
+        going = in_thread(state.get_draining_nodes, "ray-draining").result()
+        if not going:
+            return []
+        nodes, free = in_thread(lambda: (ray.nodes(), state.available_resources_per_node()), "ray-nodes").result()
+        return [node["NodeManagerHostname"] for node in nodes if node["NodeID"] in going and self._is_used(node, free)]
+
+    def _is_used(self, node: dict[str, Any], free: dict[str, dict[str, float]]) -> bool:
+        left = _fitting(free.get(node["NodeID"], {}), self._worker)
+        return bool(node["Alive"]) and left < _fitting(node["Resources"], self._worker)
 
 
 def _answers(node: dict[str, Any]) -> bool:

@@ -29,7 +29,7 @@ from ray.train.torch.config import _TorchBackend
 
 from jobs.cluster import check_alive, device_of, loss_told
 from jobs.interrupt import Interrupted, in_thread
-from jobs.room import Growth, resources_of, wait_for_room
+from jobs.room import Growth, Notice, resources_of, wait_for_room
 from model.ops.operator import compiled
 from pipeline.checkpoint.state import latest
 from pipeline.config.sections import Config
@@ -128,7 +128,6 @@ def train(
             if last is not None and is_no_better(config):
                 logger.info("train: %s has not been better for train.patience checkpoints", config.register_.metric)
                 return last
-            logger.info("train: there is room for more workers")
 
 
 def is_no_better(config: Config) -> bool:
@@ -217,7 +216,7 @@ def refuse_plain_operator(device: str) -> None:
 def _fit(
     config: Config, trainer: TorchTrainer, workers: int, on_poll: Callable[[], None], sync: Callable[[], None]
 ) -> dict[str, str] | None:
-    """What rank 0 returns; None where it ended in order because more workers could go on, or none need to.
+    """What rank 0 returns; None where it ended in order because more or fewer workers can go on, or none need to.
 
     Training runs in a thread, so that `on_poll` is called in the one that asked.
     """
@@ -228,15 +227,23 @@ def _fit(
     points = SpoolReader(run.train_spool, run.train_spool.stat().st_size if run.train_spool.exists() else 0)
     seen = _Seen(run.watch)
     growth, ends = Growth(config, workers), False
+    notice = Notice(resources_of(config.cluster, device_of(config.cluster)))
     future = in_thread(trainer.fit, "ray-train")
     try:
         while not wait([future], POLL_SECONDS).done:
             on_poll()
             check_alive()
             seen.tell()
-            if not ends and (growth.is_due() or is_no_better(config)):
-                ends = True
-                run.stop.touch()
+            if ends:
+                continue
+            if hosts := notice.hosts():
+                logger.warning("train: %s will go away: one more checkpoint, then on without", ", ".join(hosts))
+            elif growth.is_due():
+                logger.info("train: there is room for more workers")
+            elif not is_no_better(config):
+                continue
+            ends = True
+            run.stop.touch()
     except Interrupted as interrupted:
         # A run that goes on writes no points of the steps that it does again.
         has_begun = bool(points.read()) or time.monotonic() - began > START_SECONDS

@@ -87,12 +87,19 @@ class Mirror:
                 self._get(self.run.store)
 
     def send_patiently(self) -> None:
-        """Send what this side has written; where the store fails, again for `PATIENCE_SECONDS`. Raises StoreError."""
+        """Send a checkpoint and what came before it; where the store fails, again for `PATIENCE_SECONDS`.
+
+        Of the older ones nothing but the state stays in the copy.
+
+        Raises:
+            StoreError: the store fails still.
+        """
         end = time.monotonic() + PATIENCE_SECONDS
         while self.run.store is not None:
             try:
                 with self._lock:
                     self._send(self.run.store)
+                    self._thin()
             except StoreError as error:
                 if time.monotonic() > end:
                     raise
@@ -159,12 +166,21 @@ class Mirror:
                 with suppress(FileNotFoundError):  # it has just been removed
                     (store / name).upload(self.run.path / name)
                     self._sent[name] = there[name]
-        for name in sorted(self._sent.keys() - there.keys(), key=_order, reverse=True):
-            (store / name).unlink()
-            if name.startswith(CHECKPOINTS) and name.endswith(STATE):  # the copy may have had nothing else of it
+        for name in self._sent.keys() - there.keys():
+            if not name.startswith(CHECKPOINTS):
+                (store / name).unlink()
+            elif name.endswith(STATE):  # the copy may have had nothing else of it
+                (store / name).unlink()
                 for other in (store / name.removesuffix(STATE)).list():
                     (store / name.removesuffix(STATE) / other).unlink()
             del self._sent[name]
+
+    def _thin(self) -> None:
+        states = [name for name in self._sent if name.startswith(CHECKPOINTS) and name.endswith(STATE)]
+        for name in sorted(states, key=lambda name: self._sent[name][1])[:-1]:
+            for file in (self.run.path / name).parent.glob("*"):
+                if file.name != STATE:
+                    file.unlink(missing_ok=True)
 
     def _get(self, store: StorePath) -> None:
         if self._reads is None:

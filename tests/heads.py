@@ -17,6 +17,13 @@ import psutil
 PROJECT = Path(__file__).resolve().parents[1]
 RAY = str(Path(sys.executable).with_name("ray"))
 
+OTHER_NODE = """
+import ray, sys
+ray.init(address=sys.argv[1], log_to_driver=False)
+head = "node:__internal_head__"
+print(*[node["NodeID"] for node in ray.nodes() if node["Alive"] and head not in node["Resources"]])
+"""
+
 
 def free_port() -> int:
     with socket.socket() as server:
@@ -45,6 +52,19 @@ class RayHead:
         ]  # fmt: skip
         with _running(command, self.environment, folder / "node.log"):
             yield
+
+    def drain(self, deadline: int) -> None:
+        """Tell Ray that the node beside the head's is taken away after so many seconds."""
+        listed = subprocess.run(
+            [sys.executable, "-c", OTHER_NODE, self.cluster],
+            env=self.environment, check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        node = listed.stdout.split()[-1]
+        words = ["--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken away"]
+        subprocess.run(
+            [RAY, "drain-node", "--address", self.cluster, *words, "--deadline-remaining-seconds", str(deadline)],
+            env=self.environment, check=True, capture_output=True,
+        )  # fmt: skip
 
     def submit(self, *entry_point: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         """Run a job in a copy of the source tree, to its end unless an option says otherwise."""

@@ -27,7 +27,7 @@ from pipeline.run_folder import RunFolder
 
 EXIT_CODE = 75
 """Of a process that its watch has ended: EX_TEMPFAIL of sysexits.h, which invites to try again."""
-BEATS = 6
+BEATS = 12
 """Heartbeats within the timeout."""
 SLOW_FACTOR = 1.5
 """A rank that works so many times as long as the median of all is slow."""

@@ -104,6 +104,23 @@ def test_the_workers_follow_the_room(head: RayHead, folder: Path, steady: RunFol
     assert worlds == {1, 2}
 
 
+def test_a_node_that_is_taken_away_with_notice_costs_no_step(
+    head: RayHead, folder: Path, steady: RunFolder, tmp_path: Path
+) -> None:
+    """What a preemptible machine's notice becomes: Ray is told that the node is drained, and when it ends."""
+    elastic = {"cluster.address": head.cluster, "cluster.workers": "[1,2]"}
+    with head.node(tmp_path, cpus=1):
+        training = Training(folder, "noticed", head.environment, **elastic)
+        training.wait_for_step(STEPS // 8)
+        head.drain(deadline=60)
+        training.wait_for("one worker", lambda: "starting 1 workers, going on" in training.log.read_text())
+        told = training.log.read_text()
+    training.succeeds()
+    assert "will go away: one more checkpoint, then on without" in told
+    assert "; restart " not in told
+    assert losses(training.run) == pytest.approx(losses(steady), rel=1e-4)
+
+
 def test_a_cluster_without_room_is_waited_for_and_then_told(head: RayHead, folder: Path) -> None:
     small = {"cluster.address": head.cluster, "cluster.workers": 2, "cluster.wait": 8}
     training = Training(folder, "no-room", head.environment, **small)

@@ -106,6 +106,18 @@ def test_a_checkpoint_that_goes_is_gone_everywhere(run: RunFolder) -> None:
         }
 
 
+def test_a_worker_keeps_one_checkpoint_whole(run: RunFolder) -> None:
+    assert run.store is not None
+    with worker_mirror(run, 0) as worker:
+        for step in (1, 2, 3):
+            write_checkpoint(worker.run, step)
+            worker.send_patiently()
+        copies = {path.name: names(path) for path in worker.run.checkpoints.iterdir()}
+    assert copies.pop("checkpoint-3") == {"model.safetensors", "state.json"}
+    assert copies == {"checkpoint-1": {"state.json"}, "checkpoint-2": {"state.json"}}
+    assert len((run.store / "checkpoints").list()) == 6
+
+
 def test_another_machine_begins_with_all_there_is(run: RunFolder, tmp_path: Path) -> None:
     with driver_mirror(run, "the run"):
         run.mlflow_run.write_text("the run's")

@@ -53,17 +53,18 @@ class TestPeers:
         assert told[-1] == "no step ended for 120 s (cluster.step_timeout)"
 
     def test_a_slow_rank_is_named_once_until_it_has_recovered(self) -> None:
-        peers, told, spent = Peers(60, 1e9), [], 0
+        peers, told, spent = Peers(60, 1e9), [], 0.0
         for number in range(5 * BEATS):
-            spent += 9 if number < 2 * BEATS + 1 or number >= 3 * BEATS else 5
-            assert not peers.verdict(beats(number, seconds=(5 * number, spent, 5 * number)))
+            spent += (54 if number < 2 * BEATS + 1 or number >= 3 * BEATS else 30) / BEATS
+            usual = 30 * number / BEATS
+            assert not peers.verdict(beats(number, seconds=(usual, spent, usual)))
             told += peers.slow()
         assert told == 2 * ["rank 1 on a is slow: 54 s of its own work in 60 s, the others 30 s"]
 
     def test_little_work_accuses_nobody(self) -> None:
         peers = Peers(60, 1e9)
         for number in range(3 * BEATS):
-            peers.verdict(beats(number, seconds=(0.1 * number, 0.9 * number)))
+            peers.verdict(beats(number, seconds=(0.6 * number / BEATS, 5.4 * number / BEATS)))
             assert not peers.slow()
 
 
