@@ -25,13 +25,18 @@ from pipeline.files import disk_told, make_folder, read_json, write_json
 from pipeline.log import get_logger, outcome
 from pipeline.mirror import checkpoint_here
 from pipeline.predict.detector import Detector
-from pipeline.run_folder import METRICS_FILE
+from pipeline.run_folder import METRICS_FILE, RunFolder
 from pipeline.tracking.provenance import code_version
-from pipeline.tracking.spool import Spool
+from pipeline.tracking.spool import Spool, SpoolReader
 from pipeline.tracking.tracker import Tracker
+from pipeline.train.scores import loss_fall
 
 logger = get_logger(__name__)
 
+LEAST_VARIETY = 0.2
+"""Best boxes that vary less, as a share of how much the objects do, are told."""
+LEAST_BETTER, LEAST_FALL = 2.0, 0.02
+"""Where AP is not so many times the constant box's, a training loss that falls by a smaller share is told."""
 SHARES = 4
 """Inference tasks of a worker: more give smoother progress, and each loads the weights."""
 
@@ -55,7 +60,7 @@ def evaluate(config: Config, checkpoint: Path, manifest: Manifest, tracker: Trac
     Raises:
         UserError: the folder holds scores made with other settings, an input is wrong, or the disk is full.
     """
-    out, spool = config.folder.evaluation, config.folder.evaluate_spool
+    out = config.folder.evaluation
     chosen = all_whole(checkpoint.parent) if config.evaluate.curve else [checkpoint]
     metrics: dict[str, Any] = {}
     for path in chosen:
@@ -65,11 +70,11 @@ def evaluate(config: Config, checkpoint: Path, manifest: Manifest, tracker: Trac
             metrics, is_new = evaluate_checkpoint(
                 path, manifest, config.evaluate, out / path.name, tasks, verify=verify
             )
-        tell_scores(spool, path.name, metrics, is_new=is_new)
+        tell_scores(config.folder, path.name, metrics, is_new=is_new)
     with disk_told(out, "runs"):
         _report(config, manifest, metrics, out / checkpoint.name, out)
     if tracker is not None:
-        tracker.log_points(spool)
+        tracker.log_points(config.folder.evaluate_spool)
         for name in (METRICS_FILE, DETECTIONS_FILE, REPORT_FILE, "per_category.csv", "per_category.png"):
             tracker.log_artifacts(out / name, "evaluate")
         tracker.log_artifacts(out / "pictures", "evaluate/pictures")
@@ -110,14 +115,34 @@ def evaluate_weights(config: Config, weights: Path, manifest: Manifest, out: Pat
     return metrics
 
 
-def tell_scores(spool: Path, name: str, metrics: dict[str, Any], *, is_new: bool = True) -> None:
-    """Print a checkpoint's scores, and write the points of the curves."""
-    with Spool(spool) as points:
+def tell_scores(run: RunFolder, name: str, metrics: dict[str, Any], *, is_new: bool = True) -> None:
+    """Print a checkpoint's scores, write the points of the curves, and say where it has not learned to look."""
+    with Spool(run.evaluate_spool) as points:
         points.write_once(metrics["step"], _points(metrics), "val/AP")
     scores = f"{name}  AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}"
     make_console().print(outcome("evaluate", scores, is_new=is_new))
-    constant = metrics.get("baseline", {}).get("AP", -1)
-    if is_new and 0 <= metrics["AP"] <= constant:
+    if is_new:
+        _warn(run, name, metrics)
+
+
+def _warn(run: RunFolder, name: str, metrics: dict[str, Any]) -> None:
+    constant, variety = metrics.get("baseline", {}).get("AP", -1), metrics.get("box_variety")
+    if variety is not None and variety < LEAST_VARIETY:
+        logger.warning(
+            "evaluate: %s gives nearly the same box for every image: its best boxes vary %.2f times as much as the "
+            "objects do",
+            *(name, variety),
+        )
+    if metrics["AP"] > LEAST_BETTER * constant:
+        return
+    fall = loss_fall([record.metrics for record in SpoolReader(run.train_spool).read()])
+    if fall is not None and fall < LEAST_FALL:
+        logger.warning(
+            "evaluate: the training loss up to %s is flat: it fell by %.1f %% from the first half of the steps at this "
+            "learning rate to the second; try another train.lr, or train.init.weights",
+            *(name, 100 * fall),
+        )
+    if 0 <= metrics["AP"] <= constant:
         logger.warning(
             "evaluate: %s is no better than one constant box a category for every image, which has AP %.4f: it has "
             "not learned to look at them yet; more steps, another train.lr, or train.init.weights may help",
@@ -130,6 +155,8 @@ def _points(metrics: dict[str, Any]) -> dict[str, float]:
     points = {f"val/{name}": metrics[name] for name in METRICS}
     points |= {f"baseline/{name}": metrics.get("baseline", {}).get(name, -1) for name in ("AP", "AP50")}
     points |= {f"val_category/AP/{name}": values["AP"] for name, values in metrics["per_category"].items()}
+    if metrics.get("box_variety") is not None:
+        points["val/box_variety"] = metrics["box_variety"]
     return {name: value for name, value in points.items() if value >= 0}
 
 

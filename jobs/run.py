@@ -151,12 +151,12 @@ class Pipeline:
     @contextmanager
     def _evaluation_beside(self, val: Manifest | None) -> Iterator[EvaluationBeside | None]:
         """Evaluation of new checkpoints while workers train, where it is wanted and the validation shards are there."""
-        spool = self.config.folder.evaluate_spool
         if val is None or not self.config.evaluate.beside:
             yield None
             return
-        self.tracker.log_points(spool)
-        with EvaluationBeside(self.config, val, partial(evaluate.tell_scores, spool)) as beside:
+        run = self.config.folder
+        self.tracker.log_points(run.evaluate_spool)
+        with EvaluationBeside(self.config, val, partial(evaluate.tell_scores, run)) as beside:
             yield beside
 
     def evaluate(self) -> dict[str, Any]:

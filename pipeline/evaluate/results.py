@@ -10,7 +10,7 @@ from pipeline.data.loader import eval_batches
 from pipeline.data.manifest import Manifest
 from pipeline.data.truth import ground_truth
 from pipeline.errors import UserError
-from pipeline.evaluate.baseline import constant_boxes
+from pipeline.evaluate.baseline import box_variety, constant_boxes
 from pipeline.evaluate.detect import DetectAll, sort_detections
 from pipeline.evaluate.documents import IouType
 from pipeline.evaluate.score import score
@@ -44,7 +44,7 @@ def evaluate_checkpoint(
 
     Returns:
         The metrics (what `score` gives, with "step", "checkpoint" and "inputs", which tell what was scored, "verified",
-        and "baseline", the numbers of `constant_boxes`), and whether they are new.
+        "baseline", the numbers of `constant_boxes`, and "box_variety"), and whether they are new.
 
     Raises:
         UserError: the folder holds the scores of the same checkpoint under other settings, the checkpoint is damaged,
@@ -68,6 +68,7 @@ def evaluate_checkpoint(
     metrics = score(truth, detections, verify=verify)
     baseline = score(truth, constant_boxes(truth))
     metrics["baseline"] = {name: baseline[name] for name in METRICS}
+    metrics["box_variety"] = box_variety(truth, detections)
     step = read_state(checkpoint).step if (checkpoint / STATE).is_file() else None
     metrics = {"step": step, "checkpoint": str(checkpoint), "inputs": inputs, "verified": verify, **metrics}
     write_json(folder / METRICS_FILE, metrics)

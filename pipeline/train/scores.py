@@ -1,10 +1,15 @@
 """Scores of a run's checkpoints while it trains: which one is the best, and whether they still get better."""
 
 import json
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from statistics import median
 
 from pipeline.config.sections import Metric
 from pipeline.run_folder import RunFolder
+
+FEW_POINTS = 10
+"""Fewer of them in a half tell nothing: a step's loss is that of its images."""
 
 
 def scored(run: RunFolder, metric: Metric) -> dict[str, float]:
@@ -19,6 +24,23 @@ def scored(run: RunFolder, metric: Metric) -> dict[str, float]:
 def best_of(scores: dict[str, float]) -> str | None:
     """Name of the best; of equal ones the last."""
     return max(reversed(scores), key=lambda name: scores[name]) if scores else None
+
+
+def loss_fall(points: Sequence[Mapping[str, float]]) -> float | None:
+    """By how much the loss has fallen from the first half of the points of training to the second, as a share.
+
+    Args:
+        points: of the training curves, in the order of their steps. Those before the newest learning rate do not
+            count: a loss levels out before a drop of it, and falls after.
+
+    Returns:
+        What the medians say, or None where there are too few points.
+    """
+    rate = "train/lr_main"
+    first = next((n for n in range(len(points), 0, -1) if points[n - 1][rate] != points[-1][rate]), 0)
+    losses = [point["train/loss"] for point in points[first:]]
+    half = len(losses) // 2
+    return 1 - median(losses[half:]) / median(losses[:half]) if half >= FEW_POINTS else None
 
 
 def is_exhausted(scores: dict[str, float], patience: int | None) -> bool:

@@ -21,6 +21,8 @@ from pipeline.errors import UserError
 from pipeline.evaluate.detect import detect
 from pipeline.evaluate.score import score
 from pipeline.predict.detector import Detector
+from pipeline.run_folder import RunFolder
+from pipeline.tracking.spool import Spool
 from pipeline.tracking.tracker import Tracker
 from tests.builders import make_manifest, make_varied_manifest, write_checkpoint
 from tests.pipeline.evaluate.pages import read_page
@@ -113,10 +115,40 @@ class TestEvaluate:
             metrics |= dict.fromkeys(METRICS, 0.2)
             caplog.clear()
             with caplog.at_level("WARNING", logger="raydetr"):
-                tell_scores(tmp_path / "spool.jsonl", name, metrics)
+                tell_scores(RunFolder(tmp_path), name, metrics)
             told.append(caplog.text)
         assert "blind is no better than one constant box a category for every image, which has AP 0.2000" in told[0]
         assert not told[1]
+
+    @pytest.mark.parametrize(
+        ("score", "variety", "last", "message"),
+        [
+            (0.3, 0.1, 5.0, "gives nearly the same box for every image: its best boxes vary 0.10 times as much"),
+            (0.3, 0.3, 9.9, "x is flat: it fell by 1.0 % from the first half"),
+            (0.3, 0.3, 5.0, ""),
+            (0.5, 0.3, 9.9, ""),
+            (0.5, None, 9.9, ""),
+        ],
+        ids=["same box", "flat loss", "neither", "flat at a good score", "few images"],
+    )
+    def test_what_has_not_learned_is_told(
+        self,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+        score: float,
+        variety: float | None,
+        last: float,
+        message: str,
+    ) -> None:
+        run = RunFolder(tmp_path)
+        with Spool(run.train_spool) as spool:
+            for step in range(30):
+                spool.write(step, {"train/loss": 10.0 if step < 20 else last, "train/lr_main": float(step >= 10)})
+        metrics = {"step": 5, "per_category": {}, "baseline": {"AP": 0.2}, "box_variety": variety}
+        with caplog.at_level("WARNING", logger="raydetr"):
+            tell_scores(run, "x", {**dict.fromkeys(METRICS, 0.2), **metrics, "AP": score})
+        assert message in caplog.text
+        assert bool(message) == bool(caplog.text)
 
     def test_a_file_of_weights(self, split: Manifest, run: Path, tmp_path: Path) -> None:
         """That of a checkpoint has the checkpoint's score, and leaves a folder that `predict` takes."""

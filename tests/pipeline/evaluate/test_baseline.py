@@ -1,8 +1,11 @@
 """The constant box: what it is, and that a detector that gives it is told."""
 
+from typing import Any
+
 import pytest
 
-from pipeline.evaluate.baseline import constant_boxes
+from pipeline.evaluate.baseline import box_variety, constant_boxes
+from pipeline.evaluate.detect import Detection
 from pipeline.evaluate.score import score
 
 
@@ -39,3 +42,29 @@ def test_objects_that_lie_alike_are_all_found() -> None:
 def test_crowds_and_empty_splits_have_none() -> None:
     assert constant_boxes(truth((1, 1, [10, 10, 20, 20]), crowds=(1,))) == []
     assert constant_boxes({"images": [], "annotations": [], "categories": []}) == []
+
+
+VARIED: dict[str, Any] = {
+    "images": [{"id": n, "width": 100, "height": 50} for n in range(10)],
+    "annotations": [
+        {"image_id": n, "category_id": 1, "bbox": [n, 10, 20 + 4 * n, 20], "iscrowd": 0, "id": n} for n in range(10)
+    ],
+    "categories": [{"id": 1, "name": "a"}],
+}
+
+
+class TestVariety:
+    def found(self, slope: float, count: int = 10) -> list[Detection]:
+        best = [{"image_id": n, "category_id": 1, "bbox": [slope * n, 10, 20 + 4 * slope * n, 20], "score": 0.9}
+                for n in range(count)]  # fmt: skip
+        return best + [{**each, "bbox": [0, 0, 90, 45], "score": 0.1} for each in best]
+
+    def test_it_is_that_of_the_best_boxes(self) -> None:
+        assert box_variety(VARIED, self.found(1)) == pytest.approx(1)
+        assert box_variety(VARIED, self.found(0.1)) == pytest.approx(0.1)
+        assert box_variety(VARIED, constant_boxes(VARIED)) == pytest.approx(0)
+
+    def test_little_tells_nothing(self) -> None:
+        assert box_variety(VARIED, self.found(1, count=7)) is None
+        alike = [{**each, "bbox": [1, 1, 5, 5]} for each in VARIED["annotations"]]
+        assert box_variety({**VARIED, "annotations": alike}, self.found(1)) is None

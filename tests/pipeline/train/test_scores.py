@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.run_folder import RunFolder
-from pipeline.train.scores import best_of, is_exhausted, scored
+from pipeline.train.scores import best_of, is_exhausted, loss_fall, scored
 
 
 def write_scores(run: RunFolder, **values: float | None) -> None:
@@ -43,3 +43,15 @@ def test_scores_come_in_the_order_of_the_steps(tmp_path: Path) -> None:
 )
 def test_patience(values: list[float], patience: int | None, is_over: bool) -> None:
     assert is_exhausted({f"checkpoint-{step}": value for step, value in enumerate(values)}, patience) == is_over
+
+
+def test_the_fall_of_the_loss_at_this_learning_rate() -> None:
+    def points(*values: tuple[float, float]) -> list[dict[str, float]]:
+        return [{"train/loss": loss, "train/lr_main": rate} for loss, rate in values]
+
+    falling = points(*[(10.0, 1.0)] * 15, *[(8.0, 1.0)] * 15)
+    assert loss_fall(falling) == pytest.approx(0.2)
+    assert loss_fall(falling[:19]) is None
+    assert loss_fall(points(*[(20.0, 0.5)] * 30) + falling) == pytest.approx(0.2)
+    assert loss_fall(falling + points(*[(7.0, 0.1)] * 19)) is None
+    assert loss_fall([]) is None
