@@ -42,14 +42,22 @@ class EvaluationBeside:
         config: the pipeline.
         manifest: of the validation split.
         scored: called with each checkpoint's name and metrics, in the driver.
+        train: of the training split, for `evaluate.train_sample`.
     """
 
-    def __init__(self, config: Config, manifest: Manifest, scored: Callable[[str, dict[str, Any]], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        manifest: Manifest,
+        scored: Callable[[str, dict[str, Any]], None],
+        train: Manifest | None = None,
+    ) -> None:
         self._folder, self._scored = config.folder, scored
         device = device_of(config.cluster)
         self._resources = resources_of(config.cluster, device)
         self._settings = {
             "manifest": manifest,
+            "train": train,
             "evaluate": plain(config.evaluate),
             "device": device,
             "threads": max(1, int(config.cluster.cpus_per_worker)),
@@ -105,9 +113,11 @@ def _evaluate(settings: dict[str, Any], run: RunFolder, checkpoint: Path) -> tup
     torch.set_num_threads(settings["threads"])
     section = EvaluateSection(**settings["evaluate"])
 
-    def detect_all(path: Path, batches: list[list[int]]) -> Iterator[list[Detection]]:
-        yield detect(path, settings["manifest"], batches, section, settings["device"], on_error=settings["on_error"])
+    def detect_all(split: Manifest, path: Path, batches: list[list[int]]) -> Iterator[list[Detection]]:
+        yield detect(path, split, batches, section, settings["device"], on_error=settings["on_error"])
 
+    val, train = settings["manifest"], settings["train"]
+    sample = (train, partial(detect_all, train)) if train else None
     with checkpoint_here(run, checkpoint) as path, tempfile.TemporaryDirectory() as folder:
-        metrics, _ = evaluate_checkpoint(path, settings["manifest"], section, Path(folder), detect_all)
+        metrics, _ = evaluate_checkpoint(path, val, section, Path(folder), partial(detect_all, val), train=sample)
         return metrics | {"checkpoint": str(checkpoint)}, Path(folder, DETECTIONS_FILE).read_bytes()

@@ -37,11 +37,15 @@ LEAST_VARIETY = 0.2
 """Best boxes that vary less, as a share of how much the objects do, are told."""
 LEAST_BETTER, LEAST_FALL = 2.0, 0.02
 """Where AP is not so many times the constant box's, a training loss that falls by a smaller share is told."""
+MOST_DRIFT = 0.25
+"""AP by which training images may be ahead of validation before it is told."""
 SHARES = 4
 """Inference tasks of a worker: more give smoother progress, and each loads the weights."""
 
 
-def evaluate(config: Config, checkpoint: Path, manifest: Manifest, tracker: Tracker | None) -> dict[str, Any]:
+def evaluate(
+    config: Config, checkpoint: Path, manifest: Manifest, tracker: Tracker | None, train: Manifest | None = None
+) -> dict[str, Any]:
     """Score the run's last checkpoint, or every kept one with `evaluate.curve`, and report it.
 
     Ray must be connected, and every node must see the checkpoints and the shards. Each checkpoint's detections.json and
@@ -53,6 +57,7 @@ def evaluate(config: Config, checkpoint: Path, manifest: Manifest, tracker: Trac
         checkpoint: the run's last checkpoint.
         manifest: of the validation split.
         tracker: the MLflow run that gets the metrics and the report, by its outbox; None logs nothing.
+        train: of the training split, for `evaluate.train_sample`.
 
     Returns:
         The metrics of `checkpoint`.
@@ -67,8 +72,9 @@ def evaluate(config: Config, checkpoint: Path, manifest: Manifest, tracker: Trac
         verify = config.evaluate.verify and path == checkpoint
         with disk_told(out, "runs"), _progress(path.name, manifest) as shown:
             tasks = _Tasks(config, manifest, shown)
+            sample = (train, _Tasks(config, train, None)) if train else None
             metrics, is_new = evaluate_checkpoint(
-                path, manifest, config.evaluate, out / path.name, tasks, verify=verify
+                path, manifest, config.evaluate, out / path.name, tasks, verify=verify, train=sample
             )
         tell_scores(config.folder, path.name, metrics, is_new=is_new)
     with disk_told(out, "runs"):
@@ -133,6 +139,13 @@ def _warn(run: RunFolder, name: str, metrics: dict[str, Any]) -> None:
             "objects do",
             *(name, variety),
         )
+    known = metrics.get("train_sample", {}).get("AP", -1)
+    if known - metrics["AP"] > MOST_DRIFT:
+        logger.warning(
+            "evaluate: %s knows training images better than others: AP %.4f on %d of them, %.4f on validation; more "
+            "images, more augmentation or fewer steps may help, and train.patience ends such a run",
+            *(name, known, metrics["train_sample"]["images"], metrics["AP"]),
+        )
     if metrics["AP"] > LEAST_BETTER * constant:
         return
     fall = loss_fall([record.metrics for record in SpoolReader(run.train_spool).read()])
@@ -155,6 +168,7 @@ def _points(metrics: dict[str, Any]) -> dict[str, float]:
     points = {f"val/{name}": metrics[name] for name in METRICS}
     points |= {f"baseline/{name}": metrics.get("baseline", {}).get(name, -1) for name in ("AP", "AP50")}
     points |= {f"val_category/AP/{name}": values["AP"] for name, values in metrics["per_category"].items()}
+    points |= {f"train_sample/{name}": metrics.get("train_sample", {}).get(name, -1) for name in ("AP", "AP50")}
     if metrics.get("box_variety") is not None:
         points["val/box_variety"] = metrics["box_variety"]
     return {name: value for name, value in points.items() if value >= 0}
@@ -186,7 +200,7 @@ def _report(config: Config, manifest: Manifest, metrics: dict[str, Any], source:
 class _Tasks:
     """Runs a checkpoint's network over batches as Ray tasks, `evaluate.workers` at once."""
 
-    def __init__(self, config: Config, manifest: Manifest, shown: ProgressDisplay) -> None:
+    def __init__(self, config: Config, manifest: Manifest, shown: ProgressDisplay | None) -> None:
         self._config = config
         self._manifest = manifest
         self._shown = shown
@@ -214,7 +228,8 @@ class _Tasks:
             gpus=1 if device == "cuda" else 0,
         ):
             yield detections
-            self._shown.advance(sum(len(batch) for batch in share))
+            if self._shown is not None:
+                self._shown.advance(sum(len(batch) for batch in share))
 
 
 def _detect_share(settings: dict[str, Any], batches: list[list[int]]) -> list[Detection]:

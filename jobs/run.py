@@ -156,13 +156,14 @@ class Pipeline:
             return
         run = self.config.folder
         self.tracker.log_points(run.evaluate_spool)
-        with EvaluationBeside(self.config, val, partial(evaluate.tell_scores, run)) as beside:
+        with EvaluationBeside(self.config, val, partial(evaluate.tell_scores, run), self._sampled()) as beside:
             yield beside
 
     def evaluate(self) -> dict[str, Any]:
         """Score the last checkpoint (every kept one with evaluate.curve) on the validation split."""
         self._connect()
-        return evaluate.evaluate(self.config, self._last_checkpoint(), self._manifest("val"), self.tracker)
+        val = self._manifest("val")
+        return evaluate.evaluate(self.config, self._last_checkpoint(), val, self.tracker, self._sampled())
 
     def evaluate_weights(self, weights: Path, out: Path) -> dict[str, Any]:
         """Score a file of weights on the validation split, which is sharded for it; no MLflow run is made."""
@@ -179,6 +180,10 @@ class Pipeline:
     def _val_manifest(self) -> Manifest | None:
         """That of the validation split, if it is sharded: training does not need it."""
         return self._manifest("val") if (self.config.shards_folder / "val" / MANIFEST_NAME).exists() else None
+
+    def _sampled(self) -> Manifest | None:
+        """That of the training split, where some of its images are scored."""
+        return self._manifest("train") if self.config.evaluate.train_sample else None
 
     def _last_checkpoint(self) -> Path:
         folder = self.config.folder.checkpoints

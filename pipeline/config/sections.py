@@ -311,6 +311,9 @@ class EvaluateSection(Section):
     """Score every kept checkpoint, not the last alone: the AP curve of the run."""
     beside: bool = True
     """Score new checkpoints while training goes on, one at a time, where the cluster has room beside its workers."""
+    train_sample: int = Field(0, ge=0)
+    """Images of the training split, always the same, that are scored, too: where AP rises on them alone, the detector
+    learns them by heart."""
     verify: bool = True
     """Have pycocotools compute the score of the last checkpoint, too: one digit that differs is an error. It takes a
     minute and 2.6 GB for 5,000 images of COCO, and the scorer itself a second."""

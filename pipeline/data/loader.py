@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing import forkserver
@@ -159,10 +159,11 @@ def prepare_workers(workers: int) -> None:
         forkserver.ensure_running()
 
 
-def eval_batches(manifest: Manifest, batch_size: int) -> list[list[int]]:
-    """The sample indices of each evaluation batch: every sample once, images of like shape together."""
-    rows = manifest.samples.rows
-    indices = np.argsort(rows["width"] / rows["height"], kind="stable").tolist()
+def eval_batches(manifest: Manifest, batch_size: int, of: Sequence[int] | None = None) -> list[list[int]]:
+    """The sample indices of each evaluation batch: every sample, or of some, once; images of like shape together."""
+    chosen = np.arange(len(manifest.samples)) if of is None else np.asarray(of)
+    rows = manifest.samples.rows[chosen]
+    indices = chosen[np.argsort(rows["width"] / rows["height"], kind="stable")].tolist()
     return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
 
 

@@ -8,8 +8,8 @@ from pipeline.data.manifest import ORIGINAL_SIZE, Manifest, UnreadableSampleErro
 from pipeline.errors import UserError
 
 
-def ground_truth(manifest: Manifest) -> dict[str, Any]:
-    """The split as a COCO document: images, annotations with iscrowd and area, categories.
+def ground_truth(manifest: Manifest, indices: Sequence[int] | None = None) -> dict[str, Any]:
+    """The split, or some samples of it, as a COCO document: images, annotations with iscrowd and area, categories.
 
     Sizes, boxes and areas are those of the original images: of smaller copies they are scaled back, and have the twelve
     digits that survive it. The annotations are numbered from 1, whatever their ids were: a match with id 0 counts as
@@ -17,7 +17,7 @@ def ground_truth(manifest: Manifest) -> dict[str, Any]:
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for sample in manifest.samples:
+    for sample in manifest.samples if indices is None else (manifest.samples[index] for index in indices):
         try:
             content = read_annotations(manifest, sample)
         except UnreadableSampleError as error:

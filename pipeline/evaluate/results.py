@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.checkpoint.state import MODEL, STATE, checked_sum, read_state
 from pipeline.config.sections import METRICS, EvaluateSection, Role, settings_with
 from pipeline.config.values import differences
@@ -31,6 +33,7 @@ def evaluate_checkpoint(
     detect_all: DetectAll,
     *,
     verify: bool = False,
+    train: tuple[Manifest, DetectAll] | None = None,
 ) -> tuple[dict[str, Any], bool]:
     """Write a checkpoint's detections.json and metrics.json into a folder, unless they are there.
 
@@ -41,10 +44,12 @@ def evaluate_checkpoint(
         folder: of the results; metrics.json is written last.
         detect_all: runs the network over all batches.
         verify: have pycocotools compute the numbers as well, unless it has for those that are there.
+        train: the training split, and what runs the network over batches of it, for `evaluate.train_sample`.
 
     Returns:
         The metrics (what `score` gives, with "step", "checkpoint" and "inputs", which tell what was scored, "verified",
-        "baseline", the numbers of `constant_boxes`, and "box_variety"), and whether they are new.
+        "baseline", the numbers of `constant_boxes`, "box_variety", and with `train` "train_sample", the numbers of
+        those images), and whether they are new.
 
     Raises:
         UserError: the folder holds the scores of the same checkpoint under other settings, the checkpoint is damaged,
@@ -69,10 +74,24 @@ def evaluate_checkpoint(
     baseline = score(truth, constant_boxes(truth))
     metrics["baseline"] = {name: baseline[name] for name in METRICS}
     metrics["box_variety"] = box_variety(truth, detections)
+    if train is not None and evaluate.train_sample:
+        metrics["train_sample"] = _score_sample(checkpoint, *train, evaluate)
     step = read_state(checkpoint).step if (checkpoint / STATE).is_file() else None
     metrics = {"step": step, "checkpoint": str(checkpoint), "inputs": inputs, "verified": verify, **metrics}
     write_json(folder / METRICS_FILE, metrics)
     return metrics, known is None
+
+
+def _score_sample(
+    checkpoint: Path, manifest: Manifest, detect_all: DetectAll, evaluate: EvaluateSection
+) -> dict[str, float]:
+    """The numbers of `evaluate.train_sample` images that lie evenly over a split."""
+    count = min(evaluate.train_sample, len(manifest.samples))
+    indices = np.linspace(0, len(manifest.samples) - 1, count).round().astype(int).tolist()
+    batches = eval_batches(manifest, evaluate.batch_size, indices)
+    found = sort_detections([entry for share in detect_all(checkpoint, batches) for entry in share])
+    metrics = score(ground_truth(manifest, indices), found)
+    return {name: metrics[name] for name in METRICS} | {"images": count}
 
 
 def weights_digest(checkpoint: Path) -> str:

@@ -59,15 +59,19 @@ class Scores(dict[str, dict[str, Any]]):
 
 def test_the_scores_are_those_of_the_end(split: Manifest, checkpoints: Path) -> None:
     """Each once, the newest first; and the end finds them."""
-    config, scores = make_config(checkpoints.parents[1], verify=False), Scores()
-    with EvaluationBeside(config, split, scores) as beside:
+    config, scores = make_config(checkpoints.parents[1], verify=False, train_sample=3), Scores()
+    with EvaluationBeside(config, split, scores, split) as beside:
         scores.wait(beside, 2)
         beside.begin()
     assert list(scores) == ["checkpoint-10", "checkpoint-5"]
     written = config.folder.scores()["checkpoint-10"].stat().st_mtime_ns
-    metrics = evaluate(config, checkpoints / "checkpoint-10", split, None)
+    metrics = evaluate(config, checkpoints / "checkpoint-10", split, None, split)
     assert {name: scores["checkpoint-10"][name] for name in METRICS} == {name: metrics[name] for name in METRICS}
     assert config.folder.scores()["checkpoint-10"].stat().st_mtime_ns == written
+    assert scores["checkpoint-10"]["train_sample"]["images"] == 3
+    shutil.rmtree(config.folder.evaluation)
+    assert evaluate(config, checkpoints / "checkpoint-10", split, None, split) == scores["checkpoint-10"]
+    evaluate(config, checkpoints / "checkpoint-5", split, None, split)
     again = Scores()
     with EvaluationBeside(config, split, again) as beside:
         beside.begin()

@@ -22,7 +22,7 @@ from pipeline.evaluate.detect import detect
 from pipeline.evaluate.score import score
 from pipeline.predict.detector import Detector
 from pipeline.run_folder import RunFolder
-from pipeline.tracking.spool import Spool
+from pipeline.tracking.spool import Spool, SpoolReader
 from pipeline.tracking.tracker import Tracker
 from tests.builders import make_manifest, make_varied_manifest, write_checkpoint
 from tests.pipeline.evaluate.pages import read_page
@@ -149,6 +149,16 @@ class TestEvaluate:
             tell_scores(run, "x", {**dict.fromkeys(METRICS, 0.2), **metrics, "AP": score})
         assert message in caplog.text
         assert bool(message) == bool(caplog.text)
+
+    def test_what_is_learned_by_heart_is_told(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        for known, told in ((0.7, True), (0.6, False)):
+            metrics = {"step": 5, "per_category": {}, "train_sample": {"AP": known, "AP50": 0.9, "images": 40}}
+            caplog.clear()
+            with caplog.at_level("WARNING", logger="raydetr"):
+                tell_scores(RunFolder(tmp_path), "x", {**dict.fromkeys(METRICS, 0.4), **metrics})
+            assert ("AP 0.7000 on 40 of them, 0.4000 on validation" in caplog.text) == told
+        (point,) = SpoolReader(RunFolder(tmp_path).evaluate_spool).read()
+        assert point.metrics["train_sample/AP"] == 0.7
 
     def test_a_file_of_weights(self, split: Manifest, run: Path, tmp_path: Path) -> None:
         """That of a checkpoint has the checkpoint's score, and leaves a folder that `predict` takes."""

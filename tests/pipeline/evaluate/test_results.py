@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.config.sections import EvaluateSection
 from pipeline.data.manifest import Manifest
+from pipeline.data.truth import ground_truth
 from pipeline.errors import UserError
 from pipeline.evaluate.detect import detect
 from pipeline.evaluate.results import evaluate_checkpoint, evaluate_files
@@ -48,6 +49,26 @@ class TestEvaluateCheckpoint:
         assert verified == {**plain, "verified": True}
         (tmp_path / "detections.json").unlink()
         assert evaluate_checkpoint(checkpoint, split, SECTION, tmp_path, detect_all, verify=True)[0] == verified
+
+    def test_a_sample_of_the_training_split_is_scored_too(
+        self, split: Manifest, checkpoint: Path, tmp_path: Path
+    ) -> None:
+        asked: list[list[list[int]]] = []
+
+        def detect_train(path: Path, batches: list[list[int]]) -> list[list[dict[str, Any]]]:
+            asked.append(batches)
+            return [detect(path, split, batches, SECTION, "cpu")]
+
+        section = SECTION.model_copy(update={"train_sample": 3})
+        metrics, _ = evaluate_checkpoint(
+            checkpoint, split, section, tmp_path, lambda path, batches: [], train=(split, detect_train)
+        )
+        last = len(split.samples) - 1
+        assert sorted(index for batch in asked[0] for index in batch) == [0, last // 2, last]
+        truth, found = ground_truth(split, [0, last // 2, last]), detect(checkpoint, split, asked[0], SECTION, "cpu")
+        assert metrics["train_sample"]["images"] == len(truth["images"]) == 3
+        assert metrics["train_sample"]["AR100"] == score(truth, found)["AR100"]
+        assert metrics["AR100"] == 0
 
     def test_other_settings_are_refused(self, split: Manifest, checkpoint: Path, tmp_path: Path) -> None:
         evaluate_checkpoint(checkpoint, split, SECTION, tmp_path, lambda path, batches: [])
