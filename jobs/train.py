@@ -38,6 +38,7 @@ from pipeline.errors import UserError
 from pipeline.log import get_logger, outcome
 from pipeline.run_folder import RunFolder
 from pipeline.tracking.spool import SpoolReader
+from pipeline.train.initial import hindrance
 from pipeline.train.run import TrainJob, resume_point
 from pipeline.train.scores import is_exhausted, scored
 from pipeline.train.stop import end_of
@@ -104,6 +105,8 @@ def train(
     if found is not None and (is_over or is_no_better(config)):
         logger.info(outcome("train", config.folder.place(found[0]), is_new=False))
         return found[0]
+    if found is None and (told := hindrance(job.model, job.train, len(manifest.samples))):
+        logger.warning("train: %s", told)
     restarts = 0
     while True:
         workers = wait_for_room(config.cluster, config.world_sizes, device)

@@ -15,7 +15,9 @@ from pipeline.train.engine import (
     take_step,
 )
 from pipeline.train.initial import (
+    LEAST_STEPS,
     check_init,
+    hindrance,
     is_path,
     make_model,
 )
@@ -45,6 +47,7 @@ from pipeline.train.stop import (
 )
 
 __all__ = [
+    "LEAST_STEPS",
     "LOOK_SECONDS",
     "MAY_DIFFER",
     "SAMPLING_MODULES",
@@ -61,6 +64,7 @@ __all__ = [
     "engine_config",
     "find_checkpoint",
     "group_of",
+    "hindrance",
     "import_deepspeed",
     "is_path",
     "lr_factor",

@@ -7,17 +7,21 @@ import torch
 from torch import nn
 
 from model.build import build_model
+from model.config import DetrConfig
 from model.recompute import recompute_activations
 from model.weights.files import load_backbone, load_weights
 from pipeline.checkpoint.state import MODEL, State, latest, load_model_weights, weights_in
 from pipeline.config.keys import with_keys
-from pipeline.config.sections import InitSection
+from pipeline.config.sections import InitSection, TrainSection
 from pipeline.distributed import World, gather_objects, on_rank_zero, together
 from pipeline.errors import UserError
 from pipeline.log import get_logger
 from pipeline.train.run import TrainJob
 
 logger = get_logger(__name__)
+
+LEAST_STEPS = 1000
+"""Fewer optimizer steps leave a detector whose weights begin at random at boxes that hardly look at the image."""
 
 
 def make_model(job: TrainJob, found: tuple[Path, State] | None, world: World) -> nn.Module:
@@ -91,3 +95,31 @@ def check_init(init: InitSection, checkpoints: Path) -> None:
     for key, source in (("backbone", init.backbone), ("weights", init.weights)):
         if source is not None and is_path(source) and not Path(source).exists():
             raise UserError(f"train.init.{key}: {source}: there is no such file or folder")
+
+
+def hindrance(model: DetrConfig, train: TrainSection, samples: int) -> str | None:
+    """What to set so that weights which begin at random learn: the defaults are for those that have learnt already.
+
+    Args:
+        model: the architecture.
+        train: how it is trained.
+        samples: images of the training split.
+
+    Returns:
+        None where nothing is in the way, or `train.init` gives weights.
+    """
+    if train.init.backbone is not None or train.init.weights is not None:
+        return None
+    mends = []
+    if train.freeze_backbone != "none":
+        mends.append("train.freeze_backbone: none")
+    if train.lr_backbone < train.lr / 2:
+        mends.append(f"train.lr_backbone: {train.lr:g}")
+    if model.backbone_norm == "frozen_batch_norm":
+        mends.append("model.backbone_norm: group_norm")
+    steps = train.total_steps(samples)
+    if steps < LEAST_STEPS and train.max_steps is None:
+        mends.append(f"{LEAST_STEPS} steps or more by train.epochs and train.global_batch (these are {steps})")
+    if not mends:
+        return None
+    return f"the weights begin at random and will learn little; set {', '.join(mends)}; or give train.init.backbone"

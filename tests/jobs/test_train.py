@@ -125,13 +125,14 @@ def test_a_killed_worker_changes_nothing(trained: tuple[Config, Path, int], mani
     assert losses(config.folder) == losses(trained[0].folder)
 
 
-def test_a_run_that_is_no_better_ends(manifest: Manifest, tmp_path: Path) -> None:
-    config = make_config(tmp_path, max_steps=100_000, patience=1)
+def test_a_run_that_is_no_better_ends(manifest: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = make_config(tmp_path, max_steps=100_000, patience=1, freeze_backbone="stem_and_layer1")
     for name, value in (("checkpoint-1", 0.5), ("checkpoint-2", 0.4)):
         write_json(config.folder.evaluation / name / METRICS_FILE, {"AP": value})
     last = train(config, manifest)
     assert 0 < checkpoint.read_state(last).step < 100_000
     assert train(config, manifest) == last
+    assert caplog.text.count("begin at random and will learn little; set train.freeze_backbone: none") == 1
 
 
 def test_wrong_input_of_a_worker_is_told_to_the_driver(manifest: Manifest, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_every_shipped_config_loads_and_survives_a_round_trip(path: Path) -> Non
 
 
 def test_the_shipped_configs_are_the_promised_ones() -> None:
-    assert {path.stem for path in CONFIGS} == {"demo", "tiny_coco", "bccd"} | PUBLISHED.keys()
+    assert {path.stem for path in CONFIGS} == {"demo", "tiny_coco", "bccd", "small"} | PUBLISHED.keys()
 
 
 class Published(NamedTuple):

@@ -2,18 +2,20 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from model import build_model
+from model import DetrConfig, build_model
 from pipeline import checkpoint
-from pipeline.config.sections import InitSection
+from pipeline.config.load import load_config
+from pipeline.config.sections import InitSection, TrainSection
 from pipeline.data.manifest import Manifest
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.train.initial import check_init
+from pipeline.train.initial import check_init, hindrance
 from pipeline.train.loop import train
 from pipeline.train.run import TrainJob
 from tests.pipeline.train.runs import losses, make_job, train_on
@@ -34,6 +36,42 @@ def test_weights_that_are_not_there_are_told_unless_training_has_begun(key: str,
 @pytest.mark.parametrize("source", ["imagenet", "https://example.org/resnet.pth"])
 def test_a_download_is_no_path(source: str, tmp_path: Path) -> None:
     check_init(InitSection(backbone=source), tmp_path)
+
+
+RANDOM = {"freeze_backbone": "none", "lr": 5e-4, "lr_backbone": 5e-4, "global_batch": 4}
+"""Settings by which weights that begin at random learn."""
+
+
+@pytest.mark.parametrize(
+    ("settings", "norm", "mends"),
+    [
+        pytest.param({}, "group_norm", (), id="none"),
+        pytest.param({"freeze_backbone": "all"}, "group_norm", ("train.freeze_backbone: none",), id="frozen"),
+        pytest.param({"lr_backbone": 5e-5}, "group_norm", ("train.lr_backbone: 0.0005",), id="slow"),
+        pytest.param({}, "frozen_batch_norm", ("model.backbone_norm: group_norm",), id="norm"),
+        pytest.param({"global_batch": 32}, "group_norm", ("(these are 250)",), id="few steps"),
+        pytest.param({"global_batch": 32, "max_steps": 5}, "group_norm", (), id="a trial"),
+        pytest.param({"lr_backbone": 0, "init": {"weights": "a.pth"}}, "frozen_batch_norm", (), id="given"),
+        pytest.param({"lr_backbone": 0, "init": {"backbone": "imagenet"}}, "frozen_batch_norm", (), id="backbone"),
+    ],
+)
+def test_what_hinders_random_weights_is_told(settings: dict[str, Any], norm: Any, mends: tuple[str, ...]) -> None:
+    train = TrainSection.model_validate({**RANDOM, **settings})
+    told = hindrance(DetrConfig(backbone_norm=norm), train, samples=160)
+    assert (told is None) == (not mends)
+    assert all(mend in (told or "") for mend in mends)
+
+
+def test_the_defaults_are_for_weights_that_have_learnt() -> None:
+    told = hindrance(DetrConfig(), TrainSection(), samples=160)
+    assert told is not None
+    assert all(key in told for key in ("freeze_backbone", "lr_backbone", "backbone_norm", "train.epochs"))
+
+
+@pytest.mark.parametrize(("name", "samples"), [("demo", 1200), ("bccd", 205), ("small", 160)])
+def test_nothing_hinders_what_is_shipped_for_random_weights(name: str, samples: int) -> None:
+    config = load_config(Path(__file__).resolve().parents[3] / "jobs" / "configs" / f"{name}.yaml")
+    assert hindrance(config.model, config.train, samples) is None
 
 
 @pytest.mark.parametrize("kind", ["weights", "backbone"])
