@@ -21,7 +21,7 @@ from pipeline.train.run import TrainJob
 logger = get_logger(__name__)
 
 LEAST_STEPS = 1000
-"""Fewer optimizer steps leave a detector whose weights begin at random at boxes that hardly look at the image."""
+"""Optimizer steps that a schedule should have where the weights begin at random (`tests/benchmarks/small.py`)."""
 
 
 def make_model(job: TrainJob, found: tuple[Path, State] | None, world: World) -> nn.Module:
@@ -98,7 +98,7 @@ def check_init(init: InitSection, checkpoints: Path) -> None:
 
 
 def hindrance(model: DetrConfig, train: TrainSection, samples: int) -> str | None:
-    """What to set so that weights which begin at random learn: the defaults are for those that have learnt already.
+    """Tell which settings are not for weights that begin at random, as most defaults are not, and what to set.
 
     Args:
         model: the architecture.
@@ -122,4 +122,7 @@ def hindrance(model: DetrConfig, train: TrainSection, samples: int) -> str | Non
         mends.append(f"{LEAST_STEPS} steps or more by train.epochs and train.global_batch (these are {steps})")
     if not mends:
         return None
-    return f"the weights begin at random and will learn little; set {', '.join(mends)}; or give train.init.backbone"
+    return (
+        "the weights begin at random, and the settings are for some that have learnt: "
+        f"set {', '.join(mends)}; or give train.init.backbone or train.init.weights"
+    )

@@ -132,7 +132,7 @@ def test_a_run_that_is_no_better_ends(manifest: Manifest, tmp_path: Path, caplog
     last = train(config, manifest)
     assert 0 < checkpoint.read_state(last).step < 100_000
     assert train(config, manifest) == last
-    assert caplog.text.count("begin at random and will learn little; set train.freeze_backbone: none") == 1
+    assert caplog.text.count("for some that have learnt: set train.freeze_backbone: none") == 1
 
 
 def test_wrong_input_of_a_worker_is_told_to_the_driver(manifest: Manifest, tmp_path: Path) -> None:
