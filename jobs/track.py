@@ -69,7 +69,9 @@ def tell_about(tracker: Tracker, config: Config, manifests: Mapping[str, Manifes
 def described(config: Config, manifest: Manifest) -> str:
     """A few words of Markdown on what is trained, on what and how."""
     model, train, images = config.model, config.train, len(manifest.samples)
-    names = {"dilation": "dilated stage 5", "with_box_refine": "iterative box refinement", "two_stage": "two-stage"}
+    names = {"dilation": "dilated stage 5", "with_box_refine": "iterative box refinement"}
+    names["look_forward_twice"] = "look forward twice"
+    names["two_stage"] = "two-stage with mixed queries" if model.two_stage == "mixed" else "two-stage"
     parts = [model.backbone, *(name for key, name in names.items() if getattr(model, key))]
     steps = train.total_steps(images)
     return (

@@ -43,8 +43,12 @@ class DetrConfig:
     """Sampling points of a head and level; DETR has none and leaves it alone."""
     with_box_refine: bool = False
     """Every decoder layer refines the boxes of the layer before it."""
-    two_stage: bool = False
-    """The encoder proposes the queries; needs with_box_refine."""
+    look_forward_twice: bool = False
+    """A layer's box loss also trains the refinement before it (DINO, arXiv 2203.03605, section 3.5); needs
+    with_box_refine. What the network computes is the same."""
+    two_stage: Literal[False, True, "mixed"] = False
+    """The encoder proposes the queries; needs with_box_refine. `mixed` takes their positions from the proposals and
+    learns their contents (DINO, section 3.4)."""
     class_loss: Literal["focal", "softmax"] = "focal"
     """Sigmoid focal loss with num_classes logits, or softmax with one more logit for "no object"."""
     auxiliary_losses: bool = True
@@ -69,12 +73,15 @@ class DetrConfig:
             raise ValueError(f"dropout is {self.dropout}, it must be in [0, 1)")
         if self.two_stage and not self.with_box_refine:
             raise ValueError("two_stage needs with_box_refine: the proposals are refined boxes")
+        if self.look_forward_twice and not self.with_box_refine:
+            raise ValueError("look_forward_twice needs with_box_refine: without it no layer corrects the one before")
         if self.arch == "detr":
             self._check_detr()
 
     def _check_detr(self) -> None:
         """Refuse what plain DETR does not have, all of it in one message."""
-        needed = {"feature_levels": 1, "with_box_refine": False, "two_stage": False, "points": DetrConfig.points}
+        needed = {"feature_levels": 1, "with_box_refine": False, "look_forward_twice": False, "two_stage": False}
+        needed["points"] = DetrConfig.points
         wrong = [f"{name}: {str(value).lower()}" for name, value in needed.items() if getattr(self, name) != value]
         if wrong:
             raise ValueError(
@@ -86,6 +93,11 @@ class DetrConfig:
     def num_logits(self) -> int:
         """Logits of a query: the classes, and "no object" under softmax."""
         return self.num_classes + (self.class_loss == "softmax")
+
+    @property
+    def query_width(self) -> int:
+        """Numbers that are learned of a query of Deformable DETR: position and content, the content, or none."""
+        return {False: 2 * self.hidden_dim, "mixed": self.hidden_dim, True: 0}[self.two_stage]
 
     @property
     def strides(self) -> list[int]:
@@ -102,9 +114,9 @@ def _check_choices(config: DetrConfig) -> None:
     for name, hint in hints.items():
         choices, value = get_args(hint), getattr(config, name)
         if choices and value not in choices:
-            nearest = difflib.get_close_matches(str(value), choices, n=1)
+            nearest = difflib.get_close_matches(str(value), map(str, choices), n=1)
             raise ValueError(
-                f"{name} is {value!r}, it must be one of {', '.join(choices)}"
+                f"{name} is {value!r}, it must be one of {', '.join(str(choice).lower() for choice in choices)}"
                 + (f"; did you mean {nearest[0]}?" if nearest else "")
             )
 

@@ -34,9 +34,9 @@ class DeformableDetr(nn.Module):
             config.backbone, config.backbone_norm, config.dilation, only_last=config.feature_levels == 1
         )
         self.input_proj = self._input_projections(width, config.feature_levels)
-        if not config.two_stage:
-            self.query_embed = nn.Embedding(config.num_queries, width * 2)
-        heads = config.decoder_layers + int(config.two_stage)
+        if config.query_width:
+            self.query_embed = nn.Embedding(config.num_queries, config.query_width)
+        heads = config.decoder_layers + bool(config.two_stage)
         class_head, box_head = nn.Linear(width, config.num_logits), BoxHead(width)
         if config.with_box_refine:
             self.class_embed = nn.ModuleList(copy.deepcopy(class_head) for _ in range(heads))
@@ -73,7 +73,7 @@ class DeformableDetr(nn.Module):
             `num_queries` when the image has fewer cells.
         """
         features, masks = self._levels(batch)
-        query_embed = None if self.config.two_stage else self.query_embed.weight
+        query_embed = self.query_embed.weight if self.config.query_width else None
         out = self.transformer(features, masks, query_embed, self.class_embed, self.bbox_embed)
         layers = [
             {"pred_logits": in_full_precision(head, hidden), "pred_boxes": boxes}

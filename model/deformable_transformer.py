@@ -118,13 +118,16 @@ class Decoder(Recomputing):
         config: the architecture.
 
     With `with_box_refine` a layer's boxes, detached, are the next layer's references, so each layer corrects the one
-    before it and its gradient does not run through the corrections before.
+    before it and its gradient does not run through the corrections before. With `look_forward_twice` it runs through
+    the last of these: what the layer before said of the boxes, about references that are detached again (DINO,
+    arXiv 2203.03605, section 3.5).
     """
 
     def __init__(self, config: DetrConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.refine = config.with_box_refine
+        self.look_twice = config.look_forward_twice
 
     def forward(
         self,
@@ -153,14 +156,17 @@ class Decoder(Recomputing):
             Of each layer the hidden state `[B, Q, C]` and the boxes `[B, Q, 4]`.
         """
         hidden, boxes = [], []
+        corrected = reference
         for layer, head in zip(self.layers, bbox_embed, strict=False):  # two-stage has a head more, for the proposals
             ratios = valid_ratios.repeat(1, 1, reference.shape[-1] // 2)[:, None]  # [B, 1, L, 2 or 4]
             of_levels = reference[:, :, None] * ratios
             target = self.run_block(layer, target, position, of_levels, memory, shapes, padding)
             hidden.append(target)
-            boxes.append(relative_boxes(in_full_precision(head, target), reference))
+            deltas = in_full_precision(head, target)
+            boxes.append(relative_boxes(deltas, corrected))
             if self.refine:
-                reference = boxes[-1].detach()
+                following = relative_boxes(deltas, reference) if self.look_twice else boxes[-1].detach()
+                reference, corrected = following.detach(), following
         return hidden, boxes
 
 
@@ -196,15 +202,16 @@ class Transformer(nn.Module):
         super().__init__()
         width = config.hidden_dim
         self.num_queries = config.num_queries
-        self.two_stage = config.two_stage
+        self.two_stage = bool(config.two_stage)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.level_embed = nn.Parameter(torch.empty(config.feature_levels, width))
         if config.two_stage:
             self.enc_output = nn.Linear(width, width)
             self.enc_output_norm = nn.LayerNorm(width)
-            self.pos_trans = nn.Linear(width * 2, width * 2)
-            self.pos_trans_norm = nn.LayerNorm(width * 2)
+            made = width * 2 - config.query_width  # what is not learned of a query
+            self.pos_trans = nn.Linear(width * 2, made)
+            self.pos_trans_norm = nn.LayerNorm(made)
         else:
             self.reference_points = nn.Linear(width, 2)
 
@@ -221,7 +228,8 @@ class Transformer(nn.Module):
         Args:
             features: `[B, C, H, W]` of each level.
             masks: `[B, H, W]` of each level, True on padding.
-            query_embed: `[queries, 2 * C]`, position and content in that order; None with two stages.
+            query_embed: `[queries, 2 * C]`, position and content in that order; with two stages None, or `[queries, C]`
+                where the contents are learned.
             class_embed: class heads; two-stage uses the last one for the proposals.
             bbox_embed: box heads; two-stage uses the last one for the proposals.
         """
@@ -235,12 +243,17 @@ class Transformer(nn.Module):
         memory = self.encoder(source, position, shapes, valid_ratios, padding)
 
         proposal_logits = proposal_boxes = None
-        if query_embed is None:
+        if self.two_stage:
             proposal_logits, proposal_boxes, picked = self._propose(memory, masks, class_embed[-1], bbox_embed[-1])
             reference = picked.sigmoid()
             code = encode_boxes(reference, source.shape[-1] // 2)
-            query_position, target = self.pos_trans_norm(self.pos_trans(code.to(memory.dtype))).chunk(2, dim=-1)
+            made = self.pos_trans_norm(self.pos_trans(code.to(memory.dtype)))
+            if query_embed is None:
+                query_position, target = made.chunk(2, dim=-1)
+            else:
+                query_position, target = made, query_embed[: made.shape[1]].expand(len(source), -1, -1)
         else:
+            assert query_embed is not None
             query_position, target = query_embed.expand(len(source), -1, -1).chunk(2, dim=-1)
             reference = in_full_precision(self.reference_points, query_position).sigmoid()
         hidden, boxes = self.decoder(

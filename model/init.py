@@ -83,7 +83,7 @@ def _init_deformable_detr(model: DeformableDetr, generator: torch.Generator | No
     for module in model.input_proj.modules():
         if isinstance(module, nn.Conv2d):
             _init_xavier(module, generator)
-    if not model.config.two_stage:
+    if model.config.query_width:
         model.query_embed.weight.normal_(generator=generator)
     _init_transformer(model.transformer, generator)
     model.transformer.level_embed.normal_(generator=generator)

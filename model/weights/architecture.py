@@ -16,8 +16,10 @@ from torch import Tensor
 from model.backbones.make import BACKBONES, make_backbone
 from model.config import DetrConfig
 
-UNSEEN = ("heads", "points", "dropout", "dilation", "class_loss", "auxiliary_losses")
-"""Settings that no shape tells; `num_queries` is another one with two stages."""
+UNSEEN = ("heads", "points", "dropout", "dilation", "class_loss", "auxiliary_losses", "look_forward_twice")
+"""Settings that no shape tells; `num_queries` is another one where two stages learn nothing of a query."""
+_TRAINING = ("dropout", "auxiliary_losses", "look_forward_twice")
+"""Settings of which what a trained network computes does not depend."""
 
 _RESNETS: dict[str, tuple[str, list[int], list[int]]] = {
     "resnet18": ("basic", [2, 2, 2, 2], [64, 128, 256, 512]),
@@ -66,8 +68,10 @@ def _detr(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 def _deformable(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> dict[str, Any]:
     levels = len(tensors["transformer.level_embed"])
     two_stage = any(name.startswith(("transformer.enc_output", "transformer.pos_trans")) for name in tensors)
-    seen = {"feature_levels": levels, "two_stage": two_stage, "with_box_refine": two_stage or _refines(tensors)}
-    if two_stage:
+    learned = "query_embed.weight" in tensors
+    seen: dict[str, Any] = {"feature_levels": levels, "with_box_refine": two_stage or _refines(tensors)}
+    seen["two_stage"] = "mixed" if two_stage and learned else two_stage
+    if two_stage and not learned:
         seen |= {"num_queries": notes["num_queries"]} if "num_queries" in notes else {}
     else:
         seen["num_queries"] = len(tensors["query_embed.weight"])
@@ -109,9 +113,7 @@ def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
 
 def differences(wanted: DetrConfig, found: DetrConfig) -> list[str]:
     """The settings to change in `wanted` so that it is `found`, as `name: value`."""
-    names = [
-        field.name for field in fields(DetrConfig) if field.name not in ("dropout", "auxiliary_losses", "num_classes")
-    ]
+    names = [field.name for field in fields(DetrConfig) if field.name not in (*_TRAINING, "num_classes")]
     changed = [name for name in names if getattr(wanted, name) != getattr(found, name)]
     return [f"{name}: {str(getattr(found, name)).lower()}" for name in changed]
 
@@ -173,7 +175,7 @@ def _hf_lacks(config: DetrConfig) -> list[str]:
         lacks.append(f"a backbone with {config.backbone_norm}")
     if config.dilation:
         lacks.append("a dilated ResNet but timm's")
-    return lacks + _other_losses(config) + _odd_norms(config)
+    return lacks + _unknown(config)
 
 
 def _hf_backbone(config: DetrConfig) -> dict[str, Any]:
@@ -212,11 +214,17 @@ def _hf_deformable(config: DetrConfig) -> dict[str, Any]:
 
 def check_original(config: DetrConfig) -> None:
     """Raise a ValueError where the original (or facebookresearch/detr) would compute something else."""
-    lacks = _other_losses(config) + _odd_norms(config)
+    lacks = _unknown(config)
     if config.backbone == "resnet_tiny" or config.backbone_norm != "frozen_batch_norm":
         lacks.append(f"the backbone {config.backbone} with {config.backbone_norm}")
     if lacks:
         raise ValueError(f"the original has not {', nor '.join(lacks)}: these weights cannot be written for it")
+
+
+def _unknown(config: DetrConfig) -> list[str]:
+    """What of an architecture nobody else's networks have, or have otherwise."""
+    mixed = ["two_stage mixed"] if config.two_stage == "mixed" else []
+    return mixed + _other_losses(config) + _odd_norms(config)
 
 
 def _other_losses(config: DetrConfig) -> list[str]:

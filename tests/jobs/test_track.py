@@ -51,7 +51,7 @@ class TestSync:
             tmp_path / "runs",
             mlflow_uri,
             dataset={"root": "data/<b> `cells`"},
-            model={"with_box_refine": True},
+            model={"with_box_refine": True, "two_stage": "mixed", "look_forward_twice": True},
             train={"global_batch": 2, "micro_batch": 2, "epochs": 3},
         )
         monkeypatch.setattr("sys.argv", ["raydetr", "run", "--set", f"tracking.uri={AWAY}"])
@@ -61,7 +61,8 @@ class TestSync:
         assert tracker.sync()
         run = tracker.client.get_run(tracker.run_id)
         note = run.data.tags["mlflow.note.content"]
-        kind = "**Deformable DETR** (resnet50, iterative box refinement, 300 queries)"
+        parts = "iterative box refinement, look forward twice, two-stage with mixed queries"
+        kind = f"**Deformable DETR** (resnet50, {parts}, 300 queries)"
         assert note.startswith(f"{kind} on `<b> cells`: {len(manifests['train'].samples)} images, 3 categories.")
         assert "5 steps of 2 images (3.33 epochs)" in note
         assert run.data.tags["mlflow.source.name"].startswith("raydetr run --set ")

@@ -45,6 +45,15 @@ def test_parameters_and_tensors() -> None:
     assert measure(DetrConfig(**TWO_STAGE), size=(64, 64)).tensors == 630
 
 
+def test_mixed_queries_by_hand() -> None:
+    two_stage = DetrConfig(**TWO_STAGE, backbone="resnet_tiny", num_queries=40, encoder_layers=0)
+    mixed = replace(two_stage, two_stage="mixed", look_forward_twice=True)
+    mine, theirs = (measure(config, size=(64, 64)) for config in (mixed, two_stage))
+    contents, positions = 40 * 256, 512 * 256 + 256 + 2 * 256  # learned; no longer made by pos_trans and its norm
+    assert mine.parameters - theirs.parameters == contents - positions
+    assert theirs.multiply_adds - mine.multiply_adds == 40 * 512 * 256
+
+
 def test_a_small_detr_by_hand() -> None:
     config = DetrConfig(
         backbone="resnet_tiny", arch="detr", feature_levels=1, hidden_dim=32, heads=4, ffn_dim=48, num_queries=7,
@@ -84,6 +93,7 @@ def test_what_is_frozen_has_no_backward_pass() -> None:
     [
         pytest.param({"feature_levels": 4, "encoder_layers": 2}, id="base"),
         pytest.param(TWO_STAGE, id="two-stage"),
+        pytest.param({"with_box_refine": True, "two_stage": "mixed", "look_forward_twice": True}, id="mixed"),
         pytest.param({"arch": "detr"}, id="detr"),
         pytest.param({"backbone": "resnet18", "backbone_norm": "frozen_batch_norm"}, id="frozen"),
     ],

@@ -18,6 +18,12 @@ def test_logits() -> None:
     assert DetrConfig(num_classes=5, class_loss="softmax").num_logits == 6
 
 
+def test_what_is_learned_of_a_query() -> None:
+    assert DetrConfig().query_width == 512
+    assert DetrConfig(with_box_refine=True, two_stage="mixed").query_width == 256
+    assert DetrConfig(with_box_refine=True, two_stage=True).query_width == 0
+
+
 def test_strides() -> None:
     assert DetrConfig().strides == [8, 16, 32, 64]
     assert DetrConfig(feature_levels=5, dilation=True).strides == [8, 16, 16, 32, 64]
@@ -37,6 +43,9 @@ def test_strides() -> None:
         pytest.param({"feature_levels": 2}, "use 1", id="two levels"),
         pytest.param({"dropout": 1.0}, "dropout", id="dropout"),
         pytest.param({"two_stage": True}, "needs with_box_refine", id="two-stage"),
+        pytest.param({"two_stage": "mixd"}, "one of false, true, mixed; did you mean mixed", id="mixd"),
+        pytest.param({"two_stage": "mixed"}, "needs with_box_refine", id="mixed"),
+        pytest.param({"look_forward_twice": True}, "^look_forward_twice needs with_box_refine", id="look twice"),
     ],
 )
 def test_impossible_architectures_are_refused(settings: dict[str, object], message: str) -> None:
@@ -47,9 +56,10 @@ def test_impossible_architectures_are_refused(settings: dict[str, object], messa
 def test_detr_names_all_that_it_does_not_have_at_once() -> None:
     DetrConfig(arch="detr", feature_levels=1, num_queries=100, ffn_dim=2048, class_loss="softmax")
     with pytest.raises(ValueError, match=r"^arch detr") as caught:
-        DetrConfig(arch="detr", with_box_refine=True, two_stage=True, points=8)
-    for needed in ("feature_levels: 1", "with_box_refine: false", "two_stage: false", "points: 4"):
-        assert needed in str(caught.value)
+        DetrConfig(arch="detr", with_box_refine=True, look_forward_twice=True, two_stage="mixed", points=8)
+    needed = ("feature_levels: 1", "with_box_refine: false", "look_forward_twice: false", "two_stage: false")
+    for setting in (*needed, "points: 4"):
+        assert setting in str(caught.value)
     with pytest.raises(ValueError, match="set feature_levels: 1, or arch: deformable_detr"):
         DetrConfig(arch="detr")
 

@@ -14,6 +14,7 @@ VARIANTS = {
     "base": {},
     "refine": {"with_box_refine": True},
     "two-stage": {"with_box_refine": True, "two_stage": True},
+    "mixed": {"with_box_refine": True, "two_stage": "mixed", "look_forward_twice": True},
     "single-scale": {"feature_levels": 1},
     "softmax": {"class_loss": "softmax"},
     "five levels": {"feature_levels": 5, "with_box_refine": True, "two_stage": True},
@@ -28,6 +29,7 @@ every_variant = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIA
         pytest.param({}, 40_069_665, 39_847_265, 561, id="base"),
         pytest.param({"with_box_refine": True}, 40_849_660, 40_627_260, 597, id="refine"),
         pytest.param({"with_box_refine": True, "two_stage": True}, 41_181_529, 40_959_129, 630, id="two-stage"),
+        pytest.param({"with_box_refine": True, "two_stage": "mixed"}, 41_126_489, 40_904_089, 631, id="mixed"),
         pytest.param({"feature_levels": 1}, 34_066_593, 33_844_193, 549, id="single-scale"),
     ],
 )
@@ -70,7 +72,7 @@ def test_outputs(settings: dict[str, Any]) -> None:
         assert layer["pred_logits"].shape == (2, 12, model.config.num_logits)
         assert layer["pred_boxes"].shape == (2, 12, 4)
         assert ((layer["pred_boxes"] >= 0) & (layer["pred_boxes"] <= 1)).all()
-    assert ("enc_outputs" in outputs) == model.config.two_stage
+    assert ("enc_outputs" in outputs) == bool(model.config.two_stage)
     if model.config.two_stage:
         cells = sum(
             -(-80 // stride) * -(-96 // stride) for stride in (8, 16, 32, 64, 128)[: model.config.feature_levels]
@@ -124,8 +126,9 @@ def test_empty_and_crowded_images(settings: dict[str, Any], counts: tuple[int, i
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_two_stage_with_fewer_cells_than_queries() -> None:
-    model = make_detector(num_queries=300, with_box_refine=True, two_stage=True)
+@pytest.mark.parametrize("two_stage", [True, "mixed"])
+def test_two_stage_with_fewer_cells_than_queries(two_stage: Any) -> None:
+    model = make_detector(num_queries=300, with_box_refine=True, two_stage=two_stage)
     outputs: dict[str, Any] = model(make_batch([(96, 96)]))
     assert outputs["pred_logits"].shape[1] == 144 + 36 + 9 + 4
     assert torch.isfinite(outputs["pred_boxes"]).all()

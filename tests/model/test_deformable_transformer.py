@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from model.deformable_transformer import (
     valid_ratio,
 )
 from model.init import init_weights
+from model.position import encode_boxes
 
 SHAPES = [(6, 8), (3, 4)]
 
@@ -41,7 +44,7 @@ def make_detector(**settings: object) -> DeformableDetr:
 
 def run(model: DeformableDetr, features: list[Tensor], masks: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Hidden states and boxes of all decoder layers."""
-    query_embed = None if model.config.two_stage else model.query_embed.weight
+    query_embed = model.query_embed.weight if model.config.query_width else None
     out = model.transformer(features, masks, query_embed, model.class_embed, model.bbox_embed)
     return torch.stack(out.hidden), torch.stack(out.boxes)
 
@@ -93,10 +96,10 @@ def test_proposals_at_the_border_are_not_usable() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"with_box_refine": True}, {"with_box_refine": True, "two_stage": True}],
-    ids=["base", "refine", "two-stage"],
+    [{}, {"with_box_refine": True}, *({"with_box_refine": True, "two_stage": kind} for kind in (True, "mixed"))],
+    ids=["base", "refine", "two-stage", "mixed"],
 )
-def test_padded_cells_do_not_matter(settings: dict[str, bool]) -> None:
+def test_padded_cells_do_not_matter(settings: dict[str, Any]) -> None:
     model = make_detector(encoder_layers=2, decoder_layers=2, **settings)
     shapes = [*SHAPES, (2, 2), (1, 1)]
     masks = [*make_masks(), torch.zeros(2, 2, 2, dtype=torch.bool), torch.zeros(2, 1, 1, dtype=torch.bool)]
@@ -119,6 +122,41 @@ def test_refinement_starts_from_the_boxes_before_without_their_gradient() -> Non
     boxes[1].sum().backward()
     first: Tensor = model.bbox_embed[0].layers[-1].bias  # type: ignore[union-attr, assignment]
     assert first.grad is None or not first.grad.any()
+
+
+@pytest.mark.parametrize("two_stage", [False, True])
+def test_looking_forward_twice_trains_the_layer_before_and_changes_no_number(two_stage: bool) -> None:
+    settings: dict[str, Any] = {"decoder_layers": 3, "with_box_refine": True, "two_stage": two_stage}
+    once, twice = (make_detector(encoder_layers=0, look_forward_twice=twice, **settings) for twice in (False, True))
+    twice.load_state_dict(once.state_dict())
+    features = [torch.randn(1, 32, h, w, dtype=torch.float64) for h, w in [*SHAPES, (2, 2), (1, 1)]]
+    masks = [torch.zeros(1, *feature.shape[2:], dtype=torch.bool) for feature in features]
+    with torch.no_grad():  # boxes of the last layer that repeat those of the one before pass their gradient on whole
+        for model in (once, twice):
+            model.bbox_embed[2].layers[-1].weight.zero_()  # type: ignore[union-attr]
+            model.bbox_embed[2].layers[-1].bias.zero_()  # type: ignore[union-attr]
+    assert torch.equal(run(once, features, masks)[1], run(twice, features, masks)[1])
+    biases: list[Tensor] = [head.layers[-1].bias for head in twice.bbox_embed]  # type: ignore[union-attr, misc]
+    boxes = run(twice, features, masks)[1]
+    before = torch.autograd.grad(boxes[1].sum(), biases[:2], retain_graph=True)
+    last = torch.autograd.grad(boxes[2].sum(), biases[:2])
+    assert not last[0].any(), "two corrections back"
+    torch.testing.assert_close(last[1], before[1])
+    assert before[0].abs().sum() > 0
+
+
+def test_mixed_queries_have_the_position_of_a_proposal_and_a_content_of_their_own() -> None:
+    model = make_detector(with_box_refine=True, two_stage="mixed", decoder_layers=1)
+    features = [torch.randn(2, 32, h, w, dtype=torch.float64) for h, w in [*SHAPES, (2, 2), (1, 1)]]
+    seen: list[tuple[Tensor, ...]] = []
+    model.transformer.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    run(model, features, [*make_masks(), *(torch.zeros(2, *f.shape[2:], dtype=torch.bool) for f in features[2:])])
+    target, position, reference = seen[0][:3]
+    assert torch.equal(target, model.query_embed.weight.expand(2, -1, -1))
+    transformer = model.transformer
+    expected = transformer.pos_trans_norm(transformer.pos_trans(encode_boxes(reference, 16)))
+    torch.testing.assert_close(position, expected)
+    assert not torch.equal(position[0], position[1])
 
 
 def test_shared_reference_without_refinement_keeps_its_gradient() -> None:

@@ -79,8 +79,14 @@ def reads_of(work: Any) -> tuple[Counter[str], Counter[str]]:
 @pytest.mark.parametrize("counts", [(3, 2), (0, 4)], ids=["objects", "an image without"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"with_box_refine": True, "two_stage": True}, {"class_loss": "softmax"}, {"arch": "detr"}],
-    ids=["base", "two-stage", "softmax", "detr"],
+    [
+        {},
+        {"with_box_refine": True, "two_stage": True},
+        {"with_box_refine": True, "two_stage": "mixed", "look_forward_twice": True},
+        {"class_loss": "softmax"},
+        {"arch": "detr"},
+    ],
+    ids=["base", "two-stage", "mixed", "softmax", "detr"],
 )
 def test_the_matching_alone_reads_from_the_device(settings: dict[str, Any], counts: tuple[int, int]) -> None:
     model = make_detector(decoder_layers=6, **settings).train()

@@ -12,6 +12,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
     "refine": {"with_box_refine": True},
     "two-stage": {"with_box_refine": True, "two_stage": True},
+    "mixed": {"with_box_refine": True, "two_stage": "mixed"},
     "single-scale": {"feature_levels": 1},
     "softmax": {"class_loss": "softmax"},
     "detr": {"arch": "detr"},

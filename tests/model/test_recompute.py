@@ -14,6 +14,7 @@ from tests.builders import make_batch, make_detector
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
     "two-stage": {"with_box_refine": True, "two_stage": True},
+    "mixed": {"with_box_refine": True, "two_stage": "mixed", "look_forward_twice": True},
     "detr": {"arch": "detr"},
 }
 every_variant = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())

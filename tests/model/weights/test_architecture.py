@@ -24,6 +24,13 @@ def test_told_from_shapes(settings: dict[str, Any], backbone: str) -> None:
     assert infer_config(unique_tensors(model), config.arch, notes) == config
 
 
+def test_mixed_queries_are_told_from_shapes() -> None:
+    config = DetrConfig(**SMALL, with_box_refine=True, two_stage="mixed", look_forward_twice=True)
+    state = build_model(config).state_dict()
+    assert infer_config(state, config.arch, {"look_forward_twice": True}) == config
+    assert differences(DetrConfig(**SMALL, with_box_refine=True), config) == ["two_stage: mixed"]
+
+
 @pytest.mark.parametrize("backbone", ["resnet34", "resnet50", "resnet101"])
 def test_backbones(backbone: Any) -> None:
     model = build_model(DetrConfig(**(SMALL | {"backbone": backbone})))
@@ -64,6 +71,7 @@ def test_config_of_transformers_there_and_back(settings: dict[str, Any]) -> None
         ({"dilation": True}, "dilated"),
         ({"class_loss": "softmax"}, "class loss softmax"),
         ({"hidden_dim": 32}, "under 64"),
+        ({"with_box_refine": True, "two_stage": "mixed"}, "two_stage mixed"),
     ],
 )
 def test_what_transformers_has_not(settings: dict[str, Any], message: str) -> None:
@@ -77,6 +85,7 @@ def test_what_transformers_has_not(settings: dict[str, Any], message: str) -> No
         ({"class_loss": "softmax"}, "deformable_detr with the class loss softmax"),
         ({"arch": "detr", "feature_levels": 1, "class_loss": "focal"}, "detr with the class loss focal"),
         ({"backbone_norm": "group_norm"}, "resnet50 with group_norm"),
+        ({"with_box_refine": True, "two_stage": "mixed"}, "two_stage mixed"),
     ],
 )  # fmt: skip
 def test_what_the_original_has_not(settings: dict[str, Any], message: str) -> None:

@@ -38,6 +38,8 @@ def test_overrides_are_yaml(tmp_path: Path) -> None:
         ("model.num_queries=0", [": model.num_queries is 0, it must be at least 1"]),
         ("model.backbone=resnet5", ["`model.backbone` is 'resnet5'"]),
         ("train.criterion.giou_weight=-1", [": train.criterion.giou_weight is -1", "must not be negative"]),
+        ("model.two_stage=mixd", ["`model.two_stage` is 'mixd'", "True or 'mixed'"]),
+        ("model.look_forward_twice=true", [": model.look_forward_twice needs model.with_box_refine: without"]),
         ("model.two_stage=true", [": model.two_stage needs model.with_box_refine: the proposals"]),
         ("train.augment.crop_min=700", [": train.augment.crop_min 700 is more than train.augment.crop_max 600"]),
         ("model.num_classes=3", ["model.num_classes follows from dataset.labels"]),
