@@ -20,6 +20,20 @@ def box_area(boxes: Tensor) -> Tensor:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
+def _intersection_and_union(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Areas `[...]` of xyxy boxes, element by element."""
+    overlap = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
+    overlap = overlap.clamp(min=0)
+    intersection = overlap[..., 0] * overlap[..., 1]
+    return intersection, box_area(first) + box_area(second) - intersection
+
+
+def iou(first: Tensor, second: Tensor) -> Tensor:
+    """IoU `[...]` in 0..1 of xyxy boxes `[..., 4]`, element by element; 0 of two boxes without area."""
+    intersection, union = _intersection_and_union(first, second)
+    return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
 def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
     """Generalised IoU in -1..1 of xyxy boxes, element by element.
 
@@ -32,11 +46,8 @@ def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
     Returns:
         `[...]`, 1 for equal boxes, towards -1 for small ones far apart.
     """
-    overlap = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
-    overlap = overlap.clamp(min=0)
+    intersection, union = _intersection_and_union(first, second)
     hull = torch.maximum(first[..., 2:], second[..., 2:]) - torch.minimum(first[..., :2], second[..., :2])
-    intersection = overlap[..., 0] * overlap[..., 1]
-    union = box_area(first) + box_area(second) - intersection
     enclosing = hull[..., 0] * hull[..., 1]
     tiny = torch.finfo(union.dtype).tiny
     return intersection / union.clamp(min=tiny) - (enclosing - union) / enclosing.clamp(min=tiny)

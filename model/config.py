@@ -49,8 +49,9 @@ class DetrConfig:
     two_stage: Literal[False, True, "mixed"] = False
     """The encoder proposes the queries; needs with_box_refine. `mixed` takes their positions from the proposals and
     learns their contents (DINO, section 3.4)."""
-    class_loss: Literal["focal", "softmax"] = "focal"
-    """Sigmoid focal loss with num_classes logits, or softmax with one more logit for "no object"."""
+    class_loss: Literal["focal", "vfl", "ia_bce", "softmax"] = "focal"
+    """Sigmoid focal loss with num_classes logits; varifocal loss or IoU-aware cross-entropy, under which scores tell
+    how well boxes fit, too; or softmax with one more logit for "no object"."""
     auxiliary_losses: bool = True
     """Give the output of every decoder layer for deep supervision."""
 
@@ -123,10 +124,15 @@ def _check_choices(config: DetrConfig) -> None:
 
 @dataclass(frozen=True)
 class CriterionConfig:
-    """Loss weights; the matching costs are the same numbers (appendix A.4). DETR's are class 1, bbox 5, giou 2."""
+    """Loss weights; the matching costs are the same numbers (appendix A.4). DETR's are class 1, bbox 5, giou 2.
+
+    With `vfl` and `ia_bce` class_weight 1 and class_cost 2 are published.
+    """
 
     class_weight: float = 2.0
-    """Weight of the classification loss and cost."""
+    """Weight of the classification loss."""
+    class_cost: float | None = None
+    """Weight of the classification cost of the matching; null takes class_weight."""
     bbox_weight: float = 5.0
     """Weight of the L1 box loss and cost."""
     giou_weight: float = 2.0
@@ -134,13 +140,20 @@ class CriterionConfig:
     focal_alpha: float = 0.25
     """Focal loss: weight of the positive term."""
     focal_gamma: float = 2.0
-    """Focal loss: focusing exponent."""
+    """Focal, varifocal and IoU-aware loss: focusing exponent."""
+    vfl_alpha: float = 0.75
+    """Varifocal loss: weight of the logits without an object."""
+    ia_bce_alpha: float = 0.25
+    """IoU-aware loss: share of the score, beside that of the IoU, in the score that is wanted."""
     no_object_weight: float = 0.1
     """Softmax loss: weight of the "no object" class."""
 
     def __post_init__(self) -> None:
-        for name in ("class_weight", "bbox_weight", "giou_weight", "no_object_weight", "focal_gamma"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, it must not be negative")
-        if not 0 <= self.focal_alpha <= 1:
-            raise ValueError(f"focal_alpha is {self.focal_alpha}, it must be in [0, 1]")
+        weights = ("class_weight", "class_cost", "bbox_weight", "giou_weight", "no_object_weight")
+        for name in (*weights, "focal_gamma", "vfl_alpha"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} is {value}, it must not be negative")
+        for name in ("focal_alpha", "ia_bce_alpha"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be in [0, 1]")

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.boxes import cxcywh_to_xyxy, iou
 from model.config import CriterionConfig
 
 
@@ -29,6 +30,10 @@ class Matched:
     """[matched, 4] cxcywh, the queries' boxes, for losses that weigh by overlap."""
     wanted: Tensor
     """[matched, 4] cxcywh, the objects' boxes."""
+
+    def overlap(self) -> Tensor:
+        """IoU [matched] of the pairs, without a gradient."""
+        return iou(cxcywh_to_xyxy(self.predicted.detach()), cxcywh_to_xyxy(self.wanted))
 
 
 class ClassLoss(Protocol):
@@ -98,6 +103,55 @@ class FocalLoss:
 
 
 @dataclass(frozen=True)
+class VarifocalLoss(FocalLoss):
+    """The varifocal loss (arXiv 2008.13367, equation 2): a query's object wants its IoU as the score.
+
+    A logit x with the wanted score q = IoU costs q * BCE(x, q), any other alpha * sigmoid(x)^gamma * BCE(x, 0), whose
+    weight passes no gradient on. Matched, ranked and begun as under the focal loss: RT-DETR (arXiv 2304.08069), with
+    the same normaliser.
+    """
+
+    negative_alpha: float
+    """Weight of the logits without an object."""
+
+    def loss(self, logits: Tensor, matched: Matched, objects: Tensor, num_images: float) -> Tensor:
+        """The sum over all logits by the number of objects."""
+        place = matched.image, matched.query, matched.labels
+        wanted = torch.zeros_like(logits)
+        wanted[place] = matched.overlap()
+        weight = self.negative_alpha * logits.detach().sigmoid().pow(self.gamma)
+        weight[place] = wanted[place]
+        entropy = F.binary_cross_entropy_with_logits(logits, wanted, weight, reduction="sum")
+        return entropy / objects.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class IouAwareLoss(FocalLoss):
+    """The IoU-aware cross-entropy IA-BCE of Align-DETR (arXiv 2304.07527; FelixCaae/AlignDETR, `IA_BCE_loss`).
+
+    A query's object wants the score t = sigmoid(x)^alpha * IoU^(1 - alpha), at least 0.01 and without a gradient. Its
+    logit x costs BCE(x, t), any other sigmoid(x)^gamma * BCE(x, 0), with the gradient of its weight. Matched, ranked
+    and begun as under the focal loss.
+    """
+
+    share: float
+    """Exponent alpha of the score in what is wanted."""
+
+    def loss(self, logits: Tensor, matched: Matched, objects: Tensor, num_images: float) -> Tensor:
+        """The sum over all logits by the number of objects."""
+        place = matched.image, matched.query, matched.labels
+        probability = logits.sigmoid()
+        quality = probability.detach()[place].pow(self.share) * matched.overlap().pow(1 - self.share)
+        quality = quality.clamp(min=0.01)
+        positive = torch.zeros_like(logits)
+        positive[place] = quality
+        negative = probability.pow(self.gamma)
+        negative[place] = 1 - quality
+        summed = (positive * F.softplus(-logits) + negative * F.softplus(logits)).sum()
+        return summed / objects.clamp(min=1)
+
+
+@dataclass(frozen=True)
 class SoftmaxLoss:
     """Cross-entropy with a last logit for "no object" (arXiv 2005.12872).
 
@@ -138,7 +192,7 @@ def make_class_loss(name: str, config: CriterionConfig | None = None) -> ClassLo
     """A class loss by the name that `DetrConfig.class_loss` has for it.
 
     Args:
-        name: `focal` or `softmax`.
+        name: `focal`, `vfl`, `ia_bce` or `softmax`.
         config: its settings; the defaults when None, which scores and biases do not depend on.
 
     Raises:
@@ -147,6 +201,10 @@ def make_class_loss(name: str, config: CriterionConfig | None = None) -> ClassLo
     config = config or CriterionConfig()
     if name == "focal":
         return FocalLoss(config.focal_alpha, config.focal_gamma)
+    if name == "vfl":
+        return VarifocalLoss(config.focal_alpha, config.focal_gamma, config.vfl_alpha)
+    if name == "ia_bce":
+        return IouAwareLoss(config.focal_alpha, config.focal_gamma, config.ia_bce_alpha)
     if name == "softmax":
         return SoftmaxLoss(config.no_object_weight)
-    raise ValueError(f'class_loss is "{name}", it must be focal or softmax')
+    raise ValueError(f'class_loss is "{name}", it must be focal, vfl, ia_bce or softmax')

@@ -88,7 +88,8 @@ def matching_costs(
     class_cost = class_loss.cost(logits, labels[:, :, None].expand(*logits.shape[:3], -1))
     bbox_cost = (predicted[..., :, None, :] - boxes[..., None, :, :]).abs().sum(-1)
     giou_cost = -pairwise_generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(boxes))
-    return config.class_weight * class_cost + config.bbox_weight * bbox_cost + config.giou_weight * giou_cost
+    class_weight = config.class_weight if config.class_cost is None else config.class_cost
+    return class_weight * class_cost + config.bbox_weight * bbox_cost + config.giou_weight * giou_cost
 
 
 def _assign(costs: NDArray[np.floating]) -> tuple[Tensor, Tensor]:

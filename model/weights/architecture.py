@@ -228,9 +228,9 @@ def _unknown(config: DetrConfig) -> list[str]:
 
 
 def _other_losses(config: DetrConfig) -> list[str]:
-    """The class loss, where others' networks of the architecture have another: it says how logits become scores."""
-    usual = "focal" if config.arch == "deformable_detr" else "softmax"
-    return [] if config.class_loss == usual else [f"{config.arch} with the class loss {config.class_loss}"]
+    """The class loss, where logits become scores in another way than in others' networks of the architecture."""
+    usual = (config.class_loss == "softmax") == (config.arch == "detr")
+    return [] if usual else [f"{config.arch} with the class loss {config.class_loss}"]
 
 
 def _odd_norms(config: DetrConfig) -> list[str]:

@@ -7,6 +7,7 @@ from model.boxes import (
     cxcywh_to_xyxy,
     generalized_iou,
     inverse_sigmoid,
+    iou,
     pairwise_generalized_iou,
 )
 
@@ -32,6 +33,13 @@ def test_corners_by_hand() -> None:
 def test_generalized_iou_by_hand(second: list[float], expected: float) -> None:
     first = torch.tensor([0.0, 0.0, 2.0, 2.0])
     assert generalized_iou(first, torch.tensor(second)).item() == pytest.approx(expected)
+
+
+def test_iou_by_hand() -> None:
+    first = torch.tensor([0.0, 0.0, 2.0, 2.0])
+    others = torch.tensor([[0.0, 0.0, 2.0, 2.0], [1.0, 1.0, 3.0, 3.0], [4.0, 0.0, 6.0, 2.0], [0.5, 0.5, 1.5, 1.5]])
+    torch.testing.assert_close(iou(first, others), torch.tensor([1.0, 1 / 7, 0.0, 1 / 4]))
+    assert iou(others[0, :1].expand(4), others[0, :1].expand(4)) == 0
 
 
 def test_two_boxes_without_area_are_finite_with_finite_gradient() -> None:

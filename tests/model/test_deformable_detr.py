@@ -17,6 +17,8 @@ VARIANTS = {
     "mixed": {"with_box_refine": True, "two_stage": "mixed", "look_forward_twice": True},
     "single-scale": {"feature_levels": 1},
     "softmax": {"class_loss": "softmax"},
+    "varifocal": {"class_loss": "vfl"},
+    "IoU-aware": {"class_loss": "ia_bce"},
     "five levels": {"feature_levels": 5, "with_box_refine": True, "two_stage": True},
     "no encoder": {"encoder_layers": 0},
 }

@@ -84,9 +84,11 @@ def reads_of(work: Any) -> tuple[Counter[str], Counter[str]]:
         {"with_box_refine": True, "two_stage": True},
         {"with_box_refine": True, "two_stage": "mixed", "look_forward_twice": True},
         {"class_loss": "softmax"},
+        {"class_loss": "vfl"},
+        {"class_loss": "ia_bce"},
         {"arch": "detr"},
     ],
-    ids=["base", "two-stage", "mixed", "softmax", "detr"],
+    ids=["base", "two-stage", "mixed", "softmax", "varifocal", "IoU-aware", "detr"],
 )
 def test_the_matching_alone_reads_from_the_device(settings: dict[str, Any], counts: tuple[int, int]) -> None:
     model = make_detector(decoder_layers=6, **settings).train()

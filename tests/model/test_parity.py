@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from transformers import DeformableDetrForObjectDetection, DetrForObjectDetection
+from transformers import DeformableDetrForObjectDetection, DetrForObjectDetection, RTDetrConfig
+from transformers.loss.loss_rt_detr import RTDetrLoss
 
 from model.batch import ImageBatch
 from model.build import build_model
@@ -205,6 +206,23 @@ def our_losses(model: Any, dtype: torch.dtype, seed: int = 0) -> tuple[Any, dict
     exact = [{"labels": target["labels"], "boxes": target["boxes"].to(dtype)} for target in TARGETS]
     losses = criterion(groups_of(outputs, exact), NUM_BOXES)
     return outputs, {name: loss * losses.weights[name] for name, loss in losses.values.items()}
+
+
+def test_varifocal_loss_of_rt_detr() -> None:
+    """With its matching, in fp64: the same value and the same gradients."""
+    theirs = RTDetrLoss(RTDetrConfig(num_labels=91, focal_loss_alpha=0.75))
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 30, 91, generator=generator, dtype=torch.float64).requires_grad_()
+    boxes = 0.1 + 0.5 * torch.rand(2, 30, 4, generator=generator, dtype=torch.float64)
+    targets = [{"labels": target["labels"], "boxes": target["boxes"].double()} for target in TARGETS]
+    wanted = [{"class_labels": target["labels"], "boxes": target["boxes"]} for target in targets]
+    outputs = {"logits": logits, "pred_boxes": boxes}
+    expected = theirs.loss_labels_vfl(outputs, wanted, theirs.matcher(outputs, wanted), NUM_BOXES)["loss_vfl"]
+    criterion = Criterion(CriterionConfig(class_weight=1.0, class_cost=2.0), "vfl")
+    found = criterion(groups_of({"pred_logits": logits, "pred_boxes": boxes}, targets), NUM_BOXES).values["loss_ce"]
+    assert found.item() == pytest.approx(expected.item(), rel=1e-9)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
 
 
 class TestLossesAndGradients:

@@ -65,6 +65,15 @@ def test_alpha_and_gamma_follow_the_loss() -> None:
     assert match(output, [target], sharp, "focal")[0][0].tolist() == [0]
 
 
+def test_the_class_cost_has_a_weight_of_its_own() -> None:
+    target = {"labels": torch.tensor([0]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}
+    boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.5, 0.5, 0.21, 0.2]]])
+    output = {"pred_logits": torch.tensor([[[-1.0], [1.0]]]), "pred_boxes": boxes}
+    assert match(output, [target], CriterionConfig(), "vfl")[0][0].tolist() == [1]
+    assert match(output, [target], CriterionConfig(class_cost=0), "vfl")[0][0].tolist() == [0]
+    assert match(output, [target], CriterionConfig(class_weight=0, class_cost=2), "vfl")[0][0].tolist() == [1]
+
+
 def test_images_and_layers_do_not_mix() -> None:
     targets = [make_target(3), make_target(0), make_target(6, seed=1), make_target(1, seed=2)]
     outputs = [make_output(4, 9, seed=1), make_output(4, 40, seed=2), make_output(4, 9, seed=3)]

@@ -84,6 +84,7 @@ def test_what_transformers_has_not(settings: dict[str, Any], message: str) -> No
     [
         ({"class_loss": "softmax"}, "deformable_detr with the class loss softmax"),
         ({"arch": "detr", "feature_levels": 1, "class_loss": "focal"}, "detr with the class loss focal"),
+        ({"arch": "detr", "feature_levels": 1, "class_loss": "vfl"}, "detr with the class loss vfl"),
         ({"backbone_norm": "group_norm"}, "resnet50 with group_norm"),
         ({"with_box_refine": True, "two_stage": "mixed"}, "two_stage mixed"),
     ],
@@ -91,6 +92,13 @@ def test_what_transformers_has_not(settings: dict[str, Any], message: str) -> No
 def test_what_the_original_has_not(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"the original has not .*{message}"):
         check_original(DetrConfig(**({"backbone": "resnet50", "num_classes": 7} | settings)))
+
+
+@pytest.mark.parametrize("class_loss", ["vfl", "ia_bce"])
+def test_scores_that_are_sigmoids_are_others_too(class_loss: Any) -> None:
+    config = DetrConfig(**SMALL, class_loss=class_loss)
+    check_original(config)
+    assert hf_config(config) == hf_config(DetrConfig(**SMALL))
 
 
 def test_arguments_of_the_original() -> None:
