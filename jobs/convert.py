@@ -43,7 +43,7 @@ def convert(source: Path, out: Path, to: str, settings: DetrConfig | None = None
         else:
             config = weights.config()
             assumed = [f"model.{name}: {str(getattr(config, name)).lower()}" for name in weights.assumed()]
-        model = build_model(config)
+        model = build_model(config.at_inference())
         report = load_weights(model, weights)
         export_weights(model, out, to, names)
     except BackboneOnlyError as error:

@@ -17,7 +17,7 @@ from model.batch import ImageBatch
 from model.build import build_model
 from model.config import CriterionConfig, DetrConfig
 from model.losses.criterion import Criterion
-from model.losses.groups import groups_of
+from model.losses.groups import Group, Matches, groups_of
 from model.memory import LiveBytes, MovedBytes, kept_for_backward
 from model.recompute import recompute_activations
 
@@ -144,12 +144,18 @@ class MicroBatch:
         """The loss where every image has a few objects, matched to the first queries."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             outputs = model(batch)
-        count = min(OBJECTS, outputs["pred_logits"].shape[1])
+        count, many = min(OBJECTS, outputs["pred_logits"].shape[1]), self.model.one_to_many
         targets = [{"labels": torch.zeros(count, dtype=torch.int64), "boxes": torch.rand(count, 4)}] * self.images
-        pairs = [(torch.arange(count), torch.arange(count))] * self.images
-        groups = [replace(group, matching=pairs) for group in groups_of(outputs, targets)]
+        groups = [replace(group, matching=_first_pairs(group)) for group in groups_of(outputs, targets, many)]
         criterion = Criterion(CriterionConfig(), self.model.class_loss)
         return criterion(groups, float(count * self.images), self.images).total()
+
+
+def _first_pairs(group: Group) -> Matches:
+    """The first queries with the objects, as far as both go."""
+    queries = group.outputs["pred_logits"].shape[1]
+    counts = [torch.arange(min(queries, len(target["labels"]))) for target in group.targets]
+    return [(count, count) for count in counts]
 
 
 def skeleton(config: DetrConfig, frozen: Frozen) -> Any:

@@ -1,8 +1,29 @@
 """Architecture and loss settings of the detectors: frozen values, checked when made."""
 
 import difflib
-from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class OneToMany:
+    """More queries in training alone, each object wanted by several of them: the hybrid branch of H-DETR
+    (arXiv 2207.13080).
+    """
+
+    queries: int = 1500
+    """How many."""
+    repeats: int = 6
+    """Queries that every object is matched to."""
+    weight: float = 1.0
+    """Factor on the weights of their losses."""
+
+    def __post_init__(self) -> None:
+        for name in ("queries", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
+        if self.weight <= 0:
+            raise ValueError(f"weight is {self.weight}, it must be above 0")
 
 
 @dataclass(frozen=True)
@@ -52,6 +73,8 @@ class DetrConfig:
     class_loss: Literal["focal", "vfl", "ia_bce", "softmax"] = "focal"
     """Sigmoid focal loss with num_classes logits; varifocal loss or IoU-aware cross-entropy, under which scores tell
     how well boxes fit, too; or softmax with one more logit for "no object"."""
+    one_to_many: OneToMany | None = None
+    """More queries in training alone, such as {queries: 1500, repeats: 6, weight: 1.0}."""
     auxiliary_losses: bool = True
     """Give the output of every decoder layer for deep supervision."""
 
@@ -81,14 +104,22 @@ class DetrConfig:
 
     def _check_detr(self) -> None:
         """Refuse what plain DETR does not have, all of it in one message."""
-        needed = {"feature_levels": 1, "with_box_refine": False, "look_forward_twice": False, "two_stage": False}
-        needed["points"] = DetrConfig.points
-        wrong = [f"{name}: {str(value).lower()}" for name, value in needed.items() if getattr(self, name) != value]
+        needed: dict[str, Any] = {"feature_levels": 1, "points": DetrConfig.points, "one_to_many": None}
+        needed |= dict.fromkeys(("with_box_refine", "look_forward_twice", "two_stage"), False)
+        wrong = [
+            f"{name}: {'null' if value is None else str(value).lower()}"
+            for name, value in needed.items()
+            if getattr(self, name) != value
+        ]
         if wrong:
             raise ValueError(
                 "arch detr attends to every cell of C5, without levels, points, references or proposals: "
                 f"set {', '.join(wrong)}, or arch: deformable_detr"
             )
+
+    def at_inference(self) -> "DetrConfig":
+        """The architecture without what training alone has."""
+        return replace(self, one_to_many=None)
 
     @property
     def num_logits(self) -> int:
@@ -113,7 +144,7 @@ def _check_choices(config: DetrConfig) -> None:
     """Refuse a value that is none of its field's choices, naming the nearest one."""
     hints: dict[str, Any] = get_type_hints(type(config))
     for name, hint in hints.items():
-        choices, value = get_args(hint), getattr(config, name)
+        choices, value = get_args(hint) if get_origin(hint) is Literal else (), getattr(config, name)
         if choices and value not in choices:
             nearest = difflib.get_close_matches(str(value), map(str, choices), n=1)
             raise ValueError(

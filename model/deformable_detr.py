@@ -6,6 +6,7 @@ Shapes: B batch, Q queries, C hidden channels, S cells of all levels.
 
 import copy
 
+import torch
 from torch import Tensor, nn
 
 from model.backbones.make import make_backbone
@@ -36,6 +37,8 @@ class DeformableDetr(nn.Module):
         self.input_proj = self._input_projections(width, config.feature_levels)
         if config.query_width:
             self.query_embed = nn.Embedding(config.num_queries, config.query_width)
+        if config.query_width and config.one_to_many:
+            self.one_to_many_embed = nn.Embedding(config.one_to_many.queries, config.query_width)
         heads = config.decoder_layers + bool(config.two_stage)
         class_head, box_head = nn.Linear(width, config.num_logits), BoxHead(width)
         if config.with_box_refine:
@@ -69,20 +72,33 @@ class DeformableDetr(nn.Module):
         Returns:
             `pred_logits` [B, Q, logits] and `pred_boxes` [B, Q, 4] cxcywh in 0..1 of the image without its padding, of
             the last decoder layer; `aux_outputs`, a list of the same for the layers before, if the config wants them;
-            `enc_outputs`, the same for every cell [B, S, ...], with two stages. All fp32. Two-stage gives fewer than
+            `enc_outputs`, the same for every cell [B, S, ...], with two stages; in training `one_to_many`, the first
+            three of the queries that `config.one_to_many` adds. All fp32. Two-stage gives fewer than
             `num_queries` when the image has fewer cells.
         """
         features, masks = self._levels(batch)
-        query_embed = self.query_embed.weight if self.config.query_width else None
-        out = self.transformer(features, masks, query_embed, self.class_embed, self.bbox_embed)
+        many = self.config.one_to_many if self.training else None
+        more = many.queries if many else 0
+        out = self.transformer(features, masks, self._learned(more > 0), self.class_embed, self.bbox_embed, more)
         layers = [
             {"pred_logits": in_full_precision(head, hidden), "pred_boxes": boxes}
             for head, hidden, boxes in zip(self.class_embed, out.hidden, out.boxes, strict=False)
         ]
-        outputs = collect_outputs(layers, self.config.auxiliary_losses)
+        own = _of_queries(layers, slice(self.config.num_queries)) if many else layers
+        outputs = collect_outputs(own, self.config.auxiliary_losses)
+        if many:
+            others = _of_queries(layers, slice(self.config.num_queries, None))
+            outputs["one_to_many"] = collect_outputs(others, self.config.auxiliary_losses)
         if out.proposal_logits is not None and out.proposal_boxes is not None:
             outputs["enc_outputs"] = {"pred_logits": out.proposal_logits, "pred_boxes": out.proposal_boxes}
         return outputs
+
+    def _learned(self, with_more: bool) -> Tensor | None:
+        """What is learned of the queries [queries, ...], if anything is."""
+        if not self.config.query_width:
+            return None
+        own: Tensor = self.query_embed.weight
+        return torch.cat((own, self.one_to_many_embed.weight)) if with_more else own
 
     def _levels(self, batch: ImageBatch) -> tuple[list[Tensor], list[Tensor]]:
         """Features [B, C, H, W] and masks [B, H, W] of each level; masks are resized from the full resolution."""
@@ -93,3 +109,8 @@ class DeformableDetr(nn.Module):
             x = projection(x)
             features.append(x)
         return features, [batch.mask_at(feature.shape[2], feature.shape[3]) for feature in features]
+
+
+def _of_queries(layers: list[Outputs], which: slice) -> list[Outputs]:
+    """The outputs of some of the queries."""
+    return [{name: output[:, which] for name, output in layer.items()} for layer in layers]

@@ -77,10 +77,16 @@ class DecoderLayer(nn.Module):
         memory: Tensor,
         shapes: Sequence[tuple[int, int]],
         padding: Tensor,
+        groups: Sequence[int] = (),
     ) -> Tensor:
-        """`target`, `position` [B, Q, C], `reference` [B, Q, L, 2 or 4] and `memory` [B, S, C] to [B, Q, C]."""
+        """`target`, `position` [B, Q, C], `reference` [B, Q, L, 2 or 4] and `memory` [B, S, C] to [B, Q, C].
+
+        Queries attend to those of their own group; `groups` are the sizes, of all queries where there are none.
+        """
         query = target + position
-        attended = self.self_attn(query, query, target, need_weights=False)[0]
+        sizes = groups or (query.shape[1],)
+        parts = zip(*(torch.split_with_sizes(x, sizes, 1) for x in (query, target)), strict=True)
+        attended = _joined([self.self_attn(q, q, t, need_weights=False)[0] for q, t in parts])
         target = self.norm2(target + self.dropout2(attended))
         attended = self.cross_attn(target + position, reference, memory, shapes, padding)
         target = self.norm1(target + self.dropout1(attended))
@@ -139,6 +145,7 @@ class Decoder(Recomputing):
         valid_ratios: Tensor,
         padding: Tensor,
         bbox_embed: nn.ModuleList,
+        groups: Sequence[int] = (),
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Decode.
 
@@ -151,6 +158,7 @@ class Decoder(Recomputing):
             valid_ratios: `[B, L, 2]` of (width, height).
             padding: `[B, S]`, True on padding.
             bbox_embed: box head of every layer.
+            groups: sizes of the groups of queries that do not see each other; all do where there are none.
 
         Returns:
             Of each layer the hidden state `[B, Q, C]` and the boxes `[B, Q, 4]`.
@@ -160,7 +168,7 @@ class Decoder(Recomputing):
         for layer, head in zip(self.layers, bbox_embed, strict=False):  # two-stage has a head more, for the proposals
             ratios = valid_ratios.repeat(1, 1, reference.shape[-1] // 2)[:, None]  # [B, 1, L, 2 or 4]
             of_levels = reference[:, :, None] * ratios
-            target = self.run_block(layer, target, position, of_levels, memory, shapes, padding)
+            target = self.run_block(layer, target, position, of_levels, memory, shapes, padding, groups)
             hidden.append(target)
             deltas = in_full_precision(head, target)
             boxes.append(relative_boxes(deltas, corrected))
@@ -222,6 +230,7 @@ class Transformer(nn.Module):
         query_embed: Tensor | None,
         class_embed: nn.ModuleList,
         bbox_embed: nn.ModuleList,
+        more_queries: int = 0,
     ) -> TransformerOutput:
         """Encode the levels and decode the queries.
 
@@ -232,6 +241,7 @@ class Transformer(nn.Module):
                 where the contents are learned.
             class_embed: class heads; two-stage uses the last one for the proposals.
             bbox_embed: box heads; two-stage uses the last one for the proposals.
+            more_queries: queries beyond `num_queries`, after them, which those do not see, nor they those.
         """
         shapes = [(feature.shape[2], feature.shape[3]) for feature in features]
         exact = torch.promote_types(features[0].dtype, torch.float32)
@@ -244,7 +254,9 @@ class Transformer(nn.Module):
 
         proposal_logits = proposal_boxes = None
         if self.two_stage:
-            proposal_logits, proposal_boxes, picked = self._propose(memory, masks, class_embed[-1], bbox_embed[-1])
+            proposal_logits, proposal_boxes, picked = self._propose(
+                memory, masks, class_embed[-1], bbox_embed[-1], self.num_queries + more_queries
+            )
             reference = picked.sigmoid()
             code = encode_boxes(reference, source.shape[-1] // 2)
             made = self.pos_trans_norm(self.pos_trans(code.to(memory.dtype)))
@@ -256,13 +268,15 @@ class Transformer(nn.Module):
             assert query_embed is not None
             query_position, target = query_embed.expand(len(source), -1, -1).chunk(2, dim=-1)
             reference = in_full_precision(self.reference_points, query_position).sigmoid()
+        own = min(self.num_queries, target.shape[1])
+        groups = (own, target.shape[1] - own) if more_queries else ()
         hidden, boxes = self.decoder(
-            target, query_position, reference, memory, shapes, valid_ratios, padding, bbox_embed
+            target, query_position, reference, memory, shapes, valid_ratios, padding, bbox_embed, groups
         )
         return TransformerOutput(hidden, boxes, proposal_logits, proposal_boxes)
 
     def _propose(
-        self, memory: Tensor, masks: list[Tensor], class_head: nn.Module, bbox_head: nn.Module
+        self, memory: Tensor, masks: list[Tensor], class_head: nn.Module, bbox_head: nn.Module, queries: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Class logits [B, S, classes] and boxes [B, S, 4] of every cell, and the logits [B, Q, 4] of the best boxes.
 
@@ -280,9 +294,14 @@ class Transformer(nn.Module):
         content = self.enc_output_norm(self.enc_output(memory.masked_fill(~usable, 0.0)))
         logits = in_full_precision(class_head, content)
         coordinates = in_full_precision(bbox_head, content) + anchors
-        best = logits[..., 0].topk(min(self.num_queries, logits.shape[1]), dim=1).indices  # [B, Q]
+        best = logits[..., 0].topk(min(queries, logits.shape[1]), dim=1).indices  # [B, Q]
         picked = coordinates.gather(1, best[..., None].expand(-1, -1, 4)).detach()
         return logits, coordinates.sigmoid(), picked
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The groups of queries [B, ..., C] one after the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def valid_ratio(mask: Tensor, dtype: torch.dtype) -> Tensor:

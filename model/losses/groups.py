@@ -4,11 +4,13 @@ Shapes: B batch, Q queries, C logits, n objects of an image.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from model.config import OneToMany
 
 Targets = Sequence[Mapping[str, Tensor]]
 """Of each image `labels` int64 [n] and `boxes` [n, 4] cxcywh in 0..1, on the device."""
@@ -32,20 +34,41 @@ class Group:
     matching: Matches | None = None
     """Which query has which object; one to one by the least cost when None."""
     weight: float = 1.0
-    """Factor on the weights of its losses; 1 / k suits targets that are repeated k times."""
+    """Factor on the weights of its losses."""
+    repeats: int = 1
+    """How often the targets have each object; the normalisers count so many."""
 
 
-def groups_of(outputs: Mapping[str, Any], targets: Targets) -> list[Group]:
-    """The groups of what a model gives: the last decoder layer, each one before it (`_0`, ...), the proposals (`_enc`).
+def groups_of(outputs: Mapping[str, Any], targets: Targets, one_to_many: OneToMany | None = None) -> list[Group]:
+    """The groups of what a model gives: the last decoder layer, each one before it (`_0`, ...), the proposals (`_enc`),
+    and the same layers of the queries that are matched one to many (`_many`, `_many_0`, ...).
 
     For the proposals every object has the label 0: theirs is the question whether there is an object.
+
+    Args:
+        outputs: of the model.
+        targets: of each image.
+        one_to_many: as the model's config has it.
     """
-    groups = [Group(outputs, targets)]
-    groups += [Group(layer, targets, f"_{index}") for index, layer in enumerate(outputs.get("aux_outputs", ()))]
+    groups = _layers(outputs, Group(outputs, targets))
     if "enc_outputs" in outputs:
         objects = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
         groups.append(Group(outputs["enc_outputs"], objects, "_enc"))
+    if "one_to_many" in outputs:
+        assert one_to_many is not None
+        times = one_to_many.repeats
+        repeated = [
+            {"labels": target["labels"].repeat(times), "boxes": target["boxes"].repeat(times, 1)} for target in targets
+        ]
+        many = outputs["one_to_many"]
+        groups += _layers(many, Group(many, repeated, "_many", weight=one_to_many.weight, repeats=times))
     return groups
+
+
+def _layers(outputs: Mapping[str, Any], last: Group) -> list[Group]:
+    """The group of the last decoder layer, and those like it of the layers before."""
+    layers = enumerate(outputs.get("aux_outputs", ()))
+    return [last, *(replace(last, outputs=layer, suffix=f"{last.suffix}_{index}") for index, layer in layers)]
 
 
 def distinct_targets(groups: Sequence[Group]) -> dict[int, Targets]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from model.backbones.resnet import Backbone
 from model.config import DetrConfig
 from model.weights.architecture import check_original, hf_config, notes_of_args, notes_of_hf
-from model.weights.fit import IGNORED, LoadReport, Weights, fit, fit_backbone, some, unique_tensors
+from model.weights.fit import IGNORED, TRAINING_ONLY, LoadReport, Weights, fit, fit_backbone, some, unique_tensors
 from model.weights.names import FORMATS, recognise, to_foreign, to_own
 
 FOLDER_FILE = "model.safetensors"
@@ -57,7 +57,7 @@ def export_weights(
     """Write a model's weights; file or folder appears whole or not at all.
 
     Args:
-        model: the detector.
+        model: the detector; what training alone has is left out.
         path: the file, or for `hf` the folder, which must not be there or be empty; what it lies in must exist.
         format: `raydetr`, a safetensors file with the model's names, each tensor once, and the architecture in its
             metadata; `original`, a `.pth` file that the original's `--resume` takes, every head under all its names;
@@ -69,13 +69,14 @@ def export_weights(
     """
     if format not in FORMATS:
         raise ValueError(f'cannot write the weights format "{format}": choose {", ".join(FORMATS)}')
-    path, config = Path(path), model.config
-    assert isinstance(config, DetrConfig)
+    path, trained = Path(path), model.config
+    assert isinstance(trained, DetrConfig)
+    config = trained.at_inference()
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         if format == "raydetr":
             metadata = {"config": json.dumps(asdict(config))}  # one entry: safetensors writes several in any order
-            save_tensors(_on_host(unique_tensors(model)), partial, metadata)
+            save_tensors(_written(unique_tensors(model)), partial, metadata)
         elif format == "original":
             _write_original(model, config, partial)
         else:
@@ -89,21 +90,24 @@ def export_weights(
 
 def _write_original(model: nn.Module, config: DetrConfig, path: Path) -> None:
     check_original(config)
-    tensors = to_foreign(_on_host(model.state_dict()), "original", config.arch)
+    tensors = to_foreign(_written(model.state_dict()), "original", config.arch)
     torch.save({"model": tensors, "raydetr": asdict(config)}, path)
 
 
 def _write_hf(model: nn.Module, config: DetrConfig, folder: Path, class_names: Sequence[str] | None) -> None:
     settings = hf_config(config, class_names)
-    tensors = to_foreign(_on_host(model.state_dict()), "hf", config.arch)
+    tensors = to_foreign(_written(model.state_dict()), "hf", config.arch)
     folder.mkdir()
     # transformers finds equal heads and ties them; a safetensors file cannot share memory.
     save_tensors({name: tensor.clone() for name, tensor in tensors.items()}, folder / FOLDER_FILE, {"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _written(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a file has of a model, on the host."""
+    return {
+        name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if not TRAINING_ONLY.match(name)
+    }
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

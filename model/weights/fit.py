@@ -17,6 +17,8 @@ from model.weights.names import foreign_name
 # Counters that batch norm keeps while training, leftovers of a FLOP counter in published files, and the classifier.
 IGNORED = re.compile(r"(^|\.)(num_batches_tracked|total_ops|total_params)$")
 _CLASSIFIER = re.compile(r"^fc\.(weight|bias)$")
+TRAINING_ONLY = re.compile(r"one_to_many_embed\.")
+"""Tensors of queries that training alone has: files are written without them."""
 _CLASS_HEAD = re.compile(r"(^|\.)class_embed\.(\d+\.)?(weight|bias)$")  # DETR has one without a number
 _ATTENTION = ("heads", "points")
 """Settings that change what the same tensors compute, without a shape that tells."""
@@ -105,14 +107,18 @@ def fit(model: nn.Module, weights: Weights, reset_heads: bool) -> LoadReport:
     if wrong:
         raise ValueError(f"{weights.source}: its attention was made with other settings; set {', '.join(wrong)}")
     reset = _class_heads_to_reset(model, weights, reset_heads)
-    copies, problems = _match(model, weights.tensors, weights, set(reset))
+    extra = {name for name in weights.tensors if TRAINING_ONLY.match(name)}
+    own = {name for name in unique_tensors(model) if TRAINING_ONLY.match(name)}
+    tensors = {name: tensor for name, tensor in weights.tensors.items() if name not in extra - own}
+    copies, problems = _match(model, tensors, weights, set(reset) | (own - extra))
     if problems:
         raise ValueError(_does_not_fit(weights.source, problems) + _mend(weights, config))
     _copy(model, copies)
     reset_once = tuple(name for name in reset if name in unique_tensors(model))
     unlike = [name for name in ("dilation", "class_loss") if _unlike(weights, config, name)]
     described = tuple(f"{name}: {str(weights.notes[name]).lower()}" for name in unlike)
-    return LoadReport(weights.source, weights.format, tuple(copies), reset_once, weights.ignored, described)
+    ignored = (*weights.ignored, *sorted(extra - own))
+    return LoadReport(weights.source, weights.format, tuple(copies), reset_once, ignored, described)
 
 
 def _unlike(weights: Weights, config: DetrConfig, name: str) -> bool:

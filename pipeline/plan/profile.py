@@ -148,7 +148,8 @@ def _measured(
     def loss() -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
             outputs = model(batch)
-        return criterion(groups_of(outputs, targets), float(OBJECTS * images), train.global_batch).total()
+        groups = groups_of(outputs, targets, job.model.one_to_many)
+        return criterion(groups, float(OBJECTS * images), train.global_batch).total()
 
     with kept_for_backward([*model.parameters(), *model.buffers()]) as kept:
         first = loss()

@@ -81,7 +81,7 @@ class Detector:
         if evaluate is None:
             short_side, max_side = state.sizes(checkpoint / STATE)
             evaluate = EvaluateSection(short_side=short_side, max_side=max_side)
-        config = state.detr_config(checkpoint / STATE)
+        config = state.detr_config(checkpoint / STATE).at_inference()
         model = _with_weights(config, load_model_weights(checkpoint, state.weights), checkpoint)
         return cls(model, config, LabelMap.from_json(state.labels), evaluate, device)
 
@@ -107,6 +107,7 @@ class Detector:
                     f"{source}: of {classes} classes, and the data has {config.num_classes} (dataset.labels: "
                     f"{labels.kind}); weights are scored on the categories that they were trained on"
                 )
+            config = config.at_inference()
             model = build_model(config)
             load_weights(model, weights)
         except BackboneOnlyError as error:

@@ -185,7 +185,7 @@ def _forward_backward(
         engine.set_gradient_accumulation_boundary(number == len(step.micro_batches) - 1)
         with watch.working():
             outputs = engine(batch)
-            losses = criterion(groups_of(outputs, targets), num_boxes, train.global_batch)
+            losses = criterion(groups_of(outputs, targets, run.job.model.one_to_many), num_boxes, train.global_batch)
         if not micro.image_ids:  # a placeholder for images that cannot be read
             losses = losses.scaled(0.0)
         total = losses.total()

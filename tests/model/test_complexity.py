@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.complexity import MicroBatch, measure
-from model.config import CriterionConfig, DetrConfig
+from model.config import CriterionConfig, DetrConfig, OneToMany
 from model.losses.criterion import Criterion
 from model.losses.groups import groups_of
 from model.memory import LiveBytes, kept_for_backward
@@ -54,6 +54,25 @@ def test_mixed_queries_by_hand() -> None:
     assert theirs.multiply_adds - mine.multiply_adds == 40 * 512 * 256
 
 
+def test_queries_of_training_cost_nothing_at_inference() -> None:
+    plain = DetrConfig(
+        backbone="resnet_tiny", hidden_dim=32, heads=4, ffn_dim=48, num_queries=40, feature_levels=1, encoder_layers=0,
+        decoder_layers=1,
+    )  # fmt: skip
+    hybrid = replace(plain, one_to_many=OneToMany(60, 3))
+    without, found = (measure(config, size=(64, 64)) for config in (plain, hybrid))
+    assert found.multiply_adds == without.multiply_adds
+    assert found.parameters - without.parameters == 60 * 64
+    less, more, most = (
+        MicroBatch(replace(plain, one_to_many=many and OneToMany(many, 3)), 1, (64, 64)).work().flops
+        for many in (None, 60, 120)
+    )
+    linear = (more - less) / 60
+    # Groups attend to themselves alone: 60 * 60 and 120 * 120 pairs of queries, not 100 * 100 and 160 * 160.
+    attention = 2 * 3.5 * 2 * 32  # of a pair, forward and backward
+    assert most - less == pytest.approx(2 * 60 * linear + attention * (120**2 - 2 * 60**2), rel=1e-9)
+
+
 def test_a_small_detr_by_hand() -> None:
     config = DetrConfig(
         backbone="resnet_tiny", arch="detr", feature_levels=1, hidden_dim=32, heads=4, ffn_dim=48, num_queries=7,
@@ -94,6 +113,7 @@ def test_what_is_frozen_has_no_backward_pass() -> None:
         pytest.param({"feature_levels": 4, "encoder_layers": 2}, id="base"),
         pytest.param(TWO_STAGE, id="two-stage"),
         pytest.param({"with_box_refine": True, "two_stage": "mixed", "look_forward_twice": True}, id="mixed"),
+        pytest.param({"one_to_many": OneToMany(20, 3)}, id="hybrid"),
         pytest.param({"arch": "detr"}, id="detr"),
         pytest.param({"backbone": "resnet18", "backbone_norm": "frozen_batch_norm"}, id="frozen"),
     ],
@@ -108,7 +128,7 @@ def test_memory_of_training_is_that_of_real_tensors(settings: dict[str, Any], re
     batch, targets = make_batch([size, size]), [make_target(7), make_target(7)]
     with LiveBytes() as live:
         with kept_for_backward([*model.parameters(), *model.buffers()]) as kept:
-            groups = groups_of(model(batch), targets)
+            groups = groups_of(model(batch), targets, model.config.one_to_many)
             loss = Criterion(CriterionConfig(), model.config.class_loss)(groups, 14.0, 2).total()
         real = sum(kept.values())
         del groups

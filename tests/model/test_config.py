@@ -1,6 +1,8 @@
+from typing import Any
+
 import pytest
 
-from model.config import CriterionConfig, DetrConfig
+from model.config import CriterionConfig, DetrConfig, OneToMany
 
 
 def test_published_settings_are_the_defaults() -> None:
@@ -56,12 +58,32 @@ def test_impossible_architectures_are_refused(settings: dict[str, object], messa
 def test_detr_names_all_that_it_does_not_have_at_once() -> None:
     DetrConfig(arch="detr", feature_levels=1, num_queries=100, ffn_dim=2048, class_loss="softmax")
     with pytest.raises(ValueError, match=r"^arch detr") as caught:
-        DetrConfig(arch="detr", with_box_refine=True, look_forward_twice=True, two_stage="mixed", points=8)
+        DetrConfig(
+            arch="detr", with_box_refine=True, look_forward_twice=True, two_stage="mixed", points=8,
+            one_to_many=OneToMany(),
+        )  # fmt: skip
     needed = ("feature_levels: 1", "with_box_refine: false", "look_forward_twice: false", "two_stage: false")
-    for setting in (*needed, "points: 4"):
+    for setting in (*needed, "points: 4", "one_to_many: null"):
         assert setting in str(caught.value)
     with pytest.raises(ValueError, match="set feature_levels: 1, or arch: deformable_detr"):
         DetrConfig(arch="detr")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"queries": 0}, "queries is 0, it must be at least 1"),
+        ({"repeats": 0}, "repeats is 0"),
+        ({"weight": 0.0}, "weight is 0.0, it must be above 0"),
+    ],
+)
+def test_impossible_queries_of_training_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OneToMany(**settings)
+
+
+def test_what_training_alone_has_is_not_there_at_inference() -> None:
+    assert DetrConfig(num_classes=3, one_to_many=OneToMany()).at_inference() == DetrConfig(num_classes=3)
 
 
 def test_impossible_losses_are_refused() -> None:

@@ -5,7 +5,7 @@ import torch
 
 from model.batch import ImageBatch
 from model.build import build_model
-from model.config import CriterionConfig, DetrConfig
+from model.config import CriterionConfig, DetrConfig, OneToMany
 from model.losses.criterion import Criterion
 from model.losses.groups import groups_of
 from tests.builders import make_batch, make_detector, make_target
@@ -21,6 +21,9 @@ VARIANTS = {
     "IoU-aware": {"class_loss": "ia_bce"},
     "five levels": {"feature_levels": 5, "with_box_refine": True, "two_stage": True},
     "no encoder": {"encoder_layers": 0},
+    "hybrid": {"one_to_many": OneToMany(20, 3)},
+    "hybrid two-stage": {"with_box_refine": True, "two_stage": True, "one_to_many": OneToMany(20, 3)},
+    "hybrid mixed": {"with_box_refine": True, "two_stage": "mixed", "one_to_many": OneToMany(20, 3)},
 }
 every_variant = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -90,7 +93,7 @@ def test_every_trainable_parameter_gets_a_gradient(settings: dict[str, Any]) -> 
         outputs = model(make_batch())
         criterion = Criterion(CriterionConfig(), model.config.class_loss)
         model.zero_grad()
-        criterion(groups_of(outputs, targets), 5.0).total().backward()
+        criterion(groups_of(outputs, targets, model.config.one_to_many), 5.0).total().backward()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.grad is not None:
@@ -106,7 +109,7 @@ def test_small_images(settings: dict[str, Any], size: tuple[int, int]) -> None:
     model = make_detector(**settings)
     outputs: dict[str, Any] = model(make_batch([size]))
     criterion = Criterion(CriterionConfig(), model.config.class_loss)
-    loss = criterion(groups_of(outputs, [make_target(2)]), 2.0).total()
+    loss = criterion(groups_of(outputs, [make_target(2)], model.config.one_to_many), 2.0).total()
     loss.backward()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
@@ -120,12 +123,61 @@ def test_empty_and_crowded_images(settings: dict[str, Any], counts: tuple[int, i
     outputs: dict[str, Any] = model(make_batch([(96, 96), (64, 96)]))
     criterion = Criterion(CriterionConfig(), model.config.class_loss)
     targets = [make_target(n, seed=n) for n in counts]
-    found = criterion(groups_of(outputs, targets), float(sum(counts)))
+    found = criterion(groups_of(outputs, targets, model.config.one_to_many), float(sum(counts)))
     found.total().backward()
     losses = found.values
     assert all(torch.isfinite(loss) for loss in losses.values())
-    assert all((losses[name] > 0) == (sum(counts) > 0) for name in losses if "ce" not in name)
+    # With two stages no cell is left for queries beyond the 300.
+    some = {name for name in losses if "ce" not in name and not ("many" in name and model.config.two_stage)}
+    assert all((losses[name] > 0) == (sum(counts) > 0) for name in some)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+class TestOneToMany:
+    """Queries that training alone has."""
+
+    @pytest.fixture(params=[False, True, "mixed"], ids=["one stage", "two-stage", "mixed"])
+    def pair(self, request: pytest.FixtureRequest) -> tuple[Any, Any]:
+        """A detector without and with them, in fp64 and moved off its initial weights, otherwise the same."""
+        settings = {"with_box_refine": bool(request.param), "two_stage": request.param, "dropout": 0.0}
+        without, hybrid = (make_detector(one_to_many=many, **settings).double() for many in (None, OneToMany(20, 3)))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in without.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        missing = hybrid.load_state_dict(without.state_dict(), strict=False).missing_keys
+        assert missing == ([] if request.param is True else ["one_to_many_embed.weight"])
+        return without, hybrid
+
+    def test_both_begin_with_the_same_weights(self) -> None:
+        without, hybrid = make_detector(), make_detector(one_to_many=OneToMany())
+        state = hybrid.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in without.state_dict().items())
+
+    def test_inference_is_the_same_to_the_bit(self, pair: tuple[Any, Any]) -> None:
+        batch = make_batch([(96, 96), (80, 64)])
+        batch = ImageBatch(batch.pixels.double(), batch.mask)
+        expected, found = (model.eval()(batch) for model in pair)
+        assert found.keys() == expected.keys()
+        assert torch.equal(found["pred_logits"], expected["pred_logits"])
+        assert torch.equal(found["pred_boxes"], expected["pred_boxes"])
+
+    def test_queries_of_a_group_do_not_see_the_others(self, pair: tuple[Any, Any]) -> None:
+        batch = make_batch([(96, 96), (80, 64)])
+        batch = ImageBatch(batch.pixels.double(), batch.mask)
+        expected, found = (model.train()(batch) for model in pair)
+        assert found.pop("one_to_many")["pred_boxes"].shape == (2, 20, 4)
+        for layer, wanted in zip([found, *found["aux_outputs"]], [expected, *expected["aux_outputs"]], strict=True):
+            torch.testing.assert_close(layer["pred_logits"], wanted["pred_logits"], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(layer["pred_boxes"], wanted["pred_boxes"], rtol=1e-9, atol=1e-9)
+
+    def test_images_with_fewer_cells(self) -> None:
+        model = make_detector(with_box_refine=True, two_stage="mixed", one_to_many=OneToMany(20, 3))
+        counts = []
+        for size in ((8, 8), (32, 32), (96, 96)):  # 4, 16 + 4 + 1 + 1, 193 cells
+            outputs: dict[str, Any] = model(make_batch([size]))
+            counts.append((outputs["pred_boxes"].shape[1], outputs["one_to_many"]["pred_boxes"].shape[1]))
+        assert counts == [(4, 0), (12, 10), (12, 20)]
 
 
 @pytest.mark.parametrize("two_stage", [True, "mixed"])

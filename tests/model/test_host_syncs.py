@@ -15,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.config import CriterionConfig
+from model.config import CriterionConfig, OneToMany
 from model.losses.criterion import Criterion
 from model.losses.groups import groups_of
 from pipeline.distributed import World
@@ -83,12 +83,13 @@ def reads_of(work: Any) -> tuple[Counter[str], Counter[str]]:
         {},
         {"with_box_refine": True, "two_stage": True},
         {"with_box_refine": True, "two_stage": "mixed", "look_forward_twice": True},
+        {"with_box_refine": True, "two_stage": "mixed", "one_to_many": OneToMany(20, 3)},
         {"class_loss": "softmax"},
         {"class_loss": "vfl"},
         {"class_loss": "ia_bce"},
         {"arch": "detr"},
     ],
-    ids=["base", "two-stage", "mixed", "softmax", "varifocal", "IoU-aware", "detr"],
+    ids=["base", "two-stage", "mixed", "hybrid", "softmax", "varifocal", "IoU-aware", "detr"],
 )
 def test_the_matching_alone_reads_from_the_device(settings: dict[str, Any], counts: tuple[int, int]) -> None:
     model = make_detector(decoder_layers=6, **settings).train()
@@ -96,7 +97,7 @@ def test_the_matching_alone_reads_from_the_device(settings: dict[str, Any], coun
     batch, targets = make_batch(), [make_target(count) for count in counts]
 
     def step() -> None:
-        criterion(groups_of(model(batch), targets), float(sum(counts))).total().backward()
+        criterion(groups_of(model(batch), targets, model.config.one_to_many), float(sum(counts))).total().backward()
 
     step()
     operators, calls = reads_of(step)

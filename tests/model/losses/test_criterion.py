@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from model.boxes import cxcywh_to_xyxy, generalized_iou
-from model.config import CriterionConfig
+from model.config import CriterionConfig, OneToMany
 from model.losses.class_loss import make_class_loss
 from model.losses.criterion import Criterion, Losses
 from model.losses.groups import Group, groups_of
@@ -205,6 +205,23 @@ class TestGroups:
         assert losses.weights["loss_bbox_many"] == pytest.approx(CONFIG.bbox_weight / 3)
         every = [(losses.values[name] * weight).item() for name, weight in losses.weights.items()]
         assert losses.total().item() == pytest.approx(sum(every), rel=1e-5)
+
+    @pytest.mark.parametrize("class_loss", ["focal", "softmax"])
+    def test_one_to_many_is_as_if_there_were_as_many_objects(self, class_loss: str) -> None:
+        outputs, more = make_outputs(logits=6, aux=1), make_outputs(queries=20, logits=6, aux=1)
+        targets = [make_target(2), make_target(1, seed=1)]
+        groups = groups_of({**outputs, "one_to_many": more}, targets, OneToMany(20, 4, 0.5))
+        assert [group.suffix for group in groups] == ["", "_0", "_many", "_many_0"]
+        losses = Criterion(CONFIG, class_loss)(groups, 3.0)
+        repeated = [{key: torch.cat([value] * 4) for key, value in target.items()} for target in targets]
+        alone = losses_of(more, repeated, 12.0, class_loss)
+        for name, loss in alone.values.items():
+            kind, _, layer = name.partition("_0") if name.endswith("_0") else (name, "", "")
+            of_many = f"{kind}_many{'_0' if name.endswith('_0') else layer}"
+            torch.testing.assert_close(losses.values[of_many], loss)
+            assert losses.weights[of_many] == alone.weights[name] / 2
+        for name, loss in losses_of(outputs, targets, 3.0, class_loss).values.items():
+            assert torch.equal(losses.values[name], loss)
 
     def test_groups_do_not_change_each_other(self) -> None:
         outputs, more = make_outputs(aux=0), make_outputs(queries=9, aux=0)

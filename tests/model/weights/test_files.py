@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from model.build import build_model
-from model.config import DetrConfig
+from model.config import DetrConfig, OneToMany
 from model.deformable_detr import DeformableDetr
 from model.weights.files import IMAGENET_FILES, export_weights, load_backbone, load_weights, read_tensors, read_weights
 from model.weights.fit import unique_tensors
@@ -110,6 +110,17 @@ def write_original(path: Path, model: DeformableDetr, **arguments: Any) -> Path:
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 40)
     torch.save(content | {"lr_scheduler": scheduler.state_dict()}, path)
     return path
+
+
+@pytest.mark.parametrize("format", ["raydetr", "original", "hf"])
+def test_what_training_alone_has_is_not_written(tmp_path: Path, format: str) -> None:
+    model, other = make_publishable(one_to_many=OneToMany(6, 2)), make_publishable(seed=1)
+    path = tmp_path / {"raydetr": "w.safetensors", "original": "w.pth", "hf": "folder"}[format]
+    export_weights(model, path, format)
+    weights = read_weights(path)
+    assert weights.config() == other.config
+    assert not load_weights(other, weights).ignored
+    assert_equal(other, {name: tensor for name, tensor in copy_of(model).items() if name in other.state_dict()})
 
 
 class TestOriginalFormat:

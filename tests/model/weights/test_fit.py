@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from model.config import OneToMany
 from model.weights.files import export_weights, load_weights, read_tensors
 from model.weights.fit import unique_tensors
 from tests.model.weights.test_files import (
@@ -51,6 +52,27 @@ class TestOtherClassCount:
         model, source = make_detector(), make_detector(seed=1)
         assert not load_weights(model, source.state_dict(), reset_heads=True).reset
         assert_equal(model, copy_of(source))
+
+
+class TestWhatTrainingAloneHas:
+    def test_is_not_missed(self) -> None:
+        model, source = make_detector(one_to_many=OneToMany(6, 2)), make_detector(seed=1)
+        before = copy_of(model)["one_to_many_embed.weight"]
+        report = load_weights(model, source.state_dict())
+        assert "one_to_many_embed.weight" not in report.loaded
+        assert_equal(model, copy_of(source) | {"one_to_many_embed.weight": before})
+
+    def test_is_left_out(self) -> None:
+        model, source = make_detector(), make_detector(seed=1, one_to_many=OneToMany(6, 2))
+        assert load_weights(model, source.state_dict()).ignored == ("one_to_many_embed.weight",)
+        assert_equal(model, {name: copy_of(source)[name] for name in model.state_dict()})
+
+    def test_is_taken_where_both_have_it(self) -> None:
+        model, source = (make_detector(seed=seed, one_to_many=OneToMany(6, 2)) for seed in (0, 1))
+        assert not load_weights(model, source.state_dict()).ignored
+        assert_equal(model, copy_of(source))
+        with pytest.raises(ValueError, match=r"one_to_many_embed.weight is \[6, 64\], the model's is \[7, 64\]"):
+            load_weights(make_detector(one_to_many=OneToMany(7, 2)), source.state_dict())
 
 
 class TestDetectors:

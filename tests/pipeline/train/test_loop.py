@@ -16,11 +16,13 @@ import pytest
 import torch
 
 from model import build_model
+from model.config import OneToMany
 from pipeline import checkpoint
 from pipeline.data.loader import MicroBatch, Step
 from pipeline.data.manifest import Manifest, UnreadableSampleError, read_image_bytes, read_manifest
 from pipeline.distributed import World, close, init_world
 from pipeline.errors import UserError
+from pipeline.predict.detector import Detector
 from pipeline.train.loop import _agree, _begin_to_share, _on_device, dropout_seed, train
 from pipeline.train.run import Run, TrainJob
 from pipeline.train.stop import StoppedError
@@ -144,6 +146,43 @@ def test_more_steps_go_on_to_the_same_bits(
         last = train(make_job(manifest, tmp_path, max_steps=steps), world)
     assert_same_weights(last, straight[1])
     assert losses(make_job(manifest, tmp_path).out) == losses(straight[0].out)
+
+
+SUCCESSORS: dict[str, Any] = {
+    "with_box_refine": True,
+    "two_stage": "mixed",
+    "look_forward_twice": True,
+    "class_loss": "ia_bce",
+    "one_to_many": OneToMany(12, 3, 0.5),
+}
+
+
+def make_successor(manifest: Manifest, out: Path, steps: int) -> TrainJob:
+    job = make_job(manifest, out, max_steps=steps)
+    return replace(job, model=replace(job.model, decoder_layers=2, dropout=0.0, **SUCCESSORS))
+
+
+def test_successors_go_on_to_the_same_bits_at_any_world_size(
+    manifest: Manifest, world: World, ranks: Ranks, tmp_path: Path
+) -> None:
+    straight = make_successor(manifest, tmp_path / "straight", 4)
+    last = train(straight, world)
+    for steps in (2, 4):
+        job = make_successor(manifest, tmp_path / "again", steps)
+        again = train(job, world)
+    assert_same_weights(again, last)
+    assert losses(job.out) == losses(straight.out)
+    job = make_successor(manifest, tmp_path / "two", 4)
+    ranks.run(train_on, job)
+    assert losses(job.out) == pytest.approx(losses(straight.out), rel=1e-5)
+    assert {"train/loss_ce_many", "train/loss_giou_many_0"} <= points(job.out)[4].keys()
+
+
+def test_a_detector_is_without_what_training_alone_has(manifest: Manifest, world: World, tmp_path: Path) -> None:
+    job = make_successor(manifest, tmp_path, 1)
+    detector = Detector.from_checkpoint(train(job, world))
+    assert detector.config == job.model.at_inference()
+    assert "one_to_many_embed.weight" not in detector.model.state_dict()
 
 
 def test_a_run_whose_hours_are_over_is_kept_and_goes_on(
