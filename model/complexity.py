@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Size, Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,6 +17,7 @@ from model.backbones.resnet import Frozen
 from model.batch import ImageBatch
 from model.build import build_model
 from model.config import CriterionConfig, DetrConfig
+from model.denoising import DRAWS, add_noise
 from model.losses.criterion import Criterion
 from model.losses.groups import Group, Matches, groups_of
 from model.memory import LiveBytes, MovedBytes, kept_for_backward
@@ -142,17 +144,23 @@ class MicroBatch:
 
     def _forward(self, model: nn.Module, batch: ImageBatch) -> Tensor:
         """The loss where every image has a few objects, matched to the first queries."""
+        target = {"labels": torch.zeros(OBJECTS, dtype=torch.int64), "boxes": torch.rand(OBJECTS, 4)}
+        targets, noised = [target] * self.images, None
+        if self.model.denoising:
+            draws = np.zeros((self.images, self.model.denoising.queries, DRAWS))
+            noised = add_noise(targets, self.model.denoising, self.model.num_classes, draws)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            outputs = model(batch)
-        count, many = min(OBJECTS, outputs["pred_logits"].shape[1]), self.model.one_to_many
-        targets = [{"labels": torch.zeros(count, dtype=torch.int64), "boxes": torch.rand(count, 4)}] * self.images
-        groups = [replace(group, matching=_first_pairs(group)) for group in groups_of(outputs, targets, many)]
+            outputs = model(batch) if noised is None else model(batch, noised)
+        groups = groups_of(outputs, targets, self.model.one_to_many, noised)
+        groups = [replace(group, matching=_first_pairs(group)) for group in groups]
         criterion = Criterion(CriterionConfig(), self.model.class_loss)
-        return criterion(groups, float(count * self.images), self.images).total()
+        return criterion(groups, float(OBJECTS * self.images), self.images).total()
 
 
 def _first_pairs(group: Group) -> Matches:
-    """The first queries with the objects, as far as both go."""
+    """The first queries with the objects, as far as both go, or the matching that it brings."""
+    if group.matching is not None:
+        return group.matching
     queries = group.outputs["pred_logits"].shape[1]
     counts = [torch.arange(min(queries, len(target["labels"]))) for target in group.targets]
     return [(count, count) for count in counts]

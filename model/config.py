@@ -27,6 +27,26 @@ class OneToMany:
 
 
 @dataclass(frozen=True)
+class Denoising:
+    """Objects with noise as queries of training alone (DINO, arXiv 2203.03605, section 3.3)."""
+
+    queries: int = 200
+    """How many of an image: half of them begin near an object, half too far off."""
+    label_noise: float = 0.25
+    """Share of their labels that are drawn anew (DINO's 0.5 is halved in its code)."""
+    box_noise: float = 1.0
+    """What edges are moved by at the most, in halves of the side; too far off is that and up to as much more."""
+
+    def __post_init__(self) -> None:
+        if self.queries < 2 or self.queries % 2:
+            raise ValueError(f"queries is {self.queries}, it must be an even number: they come in pairs")
+        if not 0 <= self.label_noise <= 1:
+            raise ValueError(f"label_noise is {self.label_noise}, it must be in [0, 1]")
+        if self.box_noise <= 0:
+            raise ValueError(f"box_noise is {self.box_noise}, it must be above 0")
+
+
+@dataclass(frozen=True)
 class DetrConfig:
     """What the network is; nothing about how it is trained.
 
@@ -75,6 +95,9 @@ class DetrConfig:
     how well boxes fit, too; or softmax with one more logit for "no object"."""
     one_to_many: OneToMany | None = None
     """More queries in training alone, such as {queries: 1500, repeats: 6, weight: 1.0}."""
+    denoising: Denoising | None = None
+    """Objects with noise as queries of training alone, such as {queries: 200, label_noise: 0.25, box_noise: 1.0}; needs
+    two_stage."""
     auxiliary_losses: bool = True
     """Give the output of every decoder layer for deep supervision."""
 
@@ -101,11 +124,16 @@ class DetrConfig:
             raise ValueError("look_forward_twice needs with_box_refine: without it no layer corrects the one before")
         if self.arch == "detr":
             self._check_detr()
+        if self.denoising and not self.two_stage:
+            raise ValueError("denoising needs two_stage: only there do queries begin with boxes")
+        if self.denoising and self.class_loss == "softmax":
+            raise ValueError("denoising needs a class_loss with a logit for each class alone: focal, vfl or ia_bce")
 
     def _check_detr(self) -> None:
         """Refuse what plain DETR does not have, all of it in one message."""
-        needed: dict[str, Any] = {"feature_levels": 1, "points": DetrConfig.points, "one_to_many": None}
+        needed: dict[str, Any] = {"feature_levels": 1, "points": DetrConfig.points}
         needed |= dict.fromkeys(("with_box_refine", "look_forward_twice", "two_stage"), False)
+        needed |= dict.fromkeys(("one_to_many", "denoising"))
         wrong = [
             f"{name}: {'null' if value is None else str(value).lower()}"
             for name, value in needed.items()
@@ -119,7 +147,7 @@ class DetrConfig:
 
     def at_inference(self) -> "DetrConfig":
         """The architecture without what training alone has."""
-        return replace(self, one_to_many=None)
+        return replace(self, one_to_many=None, denoising=None)
 
     @property
     def num_logits(self) -> int:

@@ -13,6 +13,7 @@ from model.backbones.make import make_backbone
 from model.batch import ImageBatch
 from model.config import DetrConfig
 from model.deformable_transformer import Transformer
+from model.denoising import Noised
 from model.heads import BoxHead, Outputs, collect_outputs, in_full_precision
 
 
@@ -63,32 +64,35 @@ class DeformableDetr(nn.Module):
             inputs = width
         return nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(groups, width)) for conv in convs)
 
-    def forward(self, batch: ImageBatch) -> Outputs:
+    def forward(self, batch: ImageBatch, noised: Noised | None = None) -> Outputs:
         """Detect.
 
         Args:
             batch: normalised images and their padding mask.
+            noised: in training with `config.denoising`, objects that are queries, too.
 
         Returns:
             `pred_logits` [B, Q, logits] and `pred_boxes` [B, Q, 4] cxcywh in 0..1 of the image without its padding, of
             the last decoder layer; `aux_outputs`, a list of the same for the layers before, if the config wants them;
             `enc_outputs`, the same for every cell [B, S, ...], with two stages; in training `one_to_many`, the first
-            three of the queries that `config.one_to_many` adds. All fp32. Two-stage gives fewer than
-            `num_queries` when the image has fewer cells.
+            three of the queries that `config.one_to_many` adds, and `denoising`, those of `noised`. All fp32.
+            Two-stage gives fewer than `num_queries` when the image has fewer cells.
         """
         features, masks = self._levels(batch)
         many = self.config.one_to_many if self.training else None
         more = many.queries if many else 0
-        out = self.transformer(features, masks, self._learned(more > 0), self.class_embed, self.bbox_embed, more)
+        out = self.transformer(
+            features, masks, self._learned(more > 0), self.class_embed, self.bbox_embed, more, noised
+        )
         layers = [
             {"pred_logits": in_full_precision(head, hidden), "pred_boxes": boxes}
             for head, hidden, boxes in zip(self.class_embed, out.hidden, out.boxes, strict=False)
         ]
-        own = _of_queries(layers, slice(self.config.num_queries)) if many else layers
+        own, *others = _of_groups(layers, out.groups)
         outputs = collect_outputs(own, self.config.auxiliary_losses)
-        if many:
-            others = _of_queries(layers, slice(self.config.num_queries, None))
-            outputs["one_to_many"] = collect_outputs(others, self.config.auxiliary_losses)
+        names = [*(["one_to_many"] if many else []), *(["denoising"] if noised is not None else [])]
+        for name, group in zip(names, others, strict=True):
+            outputs[name] = collect_outputs(group, self.config.auxiliary_losses)
         if out.proposal_logits is not None and out.proposal_boxes is not None:
             outputs["enc_outputs"] = {"pred_logits": out.proposal_logits, "pred_boxes": out.proposal_boxes}
         return outputs
@@ -111,6 +115,9 @@ class DeformableDetr(nn.Module):
         return features, [batch.mask_at(feature.shape[2], feature.shape[3]) for feature in features]
 
 
-def _of_queries(layers: list[Outputs], which: slice) -> list[Outputs]:
-    """The outputs of some of the queries."""
-    return [{name: output[:, which] for name, output in layer.items()} for layer in layers]
+def _of_groups(layers: list[Outputs], sizes: list[int]) -> list[list[Outputs]]:
+    """The layers of each group of queries."""
+    if len(sizes) == 1:
+        return [layers]
+    split = [{name: torch.split_with_sizes(output, sizes, 1) for name, output in layer.items()} for layer in layers]
+    return [[{name: parts[g] for name, parts in layer.items()} for layer in split] for g in range(len(sizes))]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from model.boxes import at_least_float32, inverse_sigmoid
 from model.config import DetrConfig
 from model.deformable_attention import MSDeformAttn
+from model.denoising import Noised
 from model.dropout import Dropout
 from model.heads import in_full_precision
 from model.position import encode_boxes, encode_cells
@@ -78,21 +79,32 @@ class DecoderLayer(nn.Module):
         shapes: Sequence[tuple[int, int]],
         padding: Tensor,
         groups: Sequence[int] = (),
+        unseen: Tensor | None = None,
     ) -> Tensor:
         """`target`, `position` [B, Q, C], `reference` [B, Q, L, 2 or 4] and `memory` [B, S, C] to [B, Q, C].
 
-        Queries attend to those of their own group; `groups` are the sizes, of all queries where there are none.
+        Queries attend to those of their own group; `groups` are the sizes, of all queries where there are none. With
+        `unseen` [B * heads, last, first + last] the last group is of noised objects, as in `Decoder`.
         """
-        query = target + position
-        sizes = groups or (query.shape[1],)
-        parts = zip(*(torch.split_with_sizes(x, sizes, 1) for x in (query, target)), strict=True)
-        attended = _joined([self.self_attn(q, q, t, need_weights=False)[0] for q, t in parts])
-        target = self.norm2(target + self.dropout2(attended))
+        target = self.norm2(target + self.dropout2(self._attended(target + position, target, groups, unseen)))
         attended = self.cross_attn(target + position, reference, memory, shapes, padding)
         target = self.norm1(target + self.dropout1(attended))
         fed = self.linear2(self.dropout3(F.relu(self.linear1(target))))
         output: Tensor = self.norm3(target + self.dropout4(fed))
         return output
+
+    def _attended(self, query: Tensor, target: Tensor, groups: Sequence[int], unseen: Tensor | None) -> Tensor:
+        """The self-attention of each group [B, Q, C]."""
+        sizes = groups or (query.shape[1],)
+        queries, targets = (list(torch.split_with_sizes(x, sizes, 1)) for x in (query, target))
+        masks: list[Tensor | None] = [None] * len(sizes)
+        keys, values = queries.copy(), targets.copy()
+        if unseen is not None:
+            masks[-1] = unseen
+            keys[-1], values[-1] = (torch.cat((parts[0], parts[-1]), dim=1) for parts in (queries, targets))
+        parts = zip(queries, keys, values, masks, strict=True)
+        attended = [self.self_attn(q, k, v, attn_mask=mask, need_weights=False)[0] for q, k, v, mask in parts]
+        return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
 
 
 class Encoder(Recomputing):
@@ -146,6 +158,7 @@ class Decoder(Recomputing):
         padding: Tensor,
         bbox_embed: nn.ModuleList,
         groups: Sequence[int] = (),
+        unseen: Tensor | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Decode.
 
@@ -159,6 +172,8 @@ class Decoder(Recomputing):
             padding: `[B, S]`, True on padding.
             bbox_embed: box head of every layer.
             groups: sizes of the groups of queries that do not see each other; all do where there are none.
+            unseen: `[B * heads, last, first + last]`, that the last group is of noised objects, which see the first
+                group and each other but where this is True.
 
         Returns:
             Of each layer the hidden state `[B, Q, C]` and the boxes `[B, Q, 4]`.
@@ -168,7 +183,7 @@ class Decoder(Recomputing):
         for layer, head in zip(self.layers, bbox_embed, strict=False):  # two-stage has a head more, for the proposals
             ratios = valid_ratios.repeat(1, 1, reference.shape[-1] // 2)[:, None]  # [B, 1, L, 2 or 4]
             of_levels = reference[:, :, None] * ratios
-            target = self.run_block(layer, target, position, of_levels, memory, shapes, padding, groups)
+            target = self.run_block(layer, target, position, of_levels, memory, shapes, padding, groups, unseen)
             hidden.append(target)
             deltas = in_full_precision(head, target)
             boxes.append(relative_boxes(deltas, corrected))
@@ -189,6 +204,8 @@ class TransformerOutput(NamedTuple):
     """Two-stage: class logits [B, S, classes] of every cell."""
     proposal_boxes: Tensor | None
     """Two-stage: boxes [B, S, 4] of every cell."""
+    groups: list[int]
+    """Sizes of the groups of queries: the detector's own, then those of training alone, as far as they are there."""
 
 
 class Transformer(nn.Module):
@@ -210,6 +227,7 @@ class Transformer(nn.Module):
         super().__init__()
         width = config.hidden_dim
         self.num_queries = config.num_queries
+        self.heads = config.heads
         self.two_stage = bool(config.two_stage)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
@@ -220,6 +238,8 @@ class Transformer(nn.Module):
             made = width * 2 - config.query_width  # what is not learned of a query
             self.pos_trans = nn.Linear(width * 2, made)
             self.pos_trans_norm = nn.LayerNorm(made)
+            if config.denoising:
+                self.label_embed = nn.Embedding(config.num_classes, width)
         else:
             self.reference_points = nn.Linear(width, 2)
 
@@ -231,6 +251,7 @@ class Transformer(nn.Module):
         class_embed: nn.ModuleList,
         bbox_embed: nn.ModuleList,
         more_queries: int = 0,
+        noised: Noised | None = None,
     ) -> TransformerOutput:
         """Encode the levels and decode the queries.
 
@@ -242,6 +263,7 @@ class Transformer(nn.Module):
             class_embed: class heads; two-stage uses the last one for the proposals.
             bbox_embed: box heads; two-stage uses the last one for the proposals.
             more_queries: queries beyond `num_queries`, after them, which those do not see, nor they those.
+            noised: objects that are queries, too, after all others, and see the first `num_queries`; with two stages.
         """
         shapes = [(feature.shape[2], feature.shape[3]) for feature in features]
         exact = torch.promote_types(features[0].dtype, torch.float32)
@@ -257,23 +279,43 @@ class Transformer(nn.Module):
             proposal_logits, proposal_boxes, picked = self._propose(
                 memory, masks, class_embed[-1], bbox_embed[-1], self.num_queries + more_queries
             )
-            reference = picked.sigmoid()
-            code = encode_boxes(reference, source.shape[-1] // 2)
-            made = self.pos_trans_norm(self.pos_trans(code.to(memory.dtype)))
-            if query_embed is None:
-                query_position, target = made.chunk(2, dim=-1)
-            else:
-                query_position, target = made, query_embed[: made.shape[1]].expand(len(source), -1, -1)
+            reference, query_position, target = self._begun(picked.sigmoid(), query_embed, noised, memory.dtype)
         else:
             assert query_embed is not None
             query_position, target = query_embed.expand(len(source), -1, -1).chunk(2, dim=-1)
             reference = in_full_precision(self.reference_points, query_position).sigmoid()
-        own = min(self.num_queries, target.shape[1])
-        groups = (own, target.shape[1] - own) if more_queries else ()
+        groups, unseen = self._groups(target.shape[1], more_queries, noised)
         hidden, boxes = self.decoder(
-            target, query_position, reference, memory, shapes, valid_ratios, padding, bbox_embed, groups
+            target, query_position, reference, memory, shapes, valid_ratios, padding, bbox_embed, groups, unseen
         )
-        return TransformerOutput(hidden, boxes, proposal_logits, proposal_boxes)
+        return TransformerOutput(hidden, boxes, proposal_logits, proposal_boxes, groups)
+
+    def _begun(
+        self, picked: Tensor, query_embed: Tensor | None, noised: Noised | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """References [B, Q, 4], positions and contents [B, Q, C] of queries that begin with boxes, `picked` [B, Q, 4]
+        and then the noised ones.
+        """
+        reference = picked if noised is None else torch.cat((picked, noised.boxes), dim=1)
+        code = encode_boxes(reference, self.level_embed.shape[-1] // 2)
+        made = self.pos_trans_norm(self.pos_trans(code.to(dtype)))
+        if query_embed is None:
+            position, target = made.chunk(2, dim=-1)
+        else:
+            position, target = made, query_embed[: picked.shape[1]].expand(len(picked), -1, -1)
+        if noised is not None:
+            target = torch.cat((target[:, : picked.shape[1]], self.label_embed(noised.labels)), dim=1)
+        return reference, position, target
+
+    def _groups(self, queries: int, more_queries: int, noised: Noised | None) -> tuple[list[int], Tensor | None]:
+        """Sizes of the groups of so many queries, and what noised ones do not see: those of another group of theirs."""
+        denoising = 0 if noised is None else noised.boxes.shape[1]
+        own = min(self.num_queries, queries - denoising)
+        sizes = [own, *([queries - denoising - own] if more_queries else []), *([denoising] if denoising else [])]
+        if noised is None:
+            return sizes, None
+        others = noised.group[:, :, None] != noised.group[:, None, :]
+        return sizes, F.pad(others, (own, 0)).repeat_interleave(self.heads, 0)
 
     def _propose(
         self, memory: Tensor, masks: list[Tensor], class_head: nn.Module, bbox_head: nn.Module, queries: int
@@ -297,11 +339,6 @@ class Transformer(nn.Module):
         best = logits[..., 0].topk(min(queries, logits.shape[1]), dim=1).indices  # [B, Q]
         picked = coordinates.gather(1, best[..., None].expand(-1, -1, 4)).detach()
         return logits, coordinates.sigmoid(), picked
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """The groups of queries [B, ..., C] one after the other."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def valid_ratio(mask: Tensor, dtype: torch.dtype) -> Tensor:

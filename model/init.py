@@ -7,7 +7,8 @@ Of both detectors:
 | backbone convolutions                          | Kaiming normal, fan out, ReLU  | none                       |
 | frozen batch norm                              | 1 (mean 0, variance 1)         | 0                          |
 | group norm, layer norm                         | 1                              | 0                          |
-| query_embed, one_to_many_embed, level_embed    | N(0, 1)                        |                            |
+| query_embed, one_to_many_embed                 | N(0, 1)                        |                            |
+| level_embed, label_embed                       | N(0, 1)                        |                            |
 | self_attn, multihead_attn: in_proj, out_proj   | Xavier uniform                 | 0                          |
 | linear1, linear2                               | Xavier uniform                 | U(+-1 / sqrt(inputs))      |
 | class_embed, focal                             | U(+-1 / sqrt(inputs))          | -log(99)                   |
@@ -91,6 +92,8 @@ def _init_deformable_detr(model: DeformableDetr, generator: torch.Generator | No
     # Last, so that all else begins as without it.
     if model.config.query_width and model.config.one_to_many:
         model.one_to_many_embed.weight.normal_(generator=generator)
+    if model.config.denoising:
+        model.transformer.label_embed.weight.normal_(generator=generator)
 
 
 _UNIFORM_BIAS = ("linear1", "linear2", "enc_output", "pos_trans")

@@ -96,7 +96,8 @@ class Criterion:
         """Losses of a group by kind; `indices` [3, matched] are of images, queries and rows of `labels` and `boxes`."""
         image, query, row = indices
         predicted, wanted = at_least_float32(group.outputs["pred_boxes"])[image, query], boxes[row]
-        objects = torch.as_tensor(num_boxes * group.repeats, dtype=boxes.dtype)
+        counted = num_boxes * group.repeats if group.per_image is None else num_images * group.per_image
+        objects = torch.as_tensor(counted, dtype=boxes.dtype)
         matched = Matched(image, query, labels[row], predicted, wanted)
         logits = at_least_float32(group.outputs["pred_logits"])
         class_loss = self.class_loss.loss(logits, matched, objects, num_images)

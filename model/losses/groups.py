@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 from model.config import OneToMany
+from model.denoising import Noised
+
+NO_LOSS = -1e4
+"""A logit whose probability is 0 in every precision."""
 
 Targets = Sequence[Mapping[str, Tensor]]
 """Of each image `labels` int64 [n] and `boxes` [n, 4] cxcywh in 0..1, on the device."""
@@ -37,11 +41,19 @@ class Group:
     """Factor on the weights of its losses."""
     repeats: int = 1
     """How often the targets have each object; the normalisers count so many."""
+    per_image: int | None = None
+    """Objects of each image of the batch that the normalisers count, in place of those there are."""
 
 
-def groups_of(outputs: Mapping[str, Any], targets: Targets, one_to_many: OneToMany | None = None) -> list[Group]:
+def groups_of(
+    outputs: Mapping[str, Any],
+    targets: Targets,
+    one_to_many: OneToMany | None = None,
+    noised: Noised | None = None,
+) -> list[Group]:
     """The groups of what a model gives: the last decoder layer, each one before it (`_0`, ...), the proposals (`_enc`),
-    and the same layers of the queries that are matched one to many (`_many`, `_many_0`, ...).
+    and the same layers of the queries that are matched one to many (`_many`, `_many_0`, ...) and of noised objects
+    (`_dn`, ...).
 
     For the proposals every object has the label 0: theirs is the question whether there is an object.
 
@@ -49,6 +61,7 @@ def groups_of(outputs: Mapping[str, Any], targets: Targets, one_to_many: OneToMa
         outputs: of the model.
         targets: of each image.
         one_to_many: as the model's config has it.
+        noised: what the model was given.
     """
     groups = _layers(outputs, Group(outputs, targets))
     if "enc_outputs" in outputs:
@@ -62,13 +75,25 @@ def groups_of(outputs: Mapping[str, Any], targets: Targets, one_to_many: OneToMa
         ]
         many = outputs["one_to_many"]
         groups += _layers(many, Group(many, repeated, "_many", weight=one_to_many.weight, repeats=times))
+    if "denoising" in outputs:
+        assert noised is not None
+        own = Group({}, targets, "_dn", noised.matching, per_image=noised.labels.shape[1] // 2)
+        groups += _layers(_without(noised.empty, outputs["denoising"]), own)
     return groups
+
+
+def _without(empty: Tensor, outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The outputs of all layers, with logits that cost nothing for images without objects, as `empty` [B] says."""
+    logits = outputs["pred_logits"].masked_fill(empty[:, None, None], NO_LOSS)
+    layers = [_without(empty, layer) for layer in outputs.get("aux_outputs", ())]
+    return {**outputs, "pred_logits": logits, "aux_outputs": layers}
 
 
 def _layers(outputs: Mapping[str, Any], last: Group) -> list[Group]:
     """The group of the last decoder layer, and those like it of the layers before."""
     layers = enumerate(outputs.get("aux_outputs", ()))
-    return [last, *(replace(last, outputs=layer, suffix=f"{last.suffix}_{index}") for index, layer in layers)]
+    before = [replace(last, outputs=layer, suffix=f"{last.suffix}_{index}") for index, layer in layers]
+    return [replace(last, outputs=outputs), *before]
 
 
 def distinct_targets(groups: Sequence[Group]) -> dict[int, Targets]:

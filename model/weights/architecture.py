@@ -18,7 +18,7 @@ from model.config import DetrConfig
 
 UNSEEN = ("heads", "points", "dropout", "dilation", "class_loss", "auxiliary_losses", "look_forward_twice")
 """Settings that no shape tells; `num_queries` is another one where two stages learn nothing of a query."""
-_TRAINING = ("dropout", "auxiliary_losses", "look_forward_twice", "one_to_many")
+_TRAINING = ("dropout", "auxiliary_losses", "look_forward_twice", "one_to_many", "denoising")
 """Settings of which what a trained network computes does not depend."""
 
 _RESNETS: dict[str, tuple[str, list[int], list[int]]] = {

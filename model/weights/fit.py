@@ -17,7 +17,7 @@ from model.weights.names import foreign_name
 # Counters that batch norm keeps while training, leftovers of a FLOP counter in published files, and the classifier.
 IGNORED = re.compile(r"(^|\.)(num_batches_tracked|total_ops|total_params)$")
 _CLASSIFIER = re.compile(r"^fc\.(weight|bias)$")
-TRAINING_ONLY = re.compile(r"one_to_many_embed\.")
+TRAINING_ONLY = re.compile(r"(one_to_many_embed|transformer\.label_embed)\.")
 """Tensors of queries that training alone has: files are written without them."""
 _CLASS_HEAD = re.compile(r"(^|\.)class_embed\.(\d+\.)?(weight|bias)$")  # DETR has one without a number
 _ATTENTION = ("heads", "points")
@@ -110,7 +110,8 @@ def fit(model: nn.Module, weights: Weights, reset_heads: bool) -> LoadReport:
     extra = {name for name in weights.tensors if TRAINING_ONLY.match(name)}
     own = {name for name in unique_tensors(model) if TRAINING_ONLY.match(name)}
     tensors = {name: tensor for name, tensor in weights.tensors.items() if name not in extra - own}
-    copies, problems = _match(model, tensors, weights, set(reset) | (own - extra))
+    anew = {name for name in own if name not in extra or (reset and "label_embed" in name)}
+    copies, problems = _match(model, tensors, weights, set(reset) | anew)
     if problems:
         raise ValueError(_does_not_fit(weights.source, problems) + _mend(weights, config))
     _copy(model, copies)

@@ -15,6 +15,7 @@ from torch import nn
 from model.batch import ImageBatch
 from model.complexity import OBJECTS, MicroBatch
 from model.config import DetrConfig
+from model.denoising import DRAWS, add_noise
 from model.losses.criterion import Criterion
 from model.losses.groups import groups_of
 from model.memory import kept_for_backward
@@ -145,10 +146,15 @@ def _measured(
     boxes = 0.25 + 0.5 * torch.rand(OBJECTS, 4, device=device)
     targets = [{"labels": torch.zeros(OBJECTS, dtype=torch.int64, device=device), "boxes": boxes}] * images
 
+    noised = None
+    if job.model.denoising is not None:
+        draws = np.random.default_rng(0).random((images, job.model.denoising.queries, DRAWS))
+        noised = add_noise(targets, job.model.denoising, job.model.num_classes, draws)
+
     def loss() -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
-            outputs = model(batch)
-        groups = groups_of(outputs, targets, job.model.one_to_many)
+            outputs = model(batch) if noised is None else model(batch, noised)
+        groups = groups_of(outputs, targets, job.model.one_to_many, noised)
         return criterion(groups, float(OBJECTS * images), train.global_batch).total()
 
     with kept_for_backward([*model.parameters(), *model.buffers()]) as kept:

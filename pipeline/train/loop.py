@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from model.batch import ImageBatch
+from model.denoising import DRAWS, Noised, add_noise
 from model.losses.criterion import Criterion
 from model.losses.groups import groups_of
 from pipeline.checkpoint.save import CheckpointWriter
@@ -23,6 +25,7 @@ from pipeline.checkpoint.state import latest
 from pipeline.data.loader import MicroBatch, Step, TrainLoader, prepare_workers
 from pipeline.data.manifest import read_manifest
 from pipeline.data.order import SampleOrder
+from pipeline.data.philox import philox
 from pipeline.distributed import (
     World,
     begin_sum_over_ranks,
@@ -44,6 +47,9 @@ from pipeline.train.stop import StoppedError, StopRequest
 from pipeline.train.watch import Watch
 
 logger = get_logger(__name__)
+
+NOISE = 1
+"""What the seed of noised objects is told from others by."""
 
 
 def train(job: TrainJob, world: World, stop: StopRequest | None = None) -> Path:
@@ -168,6 +174,25 @@ def dropout_seed(seed: int, step: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, step, index]).generate_state(1, np.uint64)[0] >> 1)
 
 
+def noise_draws(seed: int, step: int, index: int, images: int, queries: int) -> NDArray[np.float64]:
+    """The numbers [images, queries, DRAWS] in 0..1 of a micro-batch's noised objects, the same at any number of ranks
+    and for an image whatever the others.
+    """
+    key, blocks = np.random.SeedSequence([seed, NOISE]).generate_state(2), queries * DRAWS // 4
+    image, block = np.divmod(np.arange(images * blocks, dtype=np.uint64), np.uint64(blocks))
+    counters = np.stack([block, image, np.full_like(block, index), np.full_like(block, step)], axis=1)
+    return philox(counters, (int(key[0]), int(key[1]))).reshape(images, queries, DRAWS) / 2.0**32
+
+
+def _noised(job: TrainJob, targets: list[dict[str, torch.Tensor]], step: int, index: int) -> Noised | None:
+    """The queries of a micro-batch that begin as noised objects, where the model has some."""
+    model = job.model
+    if model.denoising is None:
+        return None
+    draws = noise_draws(job.train.seed, step, index, len(targets), model.denoising.queries)
+    return add_noise(targets, model.denoising, model.num_classes, draws)
+
+
 def _forward_backward(
     engine: Any,
     criterion: Criterion,
@@ -184,8 +209,10 @@ def _forward_backward(
         torch.manual_seed(dropout_seed(train.seed, step.step, micro.index))
         engine.set_gradient_accumulation_boundary(number == len(step.micro_batches) - 1)
         with watch.working():
-            outputs = engine(batch)
-            losses = criterion(groups_of(outputs, targets, run.job.model.one_to_many), num_boxes, train.global_batch)
+            noised = _noised(run.job, targets, step.step, micro.index)
+            outputs = engine(batch) if noised is None else engine(batch, noised)
+            groups = groups_of(outputs, targets, run.job.model.one_to_many, noised)
+            losses = criterion(groups, num_boxes, train.global_batch)
         if not micro.image_ids:  # a placeholder for images that cannot be read
             losses = losses.scaled(0.0)
         total = losses.total()

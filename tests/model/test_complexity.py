@@ -1,12 +1,14 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.complexity import MicroBatch, measure
-from model.config import CriterionConfig, DetrConfig, OneToMany
+from model.config import CriterionConfig, Denoising, DetrConfig, OneToMany
+from model.denoising import DRAWS, add_noise
 from model.losses.criterion import Criterion
 from model.losses.groups import groups_of
 from model.memory import LiveBytes, kept_for_backward
@@ -114,6 +116,7 @@ def test_what_is_frozen_has_no_backward_pass() -> None:
         pytest.param(TWO_STAGE, id="two-stage"),
         pytest.param({"with_box_refine": True, "two_stage": "mixed", "look_forward_twice": True}, id="mixed"),
         pytest.param({"one_to_many": OneToMany(20, 3)}, id="hybrid"),
+        pytest.param({**TWO_STAGE, "denoising": Denoising(40)}, id="denoising"),
         pytest.param({"arch": "detr"}, id="detr"),
         pytest.param({"backbone": "resnet18", "backbone_norm": "frozen_batch_norm"}, id="frozen"),
     ],
@@ -128,7 +131,11 @@ def test_memory_of_training_is_that_of_real_tensors(settings: dict[str, Any], re
     batch, targets = make_batch([size, size]), [make_target(7), make_target(7)]
     with LiveBytes() as live:
         with kept_for_backward([*model.parameters(), *model.buffers()]) as kept:
-            groups = groups_of(model(batch), targets, model.config.one_to_many)
+            noised = None
+            if model.config.denoising is not None:
+                noised = add_noise(targets, model.config.denoising, 5, np.zeros((2, 40, DRAWS)))
+            outputs = model(batch) if noised is None else model(batch, noised)
+            groups = groups_of(outputs, targets, model.config.one_to_many, noised)
             loss = Criterion(CriterionConfig(), model.config.class_loss)(groups, 14.0, 2).total()
         real = sum(kept.values())
         del groups

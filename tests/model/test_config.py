@@ -1,8 +1,9 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from model.config import CriterionConfig, DetrConfig, OneToMany
+from model.config import CriterionConfig, Denoising, DetrConfig, OneToMany
 
 
 def test_published_settings_are_the_defaults() -> None:
@@ -60,10 +61,10 @@ def test_detr_names_all_that_it_does_not_have_at_once() -> None:
     with pytest.raises(ValueError, match=r"^arch detr") as caught:
         DetrConfig(
             arch="detr", with_box_refine=True, look_forward_twice=True, two_stage="mixed", points=8,
-            one_to_many=OneToMany(),
+            one_to_many=OneToMany(), denoising=Denoising(),
         )  # fmt: skip
     needed = ("feature_levels: 1", "with_box_refine: false", "look_forward_twice: false", "two_stage: false")
-    for setting in (*needed, "points: 4", "one_to_many: null"):
+    for setting in (*needed, "points: 4", "one_to_many: null", "denoising: null"):
         assert setting in str(caught.value)
     with pytest.raises(ValueError, match="set feature_levels: 1, or arch: deformable_detr"):
         DetrConfig(arch="detr")
@@ -83,7 +84,8 @@ def test_impossible_queries_of_training_are_refused(settings: dict[str, Any], me
 
 
 def test_what_training_alone_has_is_not_there_at_inference() -> None:
-    assert DetrConfig(num_classes=3, one_to_many=OneToMany()).at_inference() == DetrConfig(num_classes=3)
+    plain = DetrConfig(num_classes=3, with_box_refine=True, two_stage=True)
+    assert replace(plain, one_to_many=OneToMany(), denoising=Denoising()).at_inference() == plain
 
 
 def test_impossible_losses_are_refused() -> None:

@@ -12,18 +12,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from model import build_model
-from model.config import OneToMany
+from model.config import Denoising, OneToMany
 from pipeline import checkpoint
 from pipeline.data.loader import MicroBatch, Step
 from pipeline.data.manifest import Manifest, UnreadableSampleError, read_image_bytes, read_manifest
 from pipeline.distributed import World, close, init_world
 from pipeline.errors import UserError
 from pipeline.predict.detector import Detector
-from pipeline.train.loop import _agree, _begin_to_share, _on_device, dropout_seed, train
+from pipeline.train.loop import _agree, _begin_to_share, _on_device, dropout_seed, noise_draws, train
 from pipeline.train.run import Run, TrainJob
 from pipeline.train.stop import StoppedError
 from tests.builders import spoil
@@ -154,6 +155,7 @@ SUCCESSORS: dict[str, Any] = {
     "look_forward_twice": True,
     "class_loss": "ia_bce",
     "one_to_many": OneToMany(12, 3, 0.5),
+    "denoising": Denoising(16, 0.5, 1.0),
 }
 
 
@@ -165,24 +167,37 @@ def make_successor(manifest: Manifest, out: Path, steps: int) -> TrainJob:
 def test_successors_go_on_to_the_same_bits_at_any_world_size(
     manifest: Manifest, world: World, ranks: Ranks, tmp_path: Path
 ) -> None:
-    straight = make_successor(manifest, tmp_path / "straight", 4)
+    straight = make_successor(manifest, tmp_path / "straight", 2)
     last = train(straight, world)
-    for steps in (2, 4):
+    for steps in (1, 2):
         job = make_successor(manifest, tmp_path / "again", steps)
         again = train(job, world)
     assert_same_weights(again, last)
     assert losses(job.out) == losses(straight.out)
-    job = make_successor(manifest, tmp_path / "two", 4)
+    job = make_successor(manifest, tmp_path / "two", 2)
     ranks.run(train_on, job)
     assert losses(job.out) == pytest.approx(losses(straight.out), rel=1e-5)
-    assert {"train/loss_ce_many", "train/loss_giou_many_0"} <= points(job.out)[4].keys()
+    assert {"train/loss_ce_many", "train/loss_giou_many_0", "train/loss_bbox_dn"} <= points(job.out)[2].keys()
+
+
+def test_noise_is_of_a_step_a_micro_batch_and_an_image() -> None:
+    draws = noise_draws(7, 3, 1, 2, 10)
+    assert draws.shape == (2, 10, 8)
+    assert (draws >= 0).all()
+    assert (draws < 1).all()
+    assert len(np.unique(draws)) == draws.size
+    np.testing.assert_array_equal(draws[:1], noise_draws(7, 3, 1, 1, 10))
+    for other in ((8, 3, 1), (7, 4, 1), (7, 3, 2), (7, 1, 3)):
+        assert not np.isin(draws, noise_draws(*other, 2, 10)).any()
+    assert noise_draws(7, 3, 1, 50, 100).mean() == pytest.approx(0.5, abs=0.01)
 
 
 def test_a_detector_is_without_what_training_alone_has(manifest: Manifest, world: World, tmp_path: Path) -> None:
     job = make_successor(manifest, tmp_path, 1)
     detector = Detector.from_checkpoint(train(job, world))
     assert detector.config == job.model.at_inference()
-    assert "one_to_many_embed.weight" not in detector.model.state_dict()
+    names = detector.model.state_dict().keys()
+    assert not {"one_to_many_embed.weight", "transformer.label_embed.weight"} & names
 
 
 def test_a_run_whose_hours_are_over_is_kept_and_goes_on(
