@@ -10,12 +10,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.config import CriterionConfig, OneToMany
+from model.config import CriterionConfig, Denoising, OneToMany
+from model.denoising import DRAWS, add_noise
 from model.losses.criterion import Criterion
 from model.losses.groups import groups_of
 from pipeline.distributed import World
@@ -83,7 +85,7 @@ def reads_of(work: Any) -> tuple[Counter[str], Counter[str]]:
         {},
         {"with_box_refine": True, "two_stage": True},
         {"with_box_refine": True, "two_stage": "mixed", "look_forward_twice": True},
-        {"with_box_refine": True, "two_stage": "mixed", "one_to_many": OneToMany(20, 3)},
+        {"with_box_refine": True, "two_stage": "mixed", "one_to_many": OneToMany(20, 3), "denoising": Denoising(12)},
         {"class_loss": "softmax"},
         {"class_loss": "vfl"},
         {"class_loss": "ia_bce"},
@@ -97,7 +99,12 @@ def test_the_matching_alone_reads_from_the_device(settings: dict[str, Any], coun
     batch, targets = make_batch(), [make_target(count) for count in counts]
 
     def step() -> None:
-        criterion(groups_of(model(batch), targets, model.config.one_to_many), float(sum(counts))).total().backward()
+        noised = None
+        if model.config.denoising is not None:
+            noised = add_noise(targets, model.config.denoising, 5, np.full((2, 12, DRAWS), 0.5))
+        outputs = model(batch) if noised is None else model(batch, noised)
+        groups = groups_of(outputs, targets, model.config.one_to_many, noised)
+        criterion(groups, float(sum(counts))).total().backward()
 
     step()
     operators, calls = reads_of(step)

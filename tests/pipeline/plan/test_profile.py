@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.config import DetrConfig
+from model.config import Denoising, DetrConfig, OneToMany
 from pipeline.config.sections import TrainSection
 from pipeline.errors import UserError
 from pipeline.plan.profile import Point, Profile, measure_profile, micro_batch, profile_settings, read_profile
@@ -53,6 +53,15 @@ def test_measuring_trains_what_is_configured(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "nothing is written"
     (tmp_path / "profile.json").write_text(json.dumps(asdict(profile)))
     assert read_profile(tmp_path / "profile.json", profile_settings(ARCHITECTURE, TRAIN)) == profile
+
+
+def test_measuring_has_the_queries_of_training(tmp_path: Path) -> None:
+    more = {"with_box_refine": True, "two_stage": True, "one_to_many": OneToMany(20, 3), "denoising": Denoising(16)}
+    job = TrainJob(replace(ARCHITECTURE, **more), TRAIN, tmp_path, RunFolder(tmp_path))  # type: ignore[arg-type]
+    (point,) = measure_profile(job, [(64, 64)], torch.device("cpu")).points
+    counted = micro_batch(job.model, TRAIN, (64, 64))
+    assert point.flops == counted.work().flops
+    assert point.activations == pytest.approx(counted.memory()[0], rel=0.1)
 
 
 def test_a_profile_is_for_any_batch_and_size_of_its_network() -> None:
