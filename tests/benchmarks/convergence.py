@@ -83,12 +83,12 @@ Curve = list[dict[str, float]]
 """Metrics of the scored checkpoints with their `step`, oldest first."""
 
 
-def make_config(model: str, options: argparse.Namespace) -> Config:
-    """The demo's pipeline with an architecture and the budget of the command line."""
+def make_config(name: str, changes: dict[str, Any], options: argparse.Namespace) -> Config:
+    """The demo's pipeline with other settings and the budget of the command line."""
     budget = f"{options.steps}x{options.batch}-of-{options.images}-scored-on-{options.held_out}"
     epochs = options.steps * options.batch / options.images
     settings = {
-        "name": model,
+        "name": name,
         "runs": options.out / budget,
         "dataset.root": options.out / budget / "shapes",
         "dataset.synthetic.train_images": options.images,
@@ -100,7 +100,7 @@ def make_config(model: str, options: argparse.Namespace) -> Config:
         "train.lr_drop_epochs": [DROP * epochs],
         "train.checkpoint_epochs": epochs / POINTS,
         "cluster.workers": 1,
-        **MODELS[model],
+        **changes,
     }
     return load_config(DEMO, [f"{key}={value}" for key, value in settings.items()])
 
@@ -210,7 +210,7 @@ def main() -> int:
     world = init_world("cpu")
     try:
         for model in options.models:
-            config = make_config(model, options)
+            config = make_config(model, MODELS[model], options)
             curve = curves[model] = learn(config, world)
             reached = steps_to(WANTED_AP50, curve)
             print(f"{TITLES[model]:28}" + "".join(f"{curve[-1][name]:8.3f}" for name in COLUMNS)
