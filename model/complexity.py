@@ -35,7 +35,7 @@ class Complexity:
     """What a detector costs."""
 
     parameters: int
-    """All parameters, shared ones once."""
+    """All parameters, shared ones once; also of queries that training alone has."""
     trainable: int
     """Those that are trained."""
     tensors: int
