@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer.exceptions import TyperException
 
+from jobs.export import export
 from jobs.interrupt import Interrupted, RayLostError, end_in_order, received
 from jobs.models import AsJson, TrackingUri, models
 from jobs.models import ConfigFile as RegistryConfig
@@ -39,6 +40,9 @@ app = typer.Typer(
 track = typer.Typer(help="What waits for the tracking server.", no_args_is_help=True, rich_markup_mode="rich")
 app.add_typer(track, name="track")
 app.command(epilog="Example: raydetr submit run -c my.yaml --address http://head:8265 --follow")(submit)
+app.command(epilog="Example: raydetr export --checkpoint models:/cells@champion --to torch --out c.pt2 --dynamic")(
+    export
+)
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(models, name="models")
 

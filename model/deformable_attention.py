@@ -57,7 +57,7 @@ class MSDeformAttn(nn.Module):
             `[B, Q, C]`.
         """
         value = self.value_proj(source).masked_fill(padding[..., None], 0.0)
-        value = value.view(len(value), -1, self.heads, value.shape[-1] // self.heads)  # [B, S, M, D]
+        value = value.view(value.shape[0], -1, self.heads, value.shape[-1] // self.heads)  # [B, S, M, D]
         locations, weights = self.sampling(query, reference, spatial_shapes)
         output: Tensor = self.output_proj(ms_deform_attn(value, spatial_shapes, locations, weights))
         return output

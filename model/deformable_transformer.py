@@ -282,7 +282,7 @@ class Transformer(nn.Module):
             reference, query_position, target = self._begun(picked.sigmoid(), query_embed, noised, memory.dtype)
         else:
             assert query_embed is not None
-            query_position, target = query_embed.expand(len(source), -1, -1).chunk(2, dim=-1)
+            query_position, target = query_embed.expand(source.shape[0], -1, -1).chunk(2, dim=-1)
             reference = in_full_precision(self.reference_points, query_position).sigmoid()
         groups, unseen = self._groups(target.shape[1], more_queries, noised)
         hidden, boxes = self.decoder(
@@ -302,7 +302,7 @@ class Transformer(nn.Module):
         if query_embed is None:
             position, target = made.chunk(2, dim=-1)
         else:
-            position, target = made, query_embed[: picked.shape[1]].expand(len(picked), -1, -1)
+            position, target = made, query_embed[: picked.shape[1]].expand(picked.shape[0], -1, -1)
         if noised is not None:
             target = torch.cat((target[:, : picked.shape[1]], self.label_embed(noised.labels)), dim=1)
         return reference, position, target

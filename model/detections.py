@@ -35,8 +35,15 @@ def postprocess(
     """
     if sizes.shape != (len(pred_logits), 2):
         raise ValueError(f"sizes has the shape {tuple(sizes.shape)}, expected ({len(pred_logits)}, 2) as height, width")
+    columns = best_detections(pred_logits, pred_boxes, sizes, class_loss, top)
+    return [{"scores": s, "labels": c, "boxes": b, "queries": q} for s, c, b, q in zip(*columns, strict=True)]
+
+
+def best_detections(
+    pred_logits: Tensor, pred_boxes: Tensor, sizes: Tensor, class_loss: str, top: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `postprocess` gives, of all images at once: scores, labels, boxes `[B, k, 4]` and queries, `[B, k]` each."""
     scores, labels, query = make_class_loss(class_loss).scores(at_least_float32(pred_logits), top)
     boxes = cxcywh_to_xyxy(at_least_float32(pred_boxes)).gather(1, query[..., None].expand(-1, -1, 4))
     boxes = boxes * sizes.to(boxes).flip(1).repeat(1, 2)[:, None]  # width, height, width, height
-    columns = zip(scores, labels, boxes, query, strict=True)
-    return [{"scores": s, "labels": c, "boxes": b, "queries": q} for s, c, b, q in columns]
+    return scores, labels, boxes, query

@@ -131,7 +131,7 @@ class DetrTransformer(nn.Module):
         position = encode_cells(mask, source.shape[-1], at_least_float32(source).dtype, from_centres=False)
         memory = self.encoder(source, position, padding)
         key = (memory + position).to(memory.dtype)
-        hidden: list[Tensor] = self.decoder(query_embed.expand(len(source), -1, -1), memory, key, padding)
+        hidden: list[Tensor] = self.decoder(query_embed.expand(source.shape[0], -1, -1), memory, key, padding)
         return hidden
 
 

@@ -1,5 +1,6 @@
 """What stands on a decoder's hidden states, in both detectors."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ def in_full_precision(head: nn.Module, x: Tensor) -> Tensor:
     """`head(x)` in fp32, whatever the type of its weights: coordinates and logits are few and want their digits."""
     weights = dict(head.named_parameters())
     exact = {name: at_least_float32(weight) for name, weight in weights.items()}
-    with torch.autocast(x.device.type, enabled=False):
+    autocast = torch.is_autocast_enabled(x.device.type)  # a context that changes nothing would stand in exported graphs
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         if all(exact[name] is weight for name, weight in weights.items()):
             output: Tensor = head(at_least_float32(x))
         else:

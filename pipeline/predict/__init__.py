@@ -1,4 +1,4 @@
-"""A detector that answers, and pictures of its answers."""
+"""A detector that answers, pictures of its answers, and the detector as a file that runs elsewhere."""
 
 from pipeline.predict.detector import (
     Detection,
@@ -14,16 +14,24 @@ from pipeline.predict.draw import (
     draw_pictures,
     find_pictures,
 )
+from pipeline.predict.export import (
+    Exported,
+    check_export,
+    export_detector,
+)
 
 __all__ = [
     "Detection",
     "Detector",
     "Drawn",
+    "Exported",
     "answer",
     "category_color",
+    "check_export",
     "detector_in",
     "draw_boxes",
     "draw_pictures",
+    "export_detector",
     "find_pictures",
     "read_picture",
 ]

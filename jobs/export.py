@@ -1,0 +1,107 @@
+"""`raydetr export`: a detector as one file that runs without this project."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from jobs.models import TrackingUri, registry_uri
+from jobs.options import Overrides
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.config.sections import Config
+
+
+def export(
+    out: Annotated[Path, typer.Option(help="The file to write: .onnx, or .pt2 for torch; nothing may be there.")],
+    to: Annotated[Literal["onnx", "torch"], typer.Option(help="An ONNX model, or a program of torch.export.")],
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION or a folder; else the newest checkpoint of -c."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="The pipeline's YAML file; its `evaluate` has the sizes.")
+    ] = None,
+    overrides: Overrides = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Height and width of the one image that the file takes at once.")
+    ] = None,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="The file takes batches of images of any size.")] = False,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Write a detector as one file that runs without this project, and compare what it finds with the detector."""
+    if checkpoint is None and config is None:
+        raise UserError("give a detector with --checkpoint, or a run with -c, whose newest checkpoint is meant")
+    if overrides and config is None:
+        raise UserError("--set changes a configuration: give one with -c")
+    if (size is None) != dynamic:
+        raise UserError("give one of --size HxW, such as --size 800x1344, and --dynamic")
+    sides = read_size(size) if size is not None else None
+    settings = None
+    if config is not None:
+        from pipeline.config.load import load_config
+
+        settings = load_config(config, overrides or ())
+    typer.echo(write(checkpoint, settings, out, to, sides, registry_uri(config, tracking_uri)))
+
+
+def read_size(size: str) -> tuple[int, int]:
+    """Height and width of `HxW`.
+
+    Raises:
+        UserError: it is none.
+    """
+    sides = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size)
+    if sides is None:
+        raise UserError(f"--size {size}: must be HEIGHTxWIDTH in pixels, such as 800x1344")
+    return int(sides[1]), int(sides[2])
+
+
+def write(
+    checkpoint: str | None,
+    config: "Config | None",
+    out: Path,
+    to: Literal["onnx", "torch"],
+    size: tuple[int, int] | None,
+    tracking_uri: str,
+) -> str:
+    """Write a detector as an ONNX model or a program of `torch.export`, compared with the detector.
+
+    Args:
+        checkpoint: `models:/name@alias`, `models:/name/version`, or a folder: a checkpoint or a registered detector's;
+            the newest checkpoint of the run when None.
+        config: the run, whose `evaluate` has the sizes and the number of detections; where it is None, they are those
+            that the detector was trained or saved with.
+        out: the file.
+        to: its format.
+        size: height and width of the images; any when None.
+        tracking_uri: MLflow server of the registry.
+
+    Returns:
+        What was written, as a line for a person.
+
+    Raises:
+        UserError: as of `export_detector`, or there is no such detector.
+    """
+    from pipeline.checkpoint.state import latest
+    from pipeline.predict.export import check_export, export_detector
+    from pipeline.registry.versions import open_detector
+
+    check_export(out, to, size)
+    if checkpoint is None:
+        assert config is not None, "one of them is given"
+        newest = latest(config.folder.checkpoints)
+        if newest is None:
+            raise UserError(f"{config.folder.checkpoints}: no checkpoint yet; train first, or give a --checkpoint")
+        checkpoint = str(newest)
+    detector = open_detector(checkpoint, tracking_uri)
+    if config is not None:
+        detector.evaluate = config.evaluate
+    exported = export_detector(detector, out, to, size)
+    takes = f"one image of {size[0]}x{size[1]}" if size else "batches of images of any size"
+    return (
+        f"{checkpoint} to {out} ({to}, {out.stat().st_size / 1e6:.1f} MB, takes {takes}): finds what the detector "
+        f"finds, boxes within {exported.boxes:.0e} of the image, scores within {exported.scores:.0e}"
+    )
