@@ -91,13 +91,14 @@ def show(name: Name, config: ConfigFile = None, tracking_uri: TrackingUri = None
             *(version["metrics"].get(metric) for metric in ("AP", "AP50")),
             version["step"],
             version["val_digest"][:8] if version["val_digest"] else None,
+            version["parent"].removeprefix("models:/") if version["parent"] else None,
             _code(version["code"]),
             version["created"],
             version["note"],
         ]
         for version in model["versions"]
     ]
-    print_table(["version", "aliases", "AP", "AP50", "step", "val split", "code", "created", "note"], rows)
+    print_table(["version", "aliases", "AP", "AP50", "step", "val split", "parent", "code", "created", "note"], rows)
     rows = [
         [change["when"], change["action"], change["aliases"].get("champion"), change["who"], change["why"]]
         for change in model["changes"]

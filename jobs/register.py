@@ -10,6 +10,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate.results import weights_digest
 from pipeline.files import read_json
 from pipeline.log import get_logger
+from pipeline.registry.parent import read_parent
 from pipeline.registry.register import Registration
 from pipeline.registry.register import register as register_version
 from pipeline.run_folder import METRICS_FILE
@@ -43,6 +44,7 @@ def register(config: Config, checkpoint: Path, tracker: Tracker) -> Registration
         config.register_,
         config.evaluate,
         dump_config(config),
+        read_parent(config.folder.parent) if config.train.init.is_registered else None,
     )
 
 

@@ -25,6 +25,7 @@ from pipeline.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from pipeline.errors import UserError
 from pipeline.log import get_logger
 from pipeline.mirror import Mirror, driver_mirror
+from pipeline.registry.parent import fetch_parent
 from pipeline.registry.register import Registration
 from pipeline.tracking.spool import SpoolReader, SpoolRecord
 from pipeline.tracking.tracker import Tracker
@@ -66,6 +67,7 @@ class Pipeline:
                 name = f"the run {self.config.name}"
                 self._mirror = self._stack.enter_context(driver_mirror(self.config.folder, name, wait=self._wait))
                 check_resume(self.config)
+                fetch_initial(self.config)
             self._begin_kill = self._stack.enter_context(at_first_signal(self._kill, FINISH_SECONDS))
             self._ray = self._stack.enter_context(ExitStack())
             self._open = self._stack.pop_all()
@@ -235,6 +237,17 @@ def check_resume(config: Config) -> None:
     if latest(config.folder.checkpoints) is not None and (shards / MANIFEST_NAME).exists():
         manifest = read_manifest(shards, cache_of(config.shards))
         resume_point(train.make_job(config, manifest), manifest)
+
+
+def fetch_initial(config: Config) -> None:
+    """Download the registered version that training is to begin with, unless it has begun.
+
+    Raises:
+        UserError: as of `fetch_parent`.
+    """
+    init = config.train.init
+    if init.weights is not None and init.is_registered and latest(config.folder.checkpoints) is None:
+        fetch_parent(init.weights, config.tracking_uri, config.folder.parent)
 
 
 def run_pipeline(config: Config, *, wait: bool = False) -> None:

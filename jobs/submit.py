@@ -134,7 +134,7 @@ def _paths(config: Config) -> Iterator[tuple[str, str]]:
             yield key, value
     if init.backbone not in (None, "imagenet"):
         yield "train.init.backbone", init.backbone
-    if init.weights is not None:
+    if init.weights is not None and not init.is_registered:
         yield "train.init.weights", init.weights
     if uri.startswith(SQLITE):
         yield "tracking.uri", uri.removeprefix(SQLITE)

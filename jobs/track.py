@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.files import write_whole
 from pipeline.log import outcome
 from pipeline.mirror import driver_mirror
+from pipeline.registry.parent import PARENT_TAG, read_parent
 from pipeline.registry.register import VERSION, Registration, register_version
 from pipeline.tracking.outbox import Operation
 from pipeline.tracking.provenance import code_version, user
@@ -56,6 +57,8 @@ def tell_about(tracker: Tracker, config: Config, manifests: Mapping[str, Manifes
     }
     if "git_commit" in code:
         tags["mlflow.source.git.commit"] = code["git_commit"]
+    if config.train.init.is_registered and (parent := read_parent(config.folder.parent)):
+        tags[PARENT_TAG] = parent
     tracker.log_tags(tags)
     for split, context in (("train", "training"), ("val", "validation")):
         if split in manifests:

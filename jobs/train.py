@@ -36,6 +36,7 @@ from pipeline.config.sections import Config
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.log import get_logger, outcome
+from pipeline.predict.detector import WEIGHTS
 from pipeline.run_folder import RunFolder
 from pipeline.tracking.spool import SpoolReader
 from pipeline.train.initial import hindrance
@@ -174,6 +175,7 @@ def make_job(config: Config, manifest: Manifest) -> TrainJob:
         timeout=config.cluster.timeout,
         step_timeout=config.cluster.step_timeout,
         root=Path.cwd(),
+        parent=config.folder.parent / WEIGHTS if config.train.init.is_registered else None,
     )
 
 

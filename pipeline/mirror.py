@@ -276,7 +276,7 @@ def worker_mirror(run: RunFolder, rank: int) -> Iterator[Mirror]:
 
         def reads(name: str) -> bool:
             is_score = name.startswith("evaluate/checkpoint-") and name.endswith(METRICS_FILE)
-            return name == "stop" or is_score
+            return name == "stop" or name.startswith("parent/") or is_score
 
         for name in run.store.stamps():
             if writes(name) and (not name.startswith(CHECKPOINTS) or name.endswith(STATE)):

@@ -46,6 +46,11 @@ class RunFolder:
         return {file.parent.name: file for file in self.evaluation.glob(f"checkpoint-*/{METRICS_FILE}")}
 
     @property
+    def parent(self) -> Path:
+        """Folder of the registered detector that training began with."""
+        return self.path / "parent"
+
+    @property
     def mlflow_run(self) -> Path:
         """File that remembers the MLflow run."""
         return self.path / "mlflow_run.json"

@@ -168,9 +168,15 @@ class InitSection(Section):
     backbone: str | None = None
     """Backbone weights: a path or URL of torchvision's state dict, or `imagenet` for the published ones."""
     weights: str | None = None
-    """Detector weights: a checkpoint folder, or a file or folder of ours, of the original or of transformers."""
+    """Detector weights: a checkpoint folder, a file or folder of ours, of the original or of transformers, or a
+    registered version, `models:/NAME@ALIAS` or `models:/NAME/7`, of the registry at tracking.uri."""
     reset_heads: bool = False
     """Re-initialise the class heads where the weights are of another number of classes; else they are kept."""
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether the detector weights are a registered version."""
+        return self.weights is not None and self.weights.startswith("models:/")
 
 
 class ProfileSection(Section):

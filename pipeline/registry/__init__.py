@@ -32,6 +32,11 @@ from pipeline.registry.package import (
     requirements,
     write_model,
 )
+from pipeline.registry.parent import (
+    PARENT_TAG,
+    fetch_parent,
+    read_parent,
+)
 from pipeline.registry.register import (
     VERSION,
     Registration,
@@ -59,6 +64,7 @@ __all__ = [
     "LEASE",
     "LOCKS",
     "METRIC_TAG",
+    "PARENT_TAG",
     "PREVIOUS",
     "REQUIREMENTS",
     "SERVED",
@@ -70,6 +76,7 @@ __all__ = [
     "category_scores",
     "decide",
     "download",
+    "fetch_parent",
     "find_alias",
     "find_model",
     "find_version",
@@ -80,6 +87,7 @@ __all__ = [
     "own_models",
     "pin",
     "promote",
+    "read_parent",
     "register",
     "register_version",
     "registry_lock",

@@ -8,6 +8,7 @@ from pipeline.config.sections import METRICS
 from pipeline.registry.aliases import standing_of
 from pipeline.registry.gate import METRIC_TAG, VAL_TAG, category_scores
 from pipeline.registry.lock import LOCKS
+from pipeline.registry.parent import PARENT_TAG
 from pipeline.registry.register import CHAMPION_TAG
 from pipeline.registry.versions import find_model
 from pipeline.tracking.server import every
@@ -55,6 +56,7 @@ def describe(version: Any, aliases: list[str] | None = None) -> dict[str, Any]:
         "metrics": {name: float(tags[METRIC_TAG + name]) for name in METRICS if METRIC_TAG + name in tags},
         "category_AP": category_scores(tags),
         "step": tags.get("raydetr.step"),
+        "parent": tags.get(PARENT_TAG),
         "run_id": version.run_id,
         "data_digest": tags.get("raydetr.data_digest"),
         "val_digest": tags.get(VAL_TAG),

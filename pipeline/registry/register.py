@@ -26,6 +26,7 @@ from pipeline.registry.aliases import CHAMPION, after_registration, record, sett
 from pipeline.registry.gate import METRIC_TAG, VAL_TAG, category_tags, decide
 from pipeline.registry.lock import registry_lock
 from pipeline.registry.package import log_model, own_models
+from pipeline.registry.parent import PARENT_TAG
 from pipeline.registry.versions import KEY_TAG, find_alias, find_version, make_version
 from pipeline.tracking.outbox import Operation
 from pipeline.tracking.provenance import code_version
@@ -68,6 +69,7 @@ def register(
     section: RegisterSection,
     evaluate: EvaluateSection,
     config: Mapping[str, Any],
+    parent: str | None = None,
 ) -> Registration | None:
     """Make a version of `section.model_name`, unless the same checkpoint with the same metrics is one already.
 
@@ -79,6 +81,7 @@ def register(
         section: name of the model, and the metric that decides about `@champion`.
         evaluate: sizes at which it was scored, which it will serve with.
         config: whole configuration, kept with the version.
+        parent: the version that training began with, `models:/NAME/VERSION`.
 
     Returns:
         The version, and what became of `@champion`; None where it waits in the outbox or was refused.
@@ -106,6 +109,7 @@ def register(
             "category_AP": {name: float(values["AP"]) for name, values in metrics["per_category"].items()},
             "step": state.step,
             "code": code_version(),
+            **({"parent": parent} if parent else {}),
         },
     }
     tracker.handlers.setdefault(VERSION, register_version)
@@ -182,6 +186,7 @@ def _tags(key: str, metadata: Mapping[str, Any]) -> dict[str, str]:
         "raydetr.data_digest": metadata["data_digest"],
         "raydetr.step": str(metadata["step"]),
         **numbers,
+        **({PARENT_TAG: metadata["parent"]} if "parent" in metadata else {}),
         **category_tags(metadata.get("category_AP", {})),
         **{f"raydetr.{name}": value for name, value in metadata.get("code", {}).items()},
     }

@@ -31,7 +31,7 @@ def make_model(job: TrainJob, found: tuple[Path, State] | None, world: World) ->
     if found is not None:
         together(world, lambda: _load_checkpoint(model, found[0]))
     elif job.train.init.backbone is not None or job.train.init.weights is not None:
-        on_rank_zero(world, lambda: _load_initial_weights(model, job.train.init, job.root))
+        on_rank_zero(world, lambda: _load_initial_weights(model, job.train.init, job.root, job.parent))
         for tensor in model.state_dict().values():
             if world.size > 1:
                 torch.distributed.broadcast(tensor, src=0, group=world.host_group)
@@ -59,17 +59,21 @@ def _load_checkpoint(model: nn.Module, path: Path) -> None:
 
 
 def is_path(source: str) -> bool:
-    """Whether a value of `train.init` names a file or folder, not a download."""
-    return source != "imagenet" and "://" not in source
+    """Whether a value of `train.init` names a file or folder, not a download or a registered version."""
+    return source != "imagenet" and "://" not in source and not source.startswith("models:/")
 
 
-def _load_initial_weights(model: nn.Module, init: InitSection, root: Path) -> None:
+def _load_initial_weights(model: nn.Module, init: InitSection, root: Path, parent: Path | None) -> None:
     try:
         if init.backbone is not None:
             report = load_backbone(model, root / init.backbone if is_path(init.backbone) else init.backbone)
             logger.info("train.init.backbone: %s", report)
         if init.weights is not None:
-            report = load_weights(model, weights_in(root / init.weights), reset_heads=init.reset_heads)
+            source = parent if init.is_registered else weights_in(root / init.weights)
+            if source is None:
+                asks = "`raydetr train` and `raydetr run` alone ask the registry"
+                raise UserError(f"train.init.weights: {init.weights}: {asks}; name a file of weights")
+            report = load_weights(model, source, reset_heads=init.reset_heads)
             logger.info("train.init.weights: %s", with_keys(str(report), "model"))
             if init.reset_heads and not report.reset:
                 logger.warning("train.init.reset_heads: the class heads are kept, since they fit the number of classes")

@@ -61,6 +61,9 @@ class TrainJob:
     root: Path = Path()
     """Folder that relative paths in `train.init` begin in: where the command was given, whichever host reads them."""
 
+    parent: Path | None = None
+    """The weights' file of the registered version, where `train.init.weights` names one."""
+
     @property
     def config(self) -> dict[str, Any]:
         """The settings that a checkpoint keeps."""

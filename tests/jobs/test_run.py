@@ -20,6 +20,20 @@ def test_initial_weights_that_are_not_there_are_told_at_once(key: str, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_registered_version_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
+    config = Config.model_validate(
+        {
+            "name": "run",
+            "runs": str(tmp_path / "runs"),
+            "tracking": {"uri": f"sqlite:///{tmp_path}/none.db"},
+            "train": {"init": {"weights": "models:/cells@champion"}},
+        }
+    )
+    with pytest.raises(UserError, match=r"train\.init\.weights: there is no registry at"):
+        run_pipeline(config)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 class TestTrainingProgress:
     def test_the_first_and_the_last_point_are_shown(self, tmp_path: Path) -> None:
         console = Console(file=io.StringIO(), width=100, force_terminal=False)

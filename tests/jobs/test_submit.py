@@ -69,8 +69,9 @@ def test_what_means_nothing_on_a_cluster_is_refused(settings: list[str], told: s
         ["shards.out=s3://bucket/shards", "dataset.root=s3://bucket/coco"],
         ["train.init.backbone=imagenet", "tracking.uri=http://mlflow:5000"],
         ["train.init.backbone=https://host/r50.pth", "tracking.uri=sqlite:////shared/mlflow.db"],
+        ["train.init.weights=models:/cells@champion", "tracking.uri=http://mlflow:5000"],
     ],
-    ids=["folders", "a store", "a server", "addresses"],
+    ids=["folders", "a store", "a server", "addresses", "a registered version"],
 )
 def test_what_all_hosts_see_is_taken(settings: list[str]) -> None:
     refuse_what_stays_here(load_config("jobs/configs/demo.yaml", [*ABSOLUTE, *settings]))

@@ -14,6 +14,8 @@ from pipeline.config.sections import METRICS, Config
 from pipeline.data.labels import Category, LabelMap
 from pipeline.errors import TrackingError, UserError
 from pipeline.evaluate.results import weights_digest
+from pipeline.files import write_json
+from pipeline.registry.parent import VERSION_FILE
 from pipeline.tracking.provenance import user
 from tests.builders import make_manifest, write_checkpoint
 from tests.jobs.test_cli import raydetr
@@ -52,8 +54,9 @@ class TestSync:
             mlflow_uri,
             dataset={"root": "data/<b> `cells`"},
             model={"with_box_refine": True, "two_stage": "mixed", "look_forward_twice": True},
-            train={"global_batch": 2, "micro_batch": 2, "epochs": 3},
+            train={"global_batch": 2, "micro_batch": 2, "epochs": 3, "init": {"weights": "models:/cells@champion"}},
         )
+        write_json(config.folder.parent / VERSION_FILE, {"version": "models:/cells/3"})
         monkeypatch.setattr("sys.argv", ["raydetr", "run", "--set", f"tracking.uri={AWAY}"])
         tracker = open_tracker(config)
         for _ in range(2):
@@ -63,11 +66,13 @@ class TestSync:
         note = run.data.tags["mlflow.note.content"]
         parts = "iterative box refinement, look forward twice, two-stage with mixed queries"
         kind = f"**Deformable DETR** (resnet50, {parts}, 300 queries)"
-        assert note.startswith(f"{kind} on `<b> cells`: {len(manifests['train'].samples)} images, 3 categories.")
+        counted = f"{len(manifests['train'].samples)} images, 3 categories, from `models:/cells@champion`."
+        assert note.startswith(f"{kind} on `<b> cells`: {counted}")
         assert "5 steps of 2 images (3.33 epochs)" in note
         assert run.data.tags["mlflow.source.name"].startswith("raydetr run --set ")
         assert "hunter2" not in str(run.data.tags)
         assert run.data.tags["mlflow.user"] == user()
+        assert run.data.tags["raydetr.parent"] == "models:/cells/3"
         found = {(each.tags[0].value, each.dataset.digest) for each in run.inputs.dataset_inputs}
         contexts = {"train": "training", "val": "validation"}
         assert found == {(contexts[split], manifest.digest[:36]) for split, manifest in manifests.items()}

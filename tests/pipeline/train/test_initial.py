@@ -15,7 +15,7 @@ from pipeline.config.sections import InitSection, TrainSection
 from pipeline.data.manifest import Manifest
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.train.initial import check_init, hindrance
+from pipeline.train.initial import check_init, hindrance, make_model
 from pipeline.train.loop import train
 from pipeline.train.run import TrainJob
 from tests.pipeline.train.runs import losses, make_job, train_on
@@ -74,7 +74,17 @@ def test_nothing_hinders_what_is_shipped_for_random_weights(name: str, samples: 
     assert hindrance(config.model, config.train, samples) is None
 
 
-@pytest.mark.parametrize("kind", ["weights", "backbone"])
+def test_a_registered_version_is_no_path(tmp_path: Path) -> None:
+    check_init(InitSection(weights="models:/cells@champion"), tmp_path)
+
+
+def test_a_registered_version_that_nobody_fetched(manifest: Manifest, world: World, tmp_path: Path) -> None:
+    job = make_job(manifest, tmp_path, init={"weights": "models:/cells@champion"})
+    with pytest.raises(UserError, match=r"models:/cells@champion: .* alone ask the registry; name a file of weights"):
+        make_model(job, None, world)
+
+
+@pytest.mark.parametrize("kind", ["weights", "backbone", "registered"])
 def test_training_begins_with_given_weights_on_all_ranks(
     manifest: Manifest, straight: tuple[TrainJob, Path], ranks: Ranks, tmp_path: Path, kind: str
 ) -> None:
@@ -84,10 +94,12 @@ def test_training_begins_with_given_weights_on_all_ranks(
         given = {name: tensor for name, tensor in given.items() if name.startswith("backbone.")}
         source = tmp_path / "backbone.pth"
         torch.save({name.removeprefix("backbone."): tensor for name, tensor in given.items()}, source)
+    init = {"weights": "models:/cells/1"} if kind == "registered" else {kind: str(source)}
     job = make_job(
-        manifest, tmp_path / "run", init={kind: str(source)}, max_steps=1, seed=5,
+        manifest, tmp_path / "run", init=init, max_steps=1, seed=5,
         lr=1e-12, lr_backbone=0, lr_sampling_factor=0, weight_decay=0,
     )  # fmt: skip
+    job = replace(job, parent=source / checkpoint.MODEL if kind == "registered" else None)
     weights = checkpoint.load_model_weights(ranks.run(train_on, job)[0])
     for name, tensor in given.items():
         torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-10)
