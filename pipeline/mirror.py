@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.errors import StoreError, UserError
-from pipeline.files import held, write_whole
+from pipeline.files import disk_told, held, write_whole
 from pipeline.lease import Lease
 from pipeline.log import get_logger
 from pipeline.run_folder import METRICS_FILE, RunFolder
@@ -54,6 +54,7 @@ class Mirror:
         writes: whether this side writes a file, by its name below the folder.
         reads: whether it follows one that the other side writes; None where it follows nothing.
         renew: called in between; what it raises is raised by `check`.
+        is_sent: whether what lies in the copy is in the store.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class Mirror:
         writes: Callable[[str], bool],
         reads: Callable[[str], bool] | None,
         renew: Callable[[], None] = lambda: None,
+        *,
+        is_sent: bool = False,
     ) -> None:
         self.run, self._writes, self._reads, self._renew = run, writes, reads, renew
         self._sent: dict[str, Stamp] = {}
@@ -69,7 +72,9 @@ class Mirror:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="mirror", daemon=True)
-        self._error: UserError | None = None
+        self._error: Exception | None = None
+        if is_sent:
+            self._note("")
         if run.store is not None:
             self._thread.start()
 
@@ -78,11 +83,11 @@ class Mirror:
 
         Raises:
             StoreError: the store fails.
-            UserError: as of `check`.
+            UserError: as of `check`, or the disk of the copy is full.
         """
         self.check()
         if self.run.store is not None:
-            with self._lock:
+            with disk_told(self.run.path, "TMPDIR"), self._lock:
                 self._send(self.run.store)
                 self._get(self.run.store)
 
@@ -109,7 +114,7 @@ class Mirror:
                 return
 
     def check(self) -> None:
-        """Raise the UserError for which this side must work no longer, if there is one."""
+        """Raise the error for which this side must work no longer, if there is one."""
         if self._error is not None:
             raise self._error
 
@@ -118,11 +123,11 @@ class Mirror:
 
         Raises:
             StoreError: the store fails.
-            UserError: it is not in the store.
+            UserError: it is not in the store, or the disk of the copy is full.
         """
         path = self.run.checkpoints / name
         if self.run.store is not None:
-            with self._lock:
+            with disk_told(self.run.path, "TMPDIR"), self._lock:
                 get_checkpoint(self.run.store, name, path)
                 self._note(CHECKPOINTS + name)
         return path
@@ -151,7 +156,7 @@ class Mirror:
                 if not was_away:
                     logger.warning("%s; it is tried again until then", error)
                 was_away = True
-            except UserError as error:
+            except (UserError, OSError) as error:
                 self._error = error
                 return
 
@@ -189,13 +194,12 @@ class Mirror:
         for name in sorted(there, key=_order):
             if self._got.get(name) == there[name]:
                 continue
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):  # it has just gone
                 if not name.startswith(CHECKPOINTS):
                     get(store / name, self.run.path / name)
                 elif name.endswith(STATE):
                     checkpoint = name.removeprefix(CHECKPOINTS).removesuffix(f"/{STATE}")
-                    with suppress(UserError):  # it has gone while it was read
-                        get_checkpoint(store, checkpoint, self.run.checkpoints / checkpoint)
+                    _fetch_checkpoint(store / CHECKPOINTS.rstrip("/") / checkpoint, self.run.checkpoints / checkpoint)
                 self._got[name] = there[name]
         for name in self._got.keys() - there.keys():
             path = self.run.path / name
@@ -281,8 +285,7 @@ def worker_mirror(run: RunFolder, rank: int) -> Iterator[Mirror]:
         for name in run.store.stamps():
             if writes(name) and (not name.startswith(CHECKPOINTS) or name.endswith(STATE)):
                 get(run.store / name, copy.path / name)
-        mirror = Mirror(copy, writes, reads if rank == 0 else None)
-        mirror._note("")
+        mirror = Mirror(copy, writes, reads if rank == 0 else None, is_sent=True)
         mirror.sync()
         try:
             yield mirror
@@ -342,18 +345,21 @@ def get_checkpoint(store: StorePath, name: str, path: Path) -> None:
     """
     source = store / CHECKPOINTS.rstrip("/") / name
     try:
-        state = (source / STATE).read_bytes()
-        names = set(source.list())
-        there = {file.name for file in path.iterdir()} if path.exists() else set()
-        if names <= there and (path / STATE).read_bytes() == state:
-            return
-        temporary = path.with_name(f"{path.name}.tmp")
-        _remove(temporary)
-        temporary.mkdir(parents=True)
-        for file in names:
-            (source / file).download(temporary / file)
+        _fetch_checkpoint(source, path)
     except FileNotFoundError:
         raise UserError(f"{source}: is no whole checkpoint; give the command again") from None
+
+
+def _fetch_checkpoint(source: StorePath, path: Path) -> None:
+    state, names = (source / STATE).read_bytes(), set(source.list())
+    there = {file.name for file in path.iterdir()} if path.exists() else set()
+    if names <= there and (path / STATE).read_bytes() == state:
+        return
+    temporary = path.with_name(f"{path.name}.tmp")
+    _remove(temporary)
+    temporary.mkdir(parents=True)
+    for file in names:
+        (source / file).download(temporary / file)
     _remove(path)
     temporary.rename(path)
 

@@ -1,5 +1,6 @@
 """The copies of a run in a store: what one side writes, the other finds."""
 
+import errno
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import lease, mirror
-from pipeline.errors import StoreError, UserError
+from pipeline.errors import FullDiskError, StoreError, UserError
 from pipeline.mirror import Mirror, checkpoint_here, driver_mirror, worker_mirror
 from pipeline.run_folder import RunFolder
 from pipeline.store import StorePath
@@ -203,6 +204,36 @@ def test_a_store_that_fails_is_waited_for(run: RunFolder, monkeypatch: pytest.Mo
         with pytest.raises(StoreError, match="is away"):
             worker.send_patiently()
         failing = 0
+
+
+def test_a_checkpoint_that_could_not_be_got_is_got_later(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    with driver_mirror(run, "the run") as driver:
+        monkeypatch.setattr(mirror, "SYNC_SECONDS", 1000.0)
+        with worker_mirror(run, 0) as worker:
+            write_checkpoint(worker.run, 5)
+        with monkeypatch.context() as away:
+            away.setattr(StorePath, "download", lambda self, path: raise_store_error(self))
+            with pytest.raises(StoreError):
+                driver.sync()
+        driver.sync()
+        assert names(run.checkpoints) == {"checkpoint-5"}
+
+
+def test_a_full_disk_of_the_copy_is_told(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(self: StorePath, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with driver_mirror(run, "the run") as driver:
+        with worker_mirror(run, 0) as worker:
+            worker.run.stacks.mkdir()
+            (worker.run.stacks / "rank-0.txt").write_text("here")
+            monkeypatch.setattr(StorePath, "download", download)
+        with pytest.raises(FullDiskError, match=r"no space left .* with TMPDIR"):
+            driver.sync()
+
+
+def raise_store_error(path: StorePath) -> None:
+    raise StoreError(f"{path}: is away")
 
 
 def test_a_command_whose_run_was_taken_over_ends(
