@@ -195,12 +195,14 @@ def runs(
 
 @app.command(epilog="Example: raydetr predict -m models:/raydetr-demo@champion --out drawn picture.jpg")
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.")],
+    images: Annotated[list[Path], typer.Argument(help="Pictures, folders, 'patterns*.jpg', COCO files.")],
     model: Annotated[str, typer.Option("--model", "-m", help="models:/NAME@ALIAS, models:/NAME/VERSION or a folder.")],
     out: Annotated[Path, typer.Option(help="Folder of the drawn pictures and detections.json.")],
     tracking_uri: Annotated[
         str | None, typer.Option(help="MLflow server of the registry; the default is runs/mlflow.db.")
     ] = None,
+    images_in: Annotated[Path | None, typer.Option(help="Folder of a COCO file's pictures, if not its own.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="CSV file to write, a line a detection.")] = None,
     score_threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score that is drawn.")] = 0.4,
     show_attention: Annotated[
         bool,
@@ -231,9 +233,14 @@ def predict(
         score_threshold=score_threshold,
         show_attention=top if show_attention else 0,
         queries=query or (),
+        table=csv,
+        root=images_in,
     )
     best = f", best {drawn.best:.2f}" if drawn.detections == 0 and drawn.best is not None else ""
-    typer.echo(f"{drawn.pictures} pictures, {drawn.detections} detections at {score_threshold:g}{best}, in {out}")
+    rate = f"{drawn.pictures / drawn.seconds:.3g} images/s"
+    typer.echo(
+        f"{drawn.pictures} pictures, {drawn.detections} detections at {score_threshold:g}{best}, in {out}, {rate}"
+    )
     if drawn.unusable:
         sys.stderr.write(
             f"error: {len(drawn.unusable)} of {len(drawn.unusable) + drawn.pictures} pictures cannot be used\n"

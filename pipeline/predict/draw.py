@@ -1,6 +1,10 @@
 """Draws a detector's answers on pictures: boxes with names, and what a detection looked at."""
 
 import colorsys
+import csv
+import glob
+import io
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.data.images import PICTURES, BadImageError, read_image_file
 from pipeline.errors import UserError, shown
-from pipeline.files import make_folder, write_json
+from pipeline.files import disk_told, make_folder, read_json, write_json, write_whole
 from pipeline.log import get_logger
 from pipeline.predict.attention import MOST_NAME, check_samples, look, save_look
 from pipeline.predict.detector import Detector, read_picture
@@ -60,33 +64,72 @@ def category_color(category_id: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def find_pictures(images: Sequence[Path]) -> list[Path]:
-    """The pictures that are meant by files, and by folders of them.
+def find_pictures(images: Sequence[Path], root: Path | None = None) -> list[Path]:
+    """The pictures that are meant by files, folders, patterns such as `new/**/*.jpg`, and COCO files (.json).
+
+    Args:
+        images: all of these.
+        root: folder that the names in COCO files begin in; each file's own when None.
 
     Raises:
-        UserError: there is no such file, or no picture in a folder.
+        UserError: there is no such file, no picture in a folder or of a pattern, or a JSON file is not COCO's.
     """
     paths: list[Path] = []
     for path in images:
-        try:
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES) if path.is_dir() else []
-        except OSError as error:
-            raise UserError(f"{path}: this folder cannot be read: {error.strerror}") from error
-        if path.is_dir() and not inside:
-            raise UserError(f"{path}: no picture in this folder ({', '.join(PICTURES)})")
-        if not inside and not path.is_file():
+        if path.is_dir():
+            paths += _inside(path)
+        elif path.suffix.lower() == ".json" and path.is_file():
+            paths += _listed(path, root or path.parent)
+        elif path.is_file():
+            paths.append(path)
+        elif glob.has_magic(str(path)):
+            found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+            found = [file for file in found if file.suffix.lower() in PICTURES]
+            if not found:
+                raise UserError(f"{shown(path, 400)}: no picture has a name of this pattern ({', '.join(PICTURES)})")
+            paths += found
+        else:
             raise UserError(f"{shown(path, 400)}: no such picture or folder")
-        paths += inside or [path]
+    return paths
+
+
+def _inside(folder: Path) -> list[Path]:
+    """The pictures of a folder."""
+    try:
+        inside = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
+    except OSError as error:
+        raise UserError(f"{folder}: this folder cannot be read: {error.strerror}") from error
+    if not inside:
+        raise UserError(f"{folder}: no picture in this folder ({', '.join(PICTURES)})")
+    return inside
+
+
+def _listed(file: Path, root: Path) -> list[Path]:
+    """The pictures of a COCO file."""
+    document = read_json(file, "COCO file")
+    images = document.get("images") if isinstance(document, dict) else None
+    if not isinstance(images, list) or not images:
+        raise UserError(f"{file}: no COCO file, which has a list `images` with an image at least")
+    paths = []
+    for number, image in enumerate(images):
+        name = image.get("file_name") if isinstance(image, dict) else None
+        if not isinstance(name, str) or not name:
+            raise UserError(f"{file}: images[{number}] has no file_name")
+        paths.append(root / name)
     return paths
 
 
 class Drawn(NamedTuple):
-    """What came of drawing: how many pictures, their detections, the best score of any, and who could not be used."""
+    """What came of drawing: how many pictures, their detections, the best score of any, and who could not be used.
+
+    `seconds` is what reading, detecting and drawing took, without the time before the first picture.
+    """
 
     pictures: int
     detections: int
     best: float | None
     unusable: tuple[str, ...]
+    seconds: float
 
 
 def draw_pictures(
@@ -97,6 +140,7 @@ def draw_pictures(
     score_threshold: float,
     show_attention: int = 0,
     queries: Sequence[int] = (),
+    table: Path | None = None,
 ) -> Drawn:
     """Draw a detector's answers on pictures, and write them to `<out>/detections.json`.
 
@@ -109,6 +153,7 @@ def draw_pictures(
         score_threshold: least score.
         show_attention: for how many of the best detections, whatever their score, to draw what they looked at as well.
         queries: the queries to draw that for instead.
+        table: a CSV file to write, with a line a detection.
 
     Returns:
         What came of it.
@@ -124,6 +169,7 @@ def draw_pictures(
     found: list[dict[str, Any]] = []
     unusable: list[str] = []
     scores: list[float] = []
+    began = time.perf_counter()
     for path in paths:
         try:
             pixels = read_picture(read_image_file(path))
@@ -143,9 +189,25 @@ def draw_pictures(
             found[-1]["attention"] = [save_look(pixels, seen, place).name for seen, place in paths_of_looks]
     if not found:
         raise UserError(f"{unusable[0]}; none of the {len(paths)} pictures can be used")
+    seconds = time.perf_counter() - began
     write_json(out / "detections.json", found)
+    if table is not None:
+        with disk_told(table, "--csv"):
+            write_whole(table, _table(found).encode())
     count = sum(len(entry["detections"]) for entry in found)
-    return Drawn(len(found), count, max(scores, default=None), tuple(unusable))
+    return Drawn(len(found), count, max(scores, default=None), tuple(unusable), seconds)
+
+
+def _table(found: Sequence[Mapping[str, Any]]) -> str:
+    """The detections as CSV; boxes are pixels of the picture."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file_name", "category_id", "category", "score", "left", "top", "width", "height"])
+    for picture in found:
+        for entry in picture["detections"]:
+            columns = (entry["category_id"], entry["category"], entry["score"], *entry["bbox"])
+            writer.writerow([picture["file_name"], *columns])
+    return text.getvalue()
 
 
 class _Names:

@@ -43,6 +43,12 @@ def test_bad_pictures(name: str, message: str, tmp_path: Path) -> None:
         predict(str(write_checkpoint(tmp_path, LABELS)), [tmp_path / name], tmp_path / "out", tracking_uri="")
 
 
+def test_a_table_without_a_folder(tmp_path: Path) -> None:
+    image = write_image(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match=r"none/a\.csv: its folder does not exist; make it first"):
+        predict(str(tmp_path), [image], tmp_path / "out", tracking_uri="", table=tmp_path / "none" / "a.csv")
+
+
 def test_no_model(mlflow_uri: str, tmp_path: Path) -> None:
     image = write_image(tmp_path / "a.jpg")
     with pytest.raises(UserError, match="neither a checkpoint"):

@@ -1,7 +1,9 @@
 """Pictures of a detector's answers."""
 
+import csv
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from pipeline.data.labels import Category, LabelMap
 from pipeline.errors import UserError
 from pipeline.predict.detector import Detector
 from pipeline.predict.draw import category_color, draw_boxes, draw_pictures, find_pictures
-from tests.builders import make_image, write_checkpoint, write_image
+from tests.builders import make_image, write_checkpoint, write_coco, write_image
 
 LABELS = LabelMap("coco91", (Category(1, "cat"), Category(3, "dog"), Category(90, "toothbrush")))
 
@@ -43,15 +45,36 @@ class TestFindPictures:
         beside = write_image(tmp_path / "a.png")
         assert find_pictures([tmp_path / "in", beside]) == [*inside, beside]
 
+    def test_patterns(self, tmp_path: Path) -> None:
+        paths = [write_image(tmp_path / name) for name in ("a.jpg", "deep/b.jpg", "deep/[c].png")]
+        (tmp_path / "deep" / "notes.txt").write_text("not a picture")
+        assert find_pictures([tmp_path / "*.jpg"]) == paths[:1]
+        assert find_pictures([tmp_path / "**" / "*"]) == [paths[0], paths[2], paths[1]]
+        assert find_pictures([paths[2]]) == [paths[2]]  # a name, not a pattern
+
+    def test_the_images_of_a_coco_file(self, tmp_path: Path) -> None:
+        files = write_coco(tmp_path, (4, 2))
+        pictures = [files.images / f"{number:012d}.jpg" for number in (4, 2)]
+        assert find_pictures([files.annotations], files.images) == pictures
+        files.annotations.rename(files.images / "listed.json")
+        assert find_pictures([files.images / "listed.json"]) == pictures
+
     @pytest.mark.parametrize(
         ("name", "message"),
         [
             pytest.param("none.jpg", "none.jpg: no such picture", id="missing"),
             pytest.param("empty", "empty: no picture in this folder", id="empty folder"),
+            pytest.param("*.png", r"\*\.png: no picture has a name of this pattern", id="pattern"),
+            pytest.param("list.json", r"list\.json: no COCO file, which has a list `images`", id="another JSON"),
+            pytest.param("text.json", r"text\.json: the COCO file is not JSON", id="no JSON"),
+            pytest.param("nameless.json", r"nameless\.json: images\[1\] has no file_name", id="no name"),
         ],
     )
     def test_nothing_there(self, name: str, message: str, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
+        (tmp_path / "list.json").write_text("[1]")
+        (tmp_path / "text.json").write_text("text")
+        (tmp_path / "nameless.json").write_text('{"images": [{"file_name": "a.jpg"}, {"id": 2}]}')
         with pytest.raises(UserError, match=message):
             find_pictures([tmp_path / name])
 
@@ -71,6 +94,19 @@ class TestDrawPictures:
         assert [entry["drawn"] for entry in found] == ["a.png", "b.png", "a_.png"]
         assert found[0]["detections"][0].keys() == {"category_id", "category", "score", "bbox"}
         assert Image.open(out / "a.png").size == (40, 30)
+
+    def test_a_table(self, detector: Detector, tmp_path: Path) -> None:
+        paths = [write_image(tmp_path / name) for name in ("a,b.png", "c.png")]
+        drawn = draw_pictures(detector, paths, tmp_path / "out", score_threshold=0.0, table=tmp_path / "found.csv")
+        with (tmp_path / "found.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == drawn.detections > 2
+        found = json.loads((tmp_path / "out" / "detections.json").read_text())
+        wanted = [(entry["file_name"], each) for entry in found for each in entry["detections"]]
+        for row, (name, each) in zip(rows, wanted, strict=True):
+            box = [float(row[key]) for key in ("left", "top", "width", "height")]
+            assert (row["file_name"], row["category"], box) == (name, each["category"], each["bbox"])
+            assert (int(row["category_id"]), float(row["score"])) == (each["category_id"], each["score"])
 
     def test_attention(self, detector: Detector, tmp_path: Path) -> None:
         image, out = write_image(tmp_path / "a.png", 40, 30), tmp_path / "out"
@@ -116,7 +152,7 @@ def test_the_command_ends_with_1_and_says_how_many(checkpoint: Path, tmp_path: P
     command = ["predict", "-m", str(checkpoint), "--out", str(tmp_path / "out"), "--score-threshold", "1"]
     result = CliRunner().invoke(app, [*command, str(good), str(bad)])
     assert result.exit_code == 1
-    assert "1 pictures, 0 detections at 1, best 0." in result.output
+    assert re.search(r"1 pictures, 0 detections at 1, best 0\.\d\d, in .*/out, [\d.]+ images/s", result.output)
     assert "1 of 2 pictures cannot be used" in result.output
     assert CliRunner().invoke(app, [*command, str(good)]).exit_code == 0
 
