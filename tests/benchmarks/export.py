@@ -93,6 +93,19 @@ def onnx_detections(session: onnxruntime.InferenceSession, manifest: Manifest, c
     return found
 
 
+def score_demo(folder: Path, threads: int, epochs: int) -> tuple[float, float]:
+    """AP of the demo's detector, and of its ONNX model."""
+    config = run_demo(folder, epochs)
+    checkpoint = latest(config.folder.checkpoints)
+    assert checkpoint is not None, "it was trained"
+    detector = Detector.from_checkpoint(checkpoint, config.evaluate)
+    print(f"demo: {export_detector(detector, folder / 'demo.onnx', 'onnx', None)}")
+    manifest = read_manifest(config.shards_folder / "val")
+    found = onnx_detections(session_of(folder / "demo.onnx", threads), manifest, config)
+    own = json.loads((config.folder.evaluation / METRICS_FILE).read_text())["AP"]
+    return own, score(ground_truth(manifest), found)["AP"]
+
+
 def main() -> int:
     """Print the figures; the exit code is 1 if the AP differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,15 +117,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         time_r50(folder, options.threads, options.repeats)
-        config = run_demo(folder, options.epochs)
-        checkpoint = latest(config.folder.checkpoints)
-        assert checkpoint is not None, "it was trained"
-        detector = Detector.from_checkpoint(checkpoint, config.evaluate)
-        print(f"demo: {export_detector(detector, folder / 'demo.onnx', 'onnx', None)}")
-        manifest = read_manifest(config.shards_folder / "val")
-        found = onnx_detections(session_of(folder / "demo.onnx", options.threads), manifest, config)
-        own = json.loads((config.folder.evaluation / METRICS_FILE).read_text())["AP"]
-        other = score(ground_truth(manifest), found)["AP"]
+        own, other = score_demo(folder, options.threads, options.epochs)
     print(f"demo after {options.epochs} epochs: AP {own:.4f} in torch, {other:.4f} in onnxruntime")
     return 1 if abs(own - other) > MOST_AP else 0
 
