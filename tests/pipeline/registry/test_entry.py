@@ -42,6 +42,7 @@ def test_loads_beside_a_users_own_modules(
     (tmp_path / "load.py").write_text(LOAD)
     picture = write_image(tmp_path / "picture.png", 50, 40)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment["OMP_NUM_THREADS"] = "1"  # as here: more add up in another order
     result = subprocess.run(
         [sys.executable, "load.py", tracker.uri, "models:/shown@champion", picture.name],
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
