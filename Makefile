@@ -21,8 +21,8 @@ $(STAMP): requirements.lock pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*
 demo: setup  ## the main job on drawn images: no network service, no GPU
 	$(BIN)/raydetr run -c jobs/configs/demo.yaml
 
-test: setup  ## two files at once: much of their time is waiting
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: setup
+	$(BIN)/python -m pytest
 
 test-clusters: setup  ## what takes minutes: runs that are ended, cut and lost; for all of it Debian's slurm-wlm, munge and iproute2, kubectl, and root
 	$(BIN)/python -m pytest $(CLUSTERS)
