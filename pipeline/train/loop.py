@@ -72,7 +72,9 @@ def train(job: TrainJob, world: World, stop: StopRequest | None = None) -> Path:
         mirror = together(world, lambda: stack.enter_context(worker_mirror(job.out, world.rank)))
         copy = mirror.run
         watch = stack.enter_context(closing(Watch(world, copy, job.timeout, job.step_timeout, mirror.sync)))
-        own = replace(job, out=copy, parent=copy.parent / job.parent.name if job.parent else None)
+        own = replace(job, out=copy)
+        if job.parent and copy.store is not None:
+            own = replace(own, parent=copy.parent / job.parent.name)
         path = _train(own, world, stop or StopRequest(copy.stop, job.ends), watch, mirror)
     return job.out.checkpoints / path.name
 
