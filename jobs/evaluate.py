@@ -48,9 +48,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score the run's last checkpoint, or every kept one with `evaluate.curve`, and report it.
 
-    Ray must be connected, and every node must see the checkpoints and the shards. Each checkpoint's detections.json and
-    metrics.json are below <run>/evaluate/checkpoint-<step>; those of `checkpoint` are also in <run>/evaluate, with
-    report.html, pictures, a table and a plot by category.
+    Ray must be connected, and every node must see the run and the shards, or their stores. Each checkpoint's
+    detections.json and metrics.json are below <run>/evaluate/checkpoint-<step>; those of `checkpoint` are also in
+    <run>/evaluate, with report.html, pictures, a table and a plot by category.
 
     Args:
         config: the pipeline.

@@ -86,17 +86,22 @@ def write(
         UserError: as of `export_detector`, or there is no such detector.
     """
     from pipeline.checkpoint.state import latest
+    from pipeline.mirror import checkpoint_here, newest_in_store
     from pipeline.predict.export import check_export, export_detector
     from pipeline.registry.versions import open_detector
 
     check_export(out, to, size)
     if checkpoint is None:
         assert config is not None, "one of them is given"
-        newest = latest(config.folder.checkpoints)
+        run = config.folder
+        newest = newest_in_store(run) if run.store else latest(run.checkpoints)
         if newest is None:
-            raise UserError(f"{config.folder.checkpoints}: no checkpoint yet; train first, or give a --checkpoint")
-        checkpoint = str(newest)
-    detector = open_detector(checkpoint, tracking_uri)
+            raise UserError(f"{run.place(run.checkpoints)}: no checkpoint yet; train first, or give a --checkpoint")
+        checkpoint = str(run.place(newest))
+        with checkpoint_here(run, newest) as folder:
+            detector = open_detector(str(folder), tracking_uri)
+    else:
+        detector = open_detector(checkpoint, tracking_uri)
     if config is not None:
         detector.evaluate = config.evaluate
     exported = export_detector(detector, out, to, size)

@@ -112,11 +112,12 @@ def sync(config: Config, *, wait: bool = False) -> None:
         TrackingError: the server is away still.
     """
     run = config.folder
+    nothing = UserError(f"{run}: no command has written anything for MLflow there; see name and runs")
     if run.store is None and not run.outbox.is_dir():
-        raise UserError(f"{run}: no command has written anything for MLflow there; see name and runs")
+        raise nothing
     with driver_mirror(run, f"the run {config.name}", wait=wait):
         if not run.outbox.is_dir():
-            raise UserError(f"{run}: no command has written anything for MLflow there; see name and runs")
+            raise nothing
         tracker = open_tracker(config)
         waiting = tracker.waiting()
         tracker.settle(patience=0)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -37,6 +38,25 @@ def make_folder(path: Path, mend: str = "choose another name") -> None:
         raise UserError(f"{path}: cannot be made a folder ({error.strerror}); {mend}") from error
     if not os.access(path, os.W_OK):
         raise UserError(f"{path}: nothing can be written in this folder; {mend}")
+
+
+def make_own_folder(path: Path, key: str) -> None:
+    """Make a folder of this user's alone, with those above it: nobody else can put anything into it.
+
+    Args:
+        path: the folder, perhaps in one that all users write.
+        key: what says that it is somewhere else, for messages.
+
+    Raises:
+        UserError: it cannot be made, or is another user's.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made a folder ({error.strerror}); set {key}") from error
+    if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):
+        raise UserError(f"{path}: it is another user's, who could change what is in it; set {key}")
 
 
 def read_json(path: Path, what: str) -> Any:

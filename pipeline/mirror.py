@@ -17,10 +17,10 @@ from pathlib import Path
 import psutil
 
 from pipeline.errors import StoreError, UserError
-from pipeline.files import disk_told, held, write_whole
+from pipeline.files import disk_told, held, make_own_folder, write_whole
 from pipeline.lease import Lease
 from pipeline.log import get_logger
-from pipeline.run_folder import METRICS_FILE, RunFolder
+from pipeline.run_folder import METRICS_FILE, RunFolder, copies_folder
 from pipeline.store import StorePath
 
 SYNC_SECONDS = 1.0
@@ -33,7 +33,9 @@ CHECKPOINTS = "checkpoints/"
 STATE = "state.json"
 TRAINED = (CHECKPOINTS, "spool/train.jsonl", "profile/", "stacks/", "watch/")
 """What training's workers write; the driver writes everything else."""
-UNSHARED = ("lock", "lease.json", "ray/")
+LEASE = "lease.json"
+"""In the store who works on the run, in a copy what it is known by."""
+UNSHARED = ("lock", LEASE, "ray/")
 """What each side has for itself."""
 
 COPY = "raydetr-run-"
@@ -224,10 +226,12 @@ def driver_mirror(run: RunFolder, what: str, *, wait: bool = False, mend: str = 
         UserError: another command works on it, or the folder cannot be made.
         StoreError: the store fails.
     """
+    if run.store is not None:
+        make_own_folder(copies_folder(), "TMPDIR")
     with held(run.lock, what, wait=wait, mend=mend):
         lease = None
         if run.store is not None:
-            lease = Lease(run.store / "lease.json", what)
+            lease = Lease(run.store / LEASE, what)
             _take(lease, run, run.store, wait)
         mirror = Mirror(run, _of_driver, _of_workers, lease.renew if lease else lambda: None)
         try:
@@ -246,7 +250,7 @@ def driver_mirror(run: RunFolder, what: str, *, wait: bool = False, mend: str = 
 
 def _take(lease: Lease, run: RunFolder, store: StorePath, wait: bool) -> None:
     """Take the lease, with a copy that has all that the driver's side had in the end."""
-    file = run.path / "lease.json"
+    file = run.path / LEASE
     token = file.read_text(encoding="utf-8") if file.exists() else None
     if lease.take(token, wait=wait):
         return
@@ -308,6 +312,15 @@ def checkpoint_here(run: RunFolder, path: Path) -> Iterator[Path]:
         copy = Path(folder, path.name)
         get_checkpoint(run.store, path.name, copy)
         yield copy
+
+
+def newest_in_store(run: RunFolder) -> Path | None:
+    """Where a run's newest checkpoint would lie in a copy, for `checkpoint_here`; None where the store has none."""
+    assert run.store is not None
+    names = (run.store / CHECKPOINTS.rstrip("/")).list()
+    steps = [name.removeprefix("checkpoint-").removesuffix(f"/{STATE}") for name in names if name.endswith(STATE)]
+    newest = max((int(step) for step in steps if step.isdigit()), default=None)
+    return None if newest is None else run.checkpoints / f"checkpoint-{newest}"
 
 
 @contextmanager

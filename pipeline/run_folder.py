@@ -95,9 +95,13 @@ class RunFolder:
         return str(self.store or self.path)
 
 
+def copies_folder() -> Path:
+    """Folder of this user's copies of the runs in stores."""
+    return Path(tempfile.gettempdir()) / f"raydetr-runs-{os.getuid()}"
+
+
 def run_folder(runs: Place, name: str) -> RunFolder:
     """The folder of a run below that of all runs; for runs in a store, this user's copy of it on this machine."""
     if isinstance(runs, Path):
         return RunFolder(runs / name)
-    copies = Path(tempfile.gettempdir()) / f"raydetr-runs-{os.getuid()}"
-    return RunFolder(copies / hashlib.sha256(str(runs).encode()).hexdigest()[:16] / name, runs / name)
+    return RunFolder(copies_folder() / hashlib.sha256(str(runs).encode()).hexdigest()[:16] / name, runs / name)

@@ -7,7 +7,6 @@ the unfinished copy is the lock.
 
 import fcntl
 import os
-import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from pipeline.config.sections import ShardsSection
 from pipeline.errors import UserError
-from pipeline.files import NO_SPACE, disk_error, sha256_of
+from pipeline.files import NO_SPACE, disk_error, make_own_folder, sha256_of
 from pipeline.log import get_logger
 from pipeline.store import StorePath, size_of
 
@@ -82,13 +81,7 @@ class Cache:
     def _made(self) -> Path:
         own = Path(tempfile.gettempdir()) / f"raydetr-cache-{os.getuid()}"
         folder = self.folder or own
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = folder.stat()
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be made a folder ({error.strerror}); set shards.cache") from error
-        if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):
-            raise UserError(f"{folder}: it is another user's, who could change what is in it; set shards.cache")
+        make_own_folder(folder, "shards.cache")
         return folder
 
     def _fill(self, part: Path, source: StorePath, sha256: str, size: int) -> None:

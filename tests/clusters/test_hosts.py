@@ -26,7 +26,8 @@ pytestmark = pytest.mark.skipif(not CAN_HAVE_HOSTS, reason=f"needs {NEEDS}")
 
 WAIT_SECONDS = 300
 PORT, DASHBOARD = 6379, 8265
-SPLITS = ("dataset.train", "dataset.val")
+SCHEDULE = {"train.epochs": 300, "evaluate.curve": "false"}
+"""Steps enough that a fast machine is not done before the last fault."""
 
 
 class Cluster:
@@ -114,7 +115,7 @@ class Cluster:
 def steady(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """The same run by one worker on a disk."""
     folder = tmp_path_factory.mktemp("steady")
-    words = command(folder, "run", "steady", **{"cluster.workers": 1})
+    words = command(folder, "run", "steady", **SCHEDULE, **{"cluster.workers": 1})
     subprocess.run(words, cwd=PROJECT, check=True, capture_output=True, timeout=600)
     return RunFolder(folder / "runs" / "steady")
 
@@ -150,6 +151,7 @@ def test_hosts_are_killed_cut_off_and_added(
         cluster = stack.enter_context(Cluster(environment, first, tmp_path, run.store))
         cluster.start(first)
         extra = {
+            **SCHEDULE,
             "runs": run.store.root + "/runs",
             "dataset.root": s3_folder / "shapes",
             "dataset.synthetic": "null",

@@ -10,6 +10,7 @@ from jobs.cli import app
 from jobs.export import read_size
 from pipeline.data.labels import Category, LabelMap
 from pipeline.errors import UserError
+from pipeline.store import StorePath
 from tests.builders import write_checkpoint
 
 LABELS = LabelMap("contiguous", (Category(1, "cat"),))
@@ -59,6 +60,18 @@ def test_the_newest_checkpoint_of_a_run(tmp_path: Path) -> None:
 def test_wrong_input(arguments: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         export("--to", "torch", "--out", tmp_path / "a.pt2", *arguments)
+
+
+def test_the_newest_checkpoint_of_a_run_in_a_store(s3_folder: StorePath, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, LABELS, 7)
+    stored = s3_folder / "small" / "checkpoints" / checkpoint.name
+    for file in checkpoint.iterdir():
+        (stored / file.name).upload(file)
+    config = write_config(tmp_path)
+    in_store = f"runs: {s3_folder}\ntracking: {{uri: 'http://127.0.0.1:1'}}"
+    config.write_text(config.read_text().replace(f"runs: {tmp_path}", in_store))
+    out = tmp_path / "small.pt2"
+    assert export("-c", config, "--to", "torch", "--out", out, "--size", "70x90").startswith(f"{stored} to {out} (")
 
 
 def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The copies of a run in a store: what one side writes, the other finds."""
 
 import errno
+import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -10,7 +11,7 @@ import pytest
 
 from pipeline import lease, mirror
 from pipeline.errors import FullDiskError, StoreError, UserError
-from pipeline.mirror import Mirror, checkpoint_here, driver_mirror, worker_mirror
+from pipeline.mirror import Mirror, checkpoint_here, driver_mirror, newest_in_store, worker_mirror
 from pipeline.run_folder import RunFolder
 from pipeline.store import StorePath
 
@@ -146,6 +147,26 @@ def test_the_machine_of_a_killed_command_has_what_the_store_has_not(run: RunFold
     with driver_mirror(run, "the run"):
         assert run.store is not None
         assert (run.store / "mlflow_run.json").read_bytes() == b"not yet sent"
+
+
+def test_the_newest_checkpoint_is_found_without_a_copy(run: RunFolder) -> None:
+    assert newest_in_store(run) is None
+    with worker_mirror(run, 0) as worker:
+        for step in (5, 10):
+            write_checkpoint(worker.run, step)
+        write_checkpoint(worker.run, 20).rename(worker.run.checkpoints / "checkpoint-20.damaged")
+    newest = newest_in_store(run)
+    assert newest == run.checkpoints / "checkpoint-10"
+    assert not run.path.exists()
+    with checkpoint_here(run, newest) as here:
+        assert (here / "model.safetensors").read_text() == "weights 10"
+
+
+def test_a_folder_of_copies_of_another_user_is_refused(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: os.geteuid() + 1)
+    monkeypatch.setattr(mirror, "copies_folder", lambda: run.path.parent)
+    with pytest.raises(UserError, match=r"another user's.*set TMPDIR"), driver_mirror(run, "the run"):
+        pass
 
 
 def test_a_checkpoint_of_the_same_name_is_got_anew(run: RunFolder, tmp_path: Path) -> None:
