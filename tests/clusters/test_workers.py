@@ -16,7 +16,7 @@ from tests.end_to_end.test_pipeline import PROJECT, SMALL
 from tests.heads import RayHead, ray_head
 from tests.pipeline.train.runs import losses
 
-STEPS = 240
+STEPS = 600
 WAIT_SECONDS = 240
 
 
