@@ -400,18 +400,22 @@ def plan(
 
 @app.command(epilog="Example: raydetr doctor --address 10.0.0.1:6379")
 def doctor(
-    address: Annotated[str | None, typer.Option(help="A Ray cluster that should answer.")] = None,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster, to look at each of its nodes.")] = None,
+    config: Annotated[Path | None, typer.Option("-c", "--config", help="A pipeline that should run here.")] = None,
+    set_: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what is here and what is missing; exit code 1 if it is needed, or if the compiled operator is wrong."""
-    from jobs.doctor import examine
+    """Say what is here, or on a cluster's nodes, and what is missing or wrong; exit code 1 if it must be mended."""
+    from jobs.doctor import examine, examine_cluster, examine_config
 
-    findings = examine(address)
+    settings = _load(config, set_) if config else None
+    findings = examine() + (examine_config(settings) if settings else [])
+    if address := address or (settings.cluster.address if settings else None):
+        findings += examine_cluster(address, settings)
     if as_json:
         typer.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
     else:
-        for finding in findings:
-            typer.echo(f"{finding.state:<8} {finding.what:<22} {finding.detail}")
+        typer.echo("\n".join(map(str, findings)))
     if any(finding.failed for finding in findings):
         raise typer.Exit(1)
 

@@ -4,12 +4,10 @@ Ray places the workers and makes their process group. Where one is lost, or more
 many as there is room for; where training stands is known from the run's own checkpoints, so nothing is reported to Ray.
 """
 
-import fcntl
 import math
 import os
 import signal
 import socket
-import struct
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -29,6 +27,7 @@ from ray.train.torch.config import _TorchBackend
 
 from jobs.cluster import check_alive, device_of, loss_told
 from jobs.interrupt import Interrupted, in_thread
+from jobs.nodes import interface_of
 from jobs.room import Growth, Notice, resources_of, wait_for_room
 from model.ops.operator import compiled
 from pipeline.checkpoint.state import latest
@@ -68,8 +67,6 @@ ENVIRONMENT = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
 """What Ray Train is told by the driver's environment, where the user has not set it."""
-
-_SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
 
 def train(
@@ -338,17 +335,3 @@ def _name_interface() -> None:
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         if interface is not None:
             os.environ.setdefault(name, interface)
-
-
-def interface_of(address: str) -> str | None:
-    """Name of this host's network interface that has an IPv4 address, or None."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode())
-            try:
-                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
-            except OSError:
-                continue  # it has no IPv4 address
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return None

@@ -30,6 +30,8 @@ AT_ONCE = 32
 """Requests at once where a store cannot list a folder."""
 FINAL = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "PERMISSION_DENIED")
 """Codes of answers that another try does not change."""
+GONE = (404, 410)
+"""What a web server answers where there is no such file."""
 
 Result = TypeVar("Result")
 
@@ -70,8 +72,18 @@ class StorePath:
 
     def size(self) -> int | None:
         """Bytes of the file; None where there is none."""
+        if self._is_web:
+            return self._try("looked at", self._size_in_web)
         info = self._try("looked at", lambda: self._files.get_file_info(self._path))
         return int(info.size or 0) if info.is_file else None
+
+    def _size_in_web(self) -> int | None:
+        try:
+            return int(self._files.handler.fs.info(self._path)["size"] or 0)
+        except FileNotFoundError as error:  # fsspec says it as well of a server that is away, or fails
+            if isinstance(error.__cause__, FileNotFoundError) or getattr(error.__cause__, "status", None) in GONE:
+                return None
+            raise OSError(f"no answer: {error.__cause__}") from error
 
     def exists(self) -> bool:
         """Whether the file is there."""

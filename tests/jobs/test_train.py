@@ -14,7 +14,7 @@ import ray
 
 import jobs.train
 from jobs.cluster import connected
-from jobs.train import interface_of, train
+from jobs.train import train
 from pipeline import checkpoint
 from pipeline.config.sections import ClusterSection, Config
 from pipeline.data.manifest import Manifest
@@ -168,8 +168,3 @@ def test_a_worker_without_the_compiled_operator_is_named(
     monkeypatch.setattr("jobs.train._worker", lack_the_operator_on_rank_1)
     with pytest.raises(UserError, match=r"cluster\.require_compiled is true.* for cpu on host-b"):
         train(make_config(tmp_path, cluster={"require_compiled": True}), manifest)
-
-
-def test_the_interface_of_an_address() -> None:
-    assert interface_of("127.0.0.1") == "lo"
-    assert interface_of("192.0.2.1") is None

@@ -41,6 +41,14 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+class _Failing(_Quiet):
+    def do_GET(self) -> None:
+        self.send_error(503)
+
+    def do_HEAD(self) -> None:
+        self.send_error(503)
+
+
 class TestReading:
     def test_whole_files(self, served: tuple[StorePath, dict[str, bytes]], tmp_path: Path) -> None:
         folder, files = served
@@ -106,6 +114,18 @@ class TestFailure:
         with pytest.raises(StoreError, match=r"^s3://.*/file: cannot be read in its store .*; check") as told:
             (away / "file").read_bytes()
         assert "\n" not in str(told.value)
+
+    @pytest.mark.parametrize("status", [None, 503])
+    def test_a_web_server_that_fails_is_not_taken_for_a_missing_file(
+        self, status: int | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(store, "PAUSES", ())
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Failing) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            port = server.server_address[1] if status else 1
+            with pytest.raises(StoreError, match=str(status) if status else "Cannot connect"):
+                StorePath(f"http://127.0.0.1:{port}/file").exists()
+            server.shutdown()
 
     def test_a_wrong_bucket_is_not_tried_again(self, s3_folder: StorePath, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(store, "PAUSES", (1000.0,))
