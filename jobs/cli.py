@@ -20,7 +20,7 @@ from jobs.export import export
 from jobs.interrupt import Interrupted, RayLostError, end_in_order, received
 from jobs.models import AsJson, TrackingUri, models
 from jobs.models import ConfigFile as RegistryConfig
-from jobs.options import ConfigFile, Overrides
+from jobs.options import ConfigFile, Overrides, Step
 from jobs.remote import jobs_app, submit
 from pipeline.config.address import without_secrets
 from pipeline.errors import TrackingError, UserError
@@ -51,15 +51,17 @@ app.add_typer(models, name="models")
 def run(
     config: ConfigFile,
     overrides: Overrides = None,
+    first: Annotated[Step, typer.Option("--from", help="The first step.")] = "shard",
+    last: Annotated[Step, typer.Option("--until", help="The last step.")] = "register",
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait where another command works on the run, instead of being refused.")
     ] = False,
 ) -> None:
-    """Do the whole pipeline: shard, train, evaluate, register. What is done already is not done again."""
+    """Do the pipeline's steps: shard, train, evaluate, register. What is done already is not done again."""
     settings = _load(config, overrides)
     from jobs.run import run_pipeline
 
-    run_pipeline(settings, wait=wait)
+    run_pipeline(settings, first=first, last=last, wait=wait)
 
 
 @app.command(epilog="Example: raydetr shard -c my.yaml --verify")

@@ -1,7 +1,7 @@
 """Options that commands share."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import typer
 
@@ -13,3 +13,8 @@ Overrides = Annotated[
 
 Submitted = Literal["run", "shard", "train", "evaluate"]
 """The commands that a job on a cluster may run."""
+
+Step = Literal["shard", "train", "evaluate", "register"]
+"""What a pipeline does."""
+STEPS: tuple[Step, ...] = get_args(Step)
+"""In their order."""

@@ -1,7 +1,7 @@
 """The pipeline: its steps on one Ray and under one MLflow run, with what they do shown while they do it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from jobs.cluster import connected
 from jobs.console import ProgressDisplay, make_console
 from jobs.interrupt import Interrupted, at_first_signal
 from jobs.metrics import RunMetrics
+from jobs.options import STEPS, Step
 from pipeline.checkpoint.find import newest_whole
 from pipeline.checkpoint.state import latest
 from pipeline.config.load import dump_config
@@ -250,27 +251,32 @@ def fetch_initial(config: Config) -> None:
         fetch_parent(init.weights, config.tracking_uri, config.folder.parent)
 
 
-def run_pipeline(config: Config, *, wait: bool = False) -> None:
-    """Do all the steps and end with a short table."""
+def run_pipeline(config: Config, *, first: Step = "shard", last: Step = "register", wait: bool = False) -> None:
+    """Do the steps from `first` to `last`, and end with a short table.
+
+    Raises:
+        UserError: `last` comes before `first`; or a step needs what one before `first` makes, and it is not there.
+    """
+    steps = STEPS[STEPS.index(first) : STEPS.index(last) + 1]
+    if not steps:
+        raise UserError(f"--from {first} --until {last}: the steps are {', '.join(STEPS)}, in this order")
     with Pipeline(config, wait=wait) as pipeline:
-        pipeline.shard()
-        pipeline.train()
-        metrics = pipeline.evaluate()
-        version = pipeline.register()
-        print_summary(pipeline.console, config, metrics, version, pipeline.tracker)
+        done = {step: getattr(pipeline, step)() for step in steps}
+        if last != "shard":
+            print_summary(pipeline.console, config, done, pipeline.tracker)
 
 
-def print_summary(
-    console: Console, config: Config, metrics: dict[str, Any], version: Registration | None, tracker: Tracker
-) -> None:
-    """The short table at the end: what came of it, and where it is."""
-    console.print(f"\nAP           {metrics['AP']:.4f}")
-    console.print(f"AP50         {metrics['AP50']:.4f}")
+def print_summary(console: Console, config: Config, done: Mapping[Step, Any], tracker: Tracker) -> None:
+    """The short table at the end: what came of the steps that were done, and where it is."""
+    console.print()
+    if metrics := done.get("evaluate"):
+        console.print(f"AP           {metrics['AP']:.4f}")
+        console.print(f"AP50         {metrics['AP50']:.4f}")
     console.print(f"run          {config.folder}")
-    if version is not None:
+    if version := done.get("register"):
         champion = " @champion" if version.is_champion else ""
         console.print(f"registered   {version.name} version {version.version}{champion}")
-    else:
+    elif "register" in done:
         waits = f"waits in {tracker.outbox.folder}" if tracker.waiting() else "refused by the tracking server"
         console.print(f"registered   {waits}")
     console.print(f"MLflow page  {tracker.page}")

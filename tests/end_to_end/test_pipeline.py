@@ -26,10 +26,10 @@ SMALL = {
 }
 
 
-def raydetr_run(folder: Path, **extra: object) -> subprocess.CompletedProcess[str]:
+def raydetr_run(folder: Path, *options: str, **extra: object) -> subprocess.CompletedProcess[str]:
     settings = {**SMALL, "runs": folder / "runs", "dataset.root": folder / "shapes", **extra}
     arguments = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    command = [sys.executable, "-m", "jobs", "run", "-c", "jobs/configs/demo.yaml", *arguments]
+    command = [sys.executable, "-m", "jobs", "run", "-c", "jobs/configs/demo.yaml", *options, *arguments]
     return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -88,10 +88,15 @@ def test_other_settings_under_the_same_name_are_refused(
     assert "lr: 0.0005 -> 0.001" in result.stderr
 
 
-def test_more_epochs_continue(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_more_epochs_continue_by_some_steps_alone(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
     folder, _ = finished
-    result = raydetr_run(folder, **{"train.epochs": 3})
+    result = raydetr_run(folder, "--from", "train", "--until", "evaluate", **{"train.epochs": 3})
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "AP50 " in result.stdout
+    for step in ("shard", "register"):
+        assert f"{step}: " not in result.stdout + result.stderr
     state = folder / "runs" / "demo" / "checkpoints" / "checkpoint-9" / "state.json"
     assert json.loads(state.read_text())["step"] == 9
     with sqlite3.connect(folder / "runs" / "mlflow.db") as database:

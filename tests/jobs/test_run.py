@@ -34,6 +34,19 @@ def test_a_registered_version_that_is_not_there_is_told_at_once(tmp_path: Path) 
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+class TestSomeSteps:
+    def test_they_must_be_in_order(self, tmp_path: Path) -> None:
+        config = Config.model_validate({"name": "run", "runs": str(tmp_path)})
+        with pytest.raises(UserError, match=r"--from evaluate --until train: the steps are shard, train, evaluate"):
+            run_pipeline(config, first="evaluate", last="train")
+        assert not list(tmp_path.iterdir())
+
+    def test_what_is_not_there_is_told(self, tmp_path: Path) -> None:
+        config = Config.model_validate({"name": "run", "runs": str(tmp_path)})
+        with pytest.raises(UserError, match=r"there is no whole checkpoint to use; train first with `raydetr train`"):
+            run_pipeline(config, first="register")
+
+
 class TestTrainingProgress:
     def test_the_first_and_the_last_point_are_shown(self, tmp_path: Path) -> None:
         console = Console(file=io.StringIO(), width=100, force_terminal=False)

@@ -112,9 +112,9 @@ class TestPipelineEnds:
         return running.Pipeline(make_config(tmp_path, AWAY))
 
     def test_uploads_that_wait(self, pipeline: running.Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
-        config, metrics = pipeline.config, dict.fromkeys(METRICS, 0.5)
+        config, done = pipeline.config, {"evaluate": dict.fromkeys(METRICS, 0.5), "register": None}
         with pytest.raises(TrackingError, match="the work is done"), pipeline:
-            running.print_summary(pipeline.console, config, metrics, None, pipeline.tracker)
+            running.print_summary(pipeline.console, config, done, pipeline.tracker)
         assert not config.folder.lock.exists()
         lines = capsys.readouterr().out.splitlines()
         assert f"registered   waits in {config.folder.outbox}" in lines
