@@ -22,6 +22,7 @@ from jobs.models import AsJson, TrackingUri, models
 from jobs.models import ConfigFile as RegistryConfig
 from jobs.options import ConfigFile, Overrides, Step
 from jobs.remote import jobs_app, submit
+from jobs.replay import replay
 from pipeline.config.address import without_secrets
 from pipeline.errors import TrackingError, UserError
 from pipeline.log import set_up_logging
@@ -43,6 +44,7 @@ app.command(epilog="Example: raydetr submit run -c my.yaml --address http://head
 app.command(epilog="Example: raydetr export --checkpoint models:/cells@champion --to torch --out c.pt2 --dynamic")(
     export
 )
+app.command(epilog="Example: raydetr replay 1234 -c my.yaml --out step")(replay)
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(models, name="models")
 

@@ -86,7 +86,7 @@ def write(
         UserError: as of `export_detector`, or there is no such detector.
     """
     from pipeline.checkpoint.state import latest
-    from pipeline.mirror import checkpoint_here, newest_in_store
+    from pipeline.mirror import checkpoint_here, checkpoints_in_store
     from pipeline.predict.export import check_export, export_detector
     from pipeline.registry.versions import open_detector
 
@@ -94,7 +94,7 @@ def write(
     if checkpoint is None:
         assert config is not None, "one of them is given"
         run = config.folder
-        newest = newest_in_store(run) if run.store else latest(run.checkpoints)
+        newest = next(reversed(checkpoints_in_store(run)), None) if run.store else latest(run.checkpoints)
         if newest is None:
             raise UserError(f"{run.place(run.checkpoints)}: no checkpoint yet; train first, or give a --checkpoint")
         checkpoint = str(run.place(newest))

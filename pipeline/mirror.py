@@ -314,13 +314,12 @@ def checkpoint_here(run: RunFolder, path: Path) -> Iterator[Path]:
         yield copy
 
 
-def newest_in_store(run: RunFolder) -> Path | None:
-    """Where a run's newest checkpoint would lie in a copy, for `checkpoint_here`; None where the store has none."""
+def checkpoints_in_store(run: RunFolder) -> list[Path]:
+    """Where a run's checkpoints would lie in a copy, oldest first, for `checkpoint_here`."""
     assert run.store is not None
     names = (run.store / CHECKPOINTS.rstrip("/")).list()
     steps = [name.removeprefix("checkpoint-").removesuffix(f"/{STATE}") for name in names if name.endswith(STATE)]
-    newest = max((int(step) for step in steps if step.isdigit()), default=None)
-    return None if newest is None else run.checkpoints / f"checkpoint-{newest}"
+    return [run.checkpoints / f"checkpoint-{step}" for step in sorted(int(step) for step in steps if step.isdigit())]
 
 
 @contextmanager

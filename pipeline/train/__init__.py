@@ -32,6 +32,10 @@ from pipeline.train.optim import (
     parameter_groups,
     set_learning_rates,
 )
+from pipeline.train.replay import (
+    Replayed,
+    ReplayedPart,
+)
 from pipeline.train.run import (
     MAY_DIFFER,
     Run,
@@ -52,6 +56,8 @@ __all__ = [
     "MAY_DIFFER",
     "SAMPLING_MODULES",
     "Curves",
+    "Replayed",
+    "ReplayedPart",
     "Run",
     "StopRequest",
     "StoppedError",

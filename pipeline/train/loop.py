@@ -6,8 +6,8 @@ depend on the number of ranks.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,8 @@ def _train(job: TrainJob, world: World, stop: StopRequest, watch: Watch, mirror:
                 break
             traced.before(step.step)
             set_learning_rates(engine.basic_optimizer, run.factor(step.step))
-            losses = _forward_backward(engine, criterion, step, num_boxes, run, copies, watch)
+            parts = backward_each(engine, criterion, step, num_boxes, run, copies, watch.working)
+            losses = summed(losses for _, losses in parts)
             error = curves.error or writer.error
             shared = _begin_to_share(losses, run, stop.asked(), error)
             writer.wait_copied()
@@ -196,22 +197,34 @@ def _noised(job: TrainJob, targets: list[dict[str, torch.Tensor]], step: int, in
     return add_noise(targets, model.denoising, model.num_classes, draws)
 
 
-def _forward_backward(
+def backward_each(
     engine: Any,
     criterion: Criterion,
     step: Step,
     num_boxes: float,
     run: Run,
-    copies: torch.cuda.Stream | None,
-    watch: Watch,
-) -> dict[str, torch.Tensor]:
-    """Accumulate and reduce a step's gradients; this rank's share of the losses, `loss` being their weighted sum."""
+    copies: torch.cuda.Stream | None = None,
+    working: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Iterator[tuple[MicroBatch, dict[str, torch.Tensor]]]:
+    """Accumulate a step's gradients, and reduce them with the last; each micro-batch with its share of the losses.
+
+    Args:
+        engine: DeepSpeed's.
+        criterion: of the model.
+        step: this rank's part.
+        num_boxes: of the global batch.
+        run: the run.
+        copies: a stream that brings each micro-batch to the device while the one before computes.
+        working: what the work of this rank alone is done in.
+
+    Yields:
+        The losses in fp64 on the device, `loss` being their weighted sum.
+    """
     train, device = run.job.train, run.world.device
-    sums: dict[str, torch.Tensor] = {}
     for number, (micro, batch, targets) in enumerate(_on_device(step.micro_batches, device, copies)):
         torch.manual_seed(dropout_seed(train.seed, step.step, micro.index))
         engine.set_gradient_accumulation_boundary(number == len(step.micro_batches) - 1)
-        with watch.working():
+        with working():
             noised = _noised(run.job, targets, step.step, micro.index)
             outputs = engine(batch) if noised is None else engine(batch, noised)
             groups = groups_of(outputs, targets, run.job.model.one_to_many, noised)
@@ -221,8 +234,15 @@ def _forward_backward(
         total = losses.total()
         # DeepSpeed divides by the micro-batches of a rank and by the ranks.
         engine.backward(total * train.micro_batches)
-        for name, loss in {"loss": total, **losses.values}.items():
-            sums[name] = sums.get(name, 0.0) + loss.detach().double()
+        yield micro, {name: loss.detach().double() for name, loss in {"loss": total, **losses.values}.items()}
+
+
+def summed(parts: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The sum of the losses of some micro-batches."""
+    sums: dict[str, torch.Tensor] = {}
+    for losses in parts:
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0.0) + loss
     return sums
 
 
@@ -291,5 +311,6 @@ def _agree(
         f"step {step.step}: not finite: {bad}"
         + (f"; it comes from the micro-batches of images {images}" if images else "")
         + "; lower train.lr or train.clip_grad_norm, or use train.precision: fp32"
+        + f"; `raydetr replay {step.step}` shows where it begins"
         + (f"; {before} is whole" if before else "; no checkpoint was written yet")
     )

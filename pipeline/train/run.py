@@ -146,7 +146,7 @@ def resume_point(
     """
     found = newest_whole(job.out.checkpoints, bring)
     if found is not None:
-        _check_same_run(job, manifest, found[1], found[0])
+        check_same_run(job, manifest, found[1], found[0])
     return found
 
 
@@ -171,7 +171,7 @@ def find_checkpoint(run: Run, mirror: Mirror) -> tuple[Path, State] | None:
     return together(world, lambda: mirror.get_checkpoint(found[0].name)), found[1]
 
 
-def _check_same_run(job: TrainJob, manifest: Manifest, state: State, path: Path) -> None:
+def check_same_run(job: TrainJob, manifest: Manifest, state: State, path: Path) -> None:
     file = path / STATE
     trained = {"model": plain(state.detr_config(file)), "train": plain(state.train_section(file))}
     lines = differences(trained, job.config)

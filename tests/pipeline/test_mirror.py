@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import lease, mirror
 from pipeline.errors import FullDiskError, StoreError, UserError
-from pipeline.mirror import Mirror, checkpoint_here, driver_mirror, newest_in_store, worker_mirror
+from pipeline.mirror import Mirror, checkpoint_here, checkpoints_in_store, driver_mirror, worker_mirror
 from pipeline.run_folder import RunFolder
 from pipeline.store import StorePath
 
@@ -149,16 +149,16 @@ def test_the_machine_of_a_killed_command_has_what_the_store_has_not(run: RunFold
         assert (run.store / "mlflow_run.json").read_bytes() == b"not yet sent"
 
 
-def test_the_newest_checkpoint_is_found_without_a_copy(run: RunFolder) -> None:
-    assert newest_in_store(run) is None
+def test_checkpoints_are_found_without_a_copy(run: RunFolder) -> None:
+    assert checkpoints_in_store(run) == []
     with worker_mirror(run, 0) as worker:
         for step in (5, 10):
             write_checkpoint(worker.run, step)
         write_checkpoint(worker.run, 20).rename(worker.run.checkpoints / "checkpoint-20.damaged")
-    newest = newest_in_store(run)
-    assert newest == run.checkpoints / "checkpoint-10"
+    there = checkpoints_in_store(run)
+    assert there == [run.checkpoints / "checkpoint-5", run.checkpoints / "checkpoint-10"]
     assert not run.path.exists()
-    with checkpoint_here(run, newest) as here:
+    with checkpoint_here(run, there[-1]) as here:
         assert (here / "model.safetensors").read_text() == "weights 10"
 
 
