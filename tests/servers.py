@@ -32,7 +32,10 @@ class MlflowServer:
         command += ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--workers", "1"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         with (self.folder / "log").open("ab") as log:
-            environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+            environment = os.environ | {  # its processes for jobs, which none here begins, take longer than the server
+                "MLFLOW_DISABLE_TELEMETRY": "true",
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            }
             self._process = subprocess.Popen(
                 command, cwd=self.folder, stdout=log, stderr=log, start_new_session=True, env=environment
             )

@@ -1,11 +1,7 @@
-"""Training under Ray Train: the same numbers, also when a worker is killed."""
+"""Training under Ray Train: the same numbers. tests/clusters/test_training.py kills its workers."""
 
-import os
-import signal
 import socket
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +21,7 @@ from pipeline.run_folder import METRICS_FILE, RunFolder
 from pipeline.train.loop import train as train_here
 from pipeline.train.run import TrainJob
 from tests.builders import make_varied_manifest
-from tests.pipeline.train.runs import MODEL, SETTINGS, assert_same_weights, losses
+from tests.pipeline.train.runs import MODEL, SETTINGS, losses
 
 STEPS = 30
 
@@ -54,25 +50,6 @@ def make_config(runs: Path, name: str = "ray", cluster: dict[str, object] | None
     return Config.model_validate(sections)
 
 
-def descendants(process: int) -> dict[int, str]:
-    """Command lines of all processes below one, by their id."""
-    children: dict[int, list[int]] = {}
-    commands: dict[int, str] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            commands[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
-        except (OSError, IndexError):
-            continue  # it has ended
-        children.setdefault(parent, []).append(int(folder.name))
-    found, waiting = {}, [process]
-    while waiting:
-        for child in children.get(waiting.pop(), []):
-            found[child] = commands[child]
-            waiting.append(child)
-    return found
-
-
 @pytest.fixture(scope="module")
 def trained(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path, int]:
     """A run that nothing disturbed, its last checkpoint, and how often it called back."""
@@ -96,33 +73,6 @@ def test_ray_workers_train_like_one_process(
 
 def test_a_finished_run_is_not_trained_again(trained: tuple[Config, Path, int], manifest: Manifest) -> None:
     assert train(trained[0], manifest) == trained[1]
-
-
-def test_a_killed_worker_changes_nothing(trained: tuple[Config, Path, int], manifest: Manifest, tmp_path: Path) -> None:
-    config = make_config(tmp_path, max_restarts=1)
-    spool = config.folder.train_spool
-    done = threading.Event()
-    killed: list[int] = []
-
-    def kill_one() -> None:
-        """In a thread: the driver's own look, once a second, would be too late for so short a run."""
-        while not killed and not done.wait(0.01):
-            if spool.exists() and len(spool.read_text().splitlines()) >= 4:
-                workers = [pid for pid, command in descendants(os.getpid()).items() if "RayTrainWorker" in command]
-                os.kill(workers[-1], signal.SIGKILL)
-                killed.append(len(losses(config.folder)))
-
-    with ThreadPoolExecutor(1) as pool:
-        killing = pool.submit(kill_one)
-        try:
-            last = train(config, manifest)
-        finally:
-            done.set()
-        killing.result()
-    assert killed, "no worker was killed"
-    assert killed[0] < STEPS, "it was not killed in time"
-    assert_same_weights(last, trained[1])
-    assert losses(config.folder) == losses(trained[0].folder)
 
 
 def test_a_run_that_is_no_better_ends(manifest: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

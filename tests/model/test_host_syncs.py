@@ -122,14 +122,14 @@ def test_a_step_of_training_reads_once_more(world: World, tmp_path: Path, monkey
         modes.enter_context(operators := Operators())
         modes.enter_context(calls := Calls())
         reads.append((operators.counts, calls.counts))
-        return forward_backward(engine, criterion, step, *rest)
+        return backward_each(engine, criterion, step, *rest)
 
     def until_it_is_told(*arguments: Any) -> None:
         modes.close()
 
-    forward_backward = loop._forward_backward
+    backward_each = loop.backward_each
     with ExitStack() as modes:
-        monkeypatch.setattr(loop, "_forward_backward", counted)
+        monkeypatch.setattr(loop, "backward_each", counted)
         monkeypatch.setattr(loop.Curves, "step_done", until_it_is_told)
         loop.train(make_job(manifest, tmp_path / "run", global_batch=4, max_steps=3, ema=0.9), world)
     assert len(reads) == 3

@@ -1,8 +1,5 @@
-"""Aliases: promoted, rolled back and pinned, under changes that are cut and commands that come at once."""
+"""Aliases: promoted, rolled back and pinned, and under changes that are cut."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +11,6 @@ from pipeline.registry.aliases import Standing, pin, promote, roll_back, standin
 from pipeline.tracking.tracker import Tracker
 from tests.pipeline.registry.registered import register_some
 from tests.servers import CuttingClient
-
-PROMOTE = """
-import sys
-from pipeline.registry.aliases import promote, roll_back
-from pipeline.tracking.server import connect
-client, name = connect(sys.argv[1]), sys.argv[2]
-for round in range(2):
-    promote(client, name, sys.argv[3], f"round {round}")
-    roll_back(client, name, "back")
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -139,25 +126,3 @@ def test_only_so_many_changes_are_kept(tracker: Tracker, name: str, monkeypatch:
     for version in ("1", "2", "3", "1", "2"):
         promote(tracker.client, name, version, "")
     assert [change.number for change in standing(tracker, name).changes] == [3, 4, 5]
-
-
-def test_two_shells_at_once(tracker: Tracker, name: str) -> None:
-    """Whoever comes first, each promotion is undone by the rollback after it or by the other's: none is lost."""
-    shells = [
-        subprocess.Popen([sys.executable, "-c", PROMOTE, tracker.uri, name, version], env=os.environ)
-        for version in ("1", "3")
-    ]
-    assert [shell.wait(300) for shell in shells] == [0, 0]
-    after = standing(tracker, name)
-    assert [change.number for change in after.changes] == list(range(1, 9))
-    assert after.done == 8
-    state = {"champion": "2"}
-    for change in after.changes:  # each began with what the one before it left
-        if change.action == "rollback":
-            assert change.aliases == {"champion": state["previous"], "previous": state["champion"]}
-        elif change.aliases["champion"] != state["champion"]:
-            assert change.aliases["previous"] == state["champion"]
-        state = change.aliases
-    assert after.aliases == state
-    locks = [model.name for model in tracker.client.search_registered_models() if "lock" in model.name]
-    assert not locks

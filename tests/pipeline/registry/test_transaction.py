@@ -1,4 +1,4 @@
-"""Registration as a transaction: cut at every request, over a server that dies, many at once."""
+"""Registration as a transaction, cut and many at once. tests/clusters/test_mlflow.py cuts it at every request."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from pipeline.registry.register import VERSION, Registration, register, register
 from pipeline.tracking import tracker as tracking
 from pipeline.tracking.tracker import Tracker
 from tests.builders import write_checkpoint
-from tests.servers import CuttingClient, MlflowServer
+from tests.servers import CuttingClient
 
 LABELS = LabelMap("contiguous", (Category(3, "cat"), Category(90, "dog")))
 SECTION = EvaluateSection(short_side=40, max_side=60, max_detections=5)
@@ -80,26 +80,6 @@ def check(tracker: Tracker, name: str) -> None:
 
 @pytest.mark.usefixtures("light")
 class TestCut:
-    @pytest.mark.parametrize("is_done", [False, True], ids=["before", "after"])
-    def test_at_every_request(self, mlflow_uri: str, checkpoint: Path, tmp_path: Path, is_done: bool) -> None:
-        cut = 0
-        while True:
-            cut += 1
-            name = f"cut-{is_done}-{cut}"
-            tracker = open_run(mlflow_uri, tmp_path / name)
-            client = CuttingClient(tracker.client, cut, is_done=is_done)
-            tracker._client = client
-            made = make_version(tracker, checkpoint, name)
-            if client.requests < cut:
-                assert made is not None
-                break
-            assert made is None
-            assert tracker.waiting() == 1
-            again = open_run(mlflow_uri, tmp_path / name)
-            again.settle(patience=0)
-            check(again, name)
-        assert cut > 12
-
     def test_then_the_checkpoint_is_gone(self, mlflow_uri: str, checkpoint: Path, tmp_path: Path) -> None:
         """Retention may delete it while the version waits."""
         own = tmp_path / "run" / "checkpoints" / "checkpoint-5"
@@ -120,21 +100,6 @@ class TestCut:
         again = make_version(tracker, checkpoint, "by-hand", 0.5)
         assert again is not None
         assert (again.version, again.is_champion, again.is_new) == (2, False, False)
-
-
-@pytest.mark.usefixtures("light")
-class TestServer:
-    def test_that_dies_at_registration(self, mlflow_server: MlflowServer, checkpoint: Path, tmp_path: Path) -> None:
-        tracker = open_run(mlflow_server.uri, tmp_path)
-        mlflow_server.kill()
-        try:
-            assert make_version(tracker, checkpoint, "outage") is None
-            assert tracker.waiting() == 1
-        finally:
-            mlflow_server.start()
-        again = open_run(mlflow_server.uri, tmp_path)
-        again.settle(patience=0)
-        check(again, "outage")
 
 
 @pytest.mark.usefixtures("light")

@@ -1,11 +1,7 @@
-"""MLflow's database under `runs`: made whole or not at all, by one of many, in the folder that was meant."""
+"""MLflow's database under `runs`, in the folder that was meant. tests/clusters/test_mlflow.py cuts its making."""
 
 import shutil
-import signal
 import sqlite3
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,37 +11,6 @@ from pipeline.errors import UserError
 from pipeline.registry.versions import open_detector
 from pipeline.tracking import server
 from pipeline.tracking.tracker import Tracker
-
-MAKE = (
-    "import sys; from pathlib import Path; from pipeline.tracking import Tracker\n"
-    "run = Path(sys.argv[1]); print(Tracker(sys.argv[2], 'e', run.name, run / 'mlflow_run.json', required=True).run_id)"
-)
-
-
-def make(run: Path, uri: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", MAKE, str(run), uri]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def test_killed_while_it_is_made_and_two_at_once(tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    killed = make(tmp_path / "killed", uri)
-    draft = tmp_path / ".mlflow.db.making"
-    end = time.monotonic() + 120
-    while not (draft.exists() and draft.stat().st_size > 0):
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    assert not (tmp_path / "mlflow.db").exists()
-    both = [make(tmp_path / name, uri) for name in ("first", "second")]
-    for process in both:
-        said, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        assert len(said.strip()) == 32
-    with sqlite3.connect(tmp_path / "mlflow.db") as database:
-        assert database.execute("select count(*) from runs").fetchone() == (2,)
-    assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", "first", "second"}
 
 
 @pytest.mark.parametrize("name", ["feature%2Fx", "q?x=y"])

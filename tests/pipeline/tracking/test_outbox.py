@@ -1,4 +1,4 @@
-"""The outbox, with a real server over HTTP that is killed and comes back, and one that refuses."""
+"""The outbox, with a real server over HTTP that fails and refuses. tests/clusters/test_mlflow.py kills it."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from pipeline.tracking import tracker as tracking
 from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.spool import Spool
 from pipeline.tracking.tracker import Tracker
-from tests.servers import CuttingClient, MlflowServer
+from tests.servers import MlflowServer
 
 EXPERIMENT = "outbox"
 
@@ -89,32 +89,6 @@ def record_log(monkeypatch: pytest.MonkeyPatch) -> list[logging.LogRecord]:
 
 
 class TestOutage:
-    def test_everything_is_there_once(self, server: MlflowServer, tmp_path: Path) -> None:
-        """The server dies before one run, midway, before a run is continued, and at the end; then it comes back."""
-        runs = {when: tmp_path / when for when in ("before", "midway", "continued", "end", "patient", "never")}
-        for run in runs.values():
-            write_points(run, 1, 2)
-        trackers = {when: open_run(server.uri, run) for when, run in runs.items() if when not in ("before", "patient")}
-        trackers["midway"].log_points(runs["midway"] / "spool" / "train.jsonl")
-        trackers["continued"].start()
-        do_all(trackers["end"], runs["end"])
-        do_all(trackers["never"], runs["never"])
-        server.kill()
-        for when in ("before", "patient", "continued"):
-            trackers[when] = open_run(server.uri, runs[when])
-        for when in ("before", "patient", "midway", "continued"):
-            do_all(trackers[when], runs[when])
-        for status in ("KILLED", "FINISHED"):
-            trackers["end"].finish(status)
-        for when in ("before", "midway", "continued", "end"):
-            with pytest.raises(TrackingError, match=r"the work is done, and \d+ uploads wait in .*track sync -c FILE"):
-                trackers[when].settle(patience=0)
-        trackers["patient"].settle(patience=120, on_wait=server.start)
-        for when, run in runs.items():
-            tracker = trackers[when] if when in ("patient", "never") else open_run(server.uri, run)
-            tracker.settle(patience=0)
-            check_all(tracker, run.name)
-
     def test_messages_are_one_line_without_the_clients_text(
         self, away: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -122,31 +96,6 @@ class TestOutage:
         do_all(open_run(away, tmp_path), tmp_path)
         said = [each.getMessage() for each in records if each.levelno >= logging.INFO]
         assert said == [f"tracking server {away} is away; what it is to get waits in {tmp_path / 'outbox'}"]
-
-    @pytest.mark.parametrize("is_done", [False, True], ids=["before", "after"])
-    def test_cut_at_every_request(self, mlflow_uri: str, tmp_path: Path, is_done: bool, monkeypatch: Any) -> None:
-        monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.0)
-        real = tracking.connect
-        cut = 0
-        while True:
-            cut += 1
-            run = tmp_path / f"cut-{cut}-{is_done}"
-            write_points(run, 1, 2)
-            clients: list[CuttingClient] = []
-
-            def connect(uri: str, cut: int = cut, clients: list[CuttingClient] = clients) -> Any:
-                clients.append(CuttingClient(real(uri), cut, is_done=is_done))
-                return clients[-1]
-
-            monkeypatch.setattr(tracking, "connect", connect)
-            do_all(open_run(mlflow_uri, run), run)
-            if clients[0].requests < cut:
-                break
-            monkeypatch.setattr(tracking, "connect", real)
-            tracker = open_run(mlflow_uri, run)
-            tracker.settle(patience=0)
-            check_all(tracker, run.name)
-        assert cut > 10
 
     def test_a_killed_process_left_half_a_line(self, tmp_path: Path) -> None:
         Outbox(tmp_path).add("params", "", {"a": "1"})

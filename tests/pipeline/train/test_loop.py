@@ -106,28 +106,6 @@ def test_another_world_goes_on(
     assert checkpoint.read_state(last).world_size == after[0]
 
 
-STAGES = (0, 1, 0, 2, 0, 3, 1, 2, 1, 3, 2, 3, 0)
-"""Every change from one ZeRO stage to another, once."""
-
-
-def test_every_change_of_the_stage_goes_on(
-    manifest: Manifest, twenty: dict[int, float], world: World, ranks: Ranks, tmp_path: Path
-) -> None:
-    """A step at each, by two ranks; the losses and the average of the weights are those of one rank at stage 0."""
-    cut: Any = {"ema": 0.6, "deepspeed": CUT}
-    straight = train(make_job(manifest, tmp_path / "straight", max_steps=len(STAGES), **cut), world)
-    for steps, stage in enumerate(STAGES, start=1):
-        job = make_job(manifest, tmp_path / "changed", max_steps=steps, zero_stage=stage, **cut)
-        last = ranks.run(train_on, job)[0]
-        assert checkpoint.read_state(last).zero_stage == stage
-    assert losses(job.out) == pytest.approx({step: twenty[step] for step in losses(job.out)}, rel=1e-5)
-    assert len(losses(job.out)) == len(STAGES)
-    ours, theirs = (checkpoint.load_model_weights(path, checkpoint.EMA) for path in (last, straight))
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_ranks_go_on_to_the_same_bits(manifest: Manifest, ranks: Ranks, tmp_path: Path, stage: int) -> None:
     cut: Any = {"ema": 0.6, "deepspeed": CUT}
