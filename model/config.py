@@ -90,9 +90,9 @@ class DetrConfig:
     two_stage: Literal[False, True, "mixed"] = False
     """The encoder proposes the queries; needs with_box_refine. `mixed` takes their positions from the proposals and
     learns their contents (DINO, section 3.4)."""
-    class_loss: Literal["focal", "vfl", "ia_bce", "softmax"] = "focal"
-    """Sigmoid focal loss with num_classes logits; varifocal loss or IoU-aware cross-entropy, under which scores tell
-    how well boxes fit, too; or softmax with one more logit for "no object"."""
+    class_loss: Literal["focal", "vfl", "ia_bce", "ma", "softmax"] = "focal"
+    """Sigmoid focal loss with num_classes logits; varifocal loss, IoU-aware cross-entropy or matchability-aware loss,
+    under which scores tell how well boxes fit, too; or softmax with one more logit for "no object"."""
     one_to_many: OneToMany | None = None
     """More queries in training alone, such as {queries: 1500, repeats: 6, weight: 1.0}."""
     denoising: Denoising | None = None
@@ -127,7 +127,7 @@ class DetrConfig:
         if self.denoising and not self.two_stage:
             raise ValueError("denoising needs two_stage: only there do queries begin with boxes")
         if self.denoising and self.class_loss == "softmax":
-            raise ValueError("denoising needs a class_loss with a logit for each class alone: focal, vfl or ia_bce")
+            raise ValueError("denoising needs a class_loss with a logit for each class alone: all but softmax")
 
     def _check_detr(self) -> None:
         """Refuse what plain DETR does not have, all of it in one message."""
@@ -185,7 +185,7 @@ def _check_choices(config: DetrConfig) -> None:
 class CriterionConfig:
     """Loss weights; the matching costs are the same numbers (appendix A.4). DETR's are class 1, bbox 5, giou 2.
 
-    With `vfl` and `ia_bce` class_weight 1 and class_cost 2 are published.
+    With `vfl`, `ia_bce` and `ma` class_weight 1 and class_cost 2 are published.
     """
 
     class_weight: float = 2.0
@@ -204,12 +204,14 @@ class CriterionConfig:
     """Varifocal loss: weight of the logits without an object."""
     ia_bce_alpha: float = 0.25
     """IoU-aware loss: share of the score, beside that of the IoU, in the score that is wanted."""
+    ma_gamma: float = 1.5
+    """Matchability-aware loss: exponent of the IoU in the score that is wanted, and of the scores that are not."""
     no_object_weight: float = 0.1
     """Softmax loss: weight of the "no object" class."""
 
     def __post_init__(self) -> None:
         weights = ("class_weight", "class_cost", "bbox_weight", "giou_weight", "no_object_weight")
-        for name in (*weights, "focal_gamma", "vfl_alpha"):
+        for name in (*weights, "focal_gamma", "vfl_alpha", "ma_gamma"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} is {value}, it must not be negative")

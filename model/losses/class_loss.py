@@ -152,6 +152,28 @@ class IouAwareLoss(FocalLoss):
 
 
 @dataclass(frozen=True)
+class MatchabilityAwareLoss(FocalLoss):
+    """The matchability-aware loss of DEIM (arXiv 2412.04234): poor matches count as much as good ones.
+
+    A logit x with an object costs BCE(x, IoU^exponent), any other sigmoid(x)^exponent * BCE(x, 0), whose weight passes
+    no gradient on, as under the varifocal loss. Matched, ranked and begun as under the focal loss.
+    """
+
+    exponent: float
+    """The paper's gamma; that of the matching is another one."""
+
+    def loss(self, logits: Tensor, matched: Matched, objects: Tensor, num_images: float) -> Tensor:
+        """The sum over all logits by the number of objects."""
+        place = matched.image, matched.query, matched.labels
+        wanted = torch.zeros_like(logits)
+        wanted[place] = matched.overlap().pow(self.exponent)
+        weight = logits.detach().sigmoid().pow(self.exponent)
+        weight[place] = 1.0
+        entropy = F.binary_cross_entropy_with_logits(logits, wanted, weight, reduction="sum")
+        return entropy / objects.clamp(min=1)
+
+
+@dataclass(frozen=True)
 class SoftmaxLoss:
     """Cross-entropy with a last logit for "no object" (arXiv 2005.12872).
 
@@ -192,7 +214,7 @@ def make_class_loss(name: str, config: CriterionConfig | None = None) -> ClassLo
     """A class loss by the name that `DetrConfig.class_loss` has for it.
 
     Args:
-        name: `focal`, `vfl`, `ia_bce` or `softmax`.
+        name: `focal`, `vfl`, `ia_bce`, `ma` or `softmax`.
         config: its settings; the defaults when None, which scores and biases do not depend on.
 
     Raises:
@@ -205,6 +227,8 @@ def make_class_loss(name: str, config: CriterionConfig | None = None) -> ClassLo
         return VarifocalLoss(config.focal_alpha, config.focal_gamma, config.vfl_alpha)
     if name == "ia_bce":
         return IouAwareLoss(config.focal_alpha, config.focal_gamma, config.ia_bce_alpha)
+    if name == "ma":
+        return MatchabilityAwareLoss(config.focal_alpha, config.focal_gamma, config.ma_gamma)
     if name == "softmax":
         return SoftmaxLoss(config.no_object_weight)
-    raise ValueError(f'class_loss is "{name}", it must be focal, vfl, ia_bce or softmax')
+    raise ValueError(f'class_loss is "{name}", it must be focal, vfl, ia_bce, ma or softmax')

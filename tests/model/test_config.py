@@ -38,7 +38,7 @@ def test_strides() -> None:
     [
         pytest.param({"arch": "dert"}, "did you mean detr", id="arch"),
         pytest.param({"backbone": "resnet5"}, "did you mean resnet50", id="backbone"),
-        pytest.param({"class_loss": "bce"}, "one of focal, vfl, ia_bce, softmax", id="class loss"),
+        pytest.param({"class_loss": "bce"}, "one of focal, vfl, ia_bce, ma, softmax", id="class loss"),
         pytest.param({"num_queries": 0}, "^num_queries is 0", id="no query"),
         pytest.param({"hidden_dim": 100}, "not a multiple of heads", id="heads"),
         pytest.param({"hidden_dim": 80}, "not a multiple of 32", id="groups"),
@@ -93,6 +93,8 @@ def test_impossible_losses_are_refused() -> None:
         CriterionConfig(giou_weight=-1)
     with pytest.raises(ValueError, match="class_cost is -1, it must not be negative"):
         CriterionConfig(class_cost=-1)
+    with pytest.raises(ValueError, match="ma_gamma is -1, it must not be negative"):
+        CriterionConfig(ma_gamma=-1)
     for name in ("focal_alpha", "ia_bce_alpha"):
         with pytest.raises(ValueError, match=name):
             CriterionConfig(**{name: 2.0})

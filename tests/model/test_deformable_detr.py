@@ -19,6 +19,7 @@ VARIANTS = {
     "softmax": {"class_loss": "softmax"},
     "varifocal": {"class_loss": "vfl"},
     "IoU-aware": {"class_loss": "ia_bce"},
+    "matchability-aware": {"class_loss": "ma"},
     "five levels": {"feature_levels": 5, "with_box_refine": True, "two_stage": True},
     "no encoder": {"encoder_layers": 0},
     "hybrid": {"one_to_many": OneToMany(20, 3)},

@@ -135,7 +135,7 @@ def losses_of(model: Any, batch: ImageBatch, targets: Any, noised: Noised, num_i
     return Criterion(CriterionConfig(), model.config.class_loss)(groups, 13.0, num_images).values
 
 
-@pytest.mark.parametrize("class_loss", ["focal", "vfl", "ia_bce"])
+@pytest.mark.parametrize("class_loss", ["focal", "vfl", "ia_bce", "ma"])
 def test_images_without_objects_add_nothing(class_loss: str) -> None:
     model = make_model(class_loss=class_loss, feature_levels=3)
     targets = [{"labels": target["labels"], "boxes": target["boxes"].double()} for target in TARGETS]

@@ -23,7 +23,7 @@ def test_softmax_gives_each_query_its_best_class() -> None:
     torch.testing.assert_close(found["scores"], logits.softmax(-1)[0, [0, 1], [0, 1]])
 
 
-@pytest.mark.parametrize("class_loss", ["focal", "vfl", "ia_bce", "softmax"])
+@pytest.mark.parametrize("class_loss", ["focal", "vfl", "ia_bce", "ma", "softmax"])
 def test_never_more_than_there_are(class_loss: str) -> None:
     found = postprocess(torch.randn(2, 3, 4), torch.rand(2, 3, 4), torch.tensor([[5, 6], [7, 8]]), class_loss)
     assert [len(image["scores"]) for image in found] == ([3, 3] if class_loss == "softmax" else [12, 12])
@@ -39,7 +39,7 @@ def test_each_image_has_its_own_size() -> None:
 
 
 def test_wrong_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match="must be focal, vfl, ia_bce or softmax"):
+    with pytest.raises(ValueError, match="must be focal, vfl, ia_bce, ma or softmax"):
         postprocess(torch.zeros(1, 1, 1), torch.zeros(1, 1, 4), torch.ones(1, 2), "sigmoid")
     with pytest.raises(ValueError, match="expected \\(1, 2\\)"):
         postprocess(torch.zeros(1, 1, 1), torch.zeros(1, 1, 4), torch.ones(2), "focal")

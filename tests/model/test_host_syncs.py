@@ -89,9 +89,10 @@ def reads_of(work: Any) -> tuple[Counter[str], Counter[str]]:
         {"class_loss": "softmax"},
         {"class_loss": "vfl"},
         {"class_loss": "ia_bce"},
+        {"class_loss": "ma"},
         {"arch": "detr"},
     ],
-    ids=["base", "two-stage", "mixed", "hybrid", "softmax", "varifocal", "IoU-aware", "detr"],
+    ids=["base", "two-stage", "mixed", "hybrid", "softmax", "varifocal", "IoU-aware", "matchability-aware", "detr"],
 )
 def test_the_matching_alone_reads_from_the_device(settings: dict[str, Any], counts: tuple[int, int]) -> None:
     model = make_detector(decoder_layers=6, **settings).train()

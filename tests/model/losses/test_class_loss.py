@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from model.config import CriterionConfig
-from model.losses.class_loss import FocalLoss, IouAwareLoss, Matched, SoftmaxLoss, VarifocalLoss, make_class_loss
+from model.losses.class_loss import (
+    FocalLoss,
+    IouAwareLoss,
+    MatchabilityAwareLoss,
+    Matched,
+    SoftmaxLoss,
+    VarifocalLoss,
+    make_class_loss,
+)
 
 LOGITS = torch.tensor([[[2.0, -1.0, 1.5], [-3.0, 3.0, 0.0]]])
 OVERLAP = {(0, 1): 1 / 3, (1, 0): 0.0}
@@ -101,7 +109,21 @@ class TestThoseThatLookAtTheBoxes:
                 assert gradient[query, label].item() == pytest.approx(slope / 2, rel=1e-6)
         assert found == pytest.approx(value, rel=1e-6)
 
-    @pytest.mark.parametrize("loss", [VarifocalLoss(0.25, 2.0, 0.75), IouAwareLoss(0.25, 2.0, 0.25)])
+    def test_matchability_aware(self) -> None:
+        found, gradient = self.value_and_gradient(MatchabilityAwareLoss(0.25, 2.0, 1.5))
+        value, slopes = 0.0, torch.zeros_like(gradient)
+        for query, row in enumerate(LOGITS[0].tolist()):
+            for label, x in enumerate(row):
+                p, q = 1 / (1 + math.exp(-x)), OVERLAP.get((query, label))
+                weight, wanted = (p**1.5, 0.0) if q is None else (1.0, q**1.5)
+                value -= weight * (wanted * math.log(p) + (1 - wanted) * math.log(1 - p)) / 2
+                slopes[query, label] = weight * (p - wanted) / 2
+        assert found == pytest.approx(value, rel=1e-12)
+        assert (gradient - slopes).norm() <= 1e-8 * slopes.norm()
+
+    @pytest.mark.parametrize(
+        "loss", [VarifocalLoss(0.25, 2.0, 0.75), IouAwareLoss(0.25, 2.0, 0.25), MatchabilityAwareLoss(0.25, 2.0, 1.5)]
+    )
     def test_all_else_is_the_focal_losss(self, loss: FocalLoss) -> None:
         focal, labels = FocalLoss(0.25, 2.0), torch.tensor([[[[0, 1], [0, 1]]]])
         assert loss.bias == focal.bias
@@ -139,8 +161,10 @@ def test_by_name() -> None:
     assert make_class_loss("focal") == FocalLoss(0.25, 2.0)
     assert make_class_loss("vfl") == VarifocalLoss(0.25, 2.0, 0.75)
     assert make_class_loss("ia_bce") == IouAwareLoss(0.25, 2.0, 0.25)
-    ours = CriterionConfig(focal_alpha=0.5, focal_gamma=1.0, vfl_alpha=0.6, ia_bce_alpha=0.1)
+    assert make_class_loss("ma") == MatchabilityAwareLoss(0.25, 2.0, 1.5)
+    ours = CriterionConfig(focal_alpha=0.5, focal_gamma=1.0, vfl_alpha=0.6, ia_bce_alpha=0.1, ma_gamma=1.2)
     assert make_class_loss("vfl", ours) == VarifocalLoss(0.5, 1.0, 0.6)
     assert make_class_loss("ia_bce", ours) == IouAwareLoss(0.5, 1.0, 0.1)
-    with pytest.raises(ValueError, match='class_loss is "sigmoid", it must be focal, vfl, ia_bce or softmax'):
+    assert make_class_loss("ma", ours) == MatchabilityAwareLoss(0.5, 1.0, 1.2)
+    with pytest.raises(ValueError, match='class_loss is "sigmoid", it must be focal, vfl, ia_bce, ma or softmax'):
         make_class_loss("sigmoid")

@@ -88,7 +88,7 @@ def test_proposals_are_told_object_from_none() -> None:
     assert any(target["labels"].any() for target in targets)
 
 
-@pytest.mark.parametrize("class_loss", ["focal", "vfl", "ia_bce", "softmax"])
+@pytest.mark.parametrize("class_loss", ["focal", "vfl", "ia_bce", "ma", "softmax"])
 @pytest.mark.parametrize("counts", [(0, 0), (0, 3), (400, 1)], ids=["no object", "an empty image", "400 objects"])
 def test_edges(class_loss: str, counts: tuple[int, int]) -> None:
     outputs = make_outputs(logits=6, cells=20)
@@ -110,7 +110,7 @@ def test_one_pixel_objects() -> None:
     assert torch.isfinite(outputs["pred_boxes"].grad).all()
 
 
-@pytest.mark.parametrize("class_loss", ["focal", "vfl", "ia_bce", "softmax"])
+@pytest.mark.parametrize("class_loss", ["focal", "vfl", "ia_bce", "ma", "softmax"])
 def test_micro_batches_add_up(class_loss: str) -> None:
     outputs = make_outputs(batch=4, logits=6)
     targets = [make_target(n, seed=n) for n in (2, 0, 3, 1)]

@@ -94,7 +94,7 @@ def test_what_the_original_has_not(settings: dict[str, Any], message: str) -> No
         check_original(DetrConfig(**({"backbone": "resnet50", "num_classes": 7} | settings)))
 
 
-@pytest.mark.parametrize("class_loss", ["vfl", "ia_bce"])
+@pytest.mark.parametrize("class_loss", ["vfl", "ia_bce", "ma"])
 def test_scores_that_are_sigmoids_are_others_too(class_loss: Any) -> None:
     config = DetrConfig(**SMALL, class_loss=class_loss)
     check_original(config)
