@@ -150,9 +150,18 @@ class AugmentSection(Section):
     """Least side of a crop."""
     crop_max: int = Field(600, ge=1)
     """Greatest side of a crop."""
+    jitter: tuple[float, float] | None = None
+    """Large-scale jitter in place of resizing and cropping, such as [0.1, 2.0]: the long side is resized to that
+    many times jitter_side, drawn between the two; what does not fit is cropped, what is missing filled."""
+    jitter_side: int = Field(1024, ge=1)
+    """Side of the square canvas that jitter makes of every image. What is filled counts as image, not as padding."""
+    plain_after: int | None = Field(None, ge=1)
+    """Epochs after which images are neither jittered nor cropped, but flipped and resized alone; null never ends it."""
 
     @model_validator(mode="after")
     def _check(self) -> "AugmentSection":
+        if self.jitter is not None and not 0 < self.jitter[0] <= self.jitter[1] <= 16:
+            raise ValueError(f"jitter {list(self.jitter)} must be the least and the greatest factor, in (0, 16]")
         if not self.short_sides or min(self.short_sides) < 1:
             raise ValueError("short_sides must name at least one positive length")
         if self.max_side < max(self.short_sides):
@@ -162,6 +171,11 @@ class AugmentSection(Section):
         if self.crop_min > self.crop_max:
             raise ValueError(f"crop_min {self.crop_min} is more than crop_max {self.crop_max}")
         return self
+
+    @property
+    def greatest_side(self) -> int:
+        """Most pixels of the long side of any augmented image."""
+        return max(self.max_side, self.jitter_side if self.jitter else 0)
 
 
 class InitSection(Section):

@@ -331,7 +331,7 @@ def _refuse_small_memory(train: TrainSection) -> None:
     """Raise a UserError where the worker processes of this host's ranks may share more than there is room for."""
     if train.loader_workers == 0 or not os.path.isdir(SHARED_MEMORY):
         return
-    item = train.micro_batch * train.augment.max_side**2 * 4  # three colours and the mask
+    item = train.micro_batch * train.augment.greatest_side**2 * 4  # three colours and the mask
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     need, free = ranks * train.loader_workers * (PREFETCH + 1) * item, shutil.disk_usage(SHARED_MEMORY).free
     if need > free:

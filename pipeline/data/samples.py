@@ -49,7 +49,7 @@ def plan_samples(
         own = epochs == epoch
         key = seed_sequence(manifest.digest, train.seed, int(epoch), 2).generate_state(2)
         draws[own] = _draws(image_ids[own], (int(key[0]), int(key[1])))
-    return plan_train(manifest.samples.sizes(indices), draws, train.augment)
+    return plan_train(manifest.samples.sizes(indices), draws, train.augment, epochs)
 
 
 def _draws(image_ids: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:

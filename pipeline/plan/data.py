@@ -91,13 +91,14 @@ def _unsharded(source: str, images: int, sizes: Sizes, classes: int | None, whol
 
 
 def draw_canvases(sizes: Sizes, train: TrainSection) -> NDArray[np.int64]:
-    """Height and width [n, 2] of the canvases of micro-batches that training would make of images of these sizes."""
+    """Height and width [n, 2] of the canvases of micro-batches that all epochs would make of images of these sizes."""
     choose = np.random.default_rng(0)
     canvases = []
-    for _ in range(-(-DRAWN // train.global_batch)):
+    batches = -(-DRAWN // train.global_batch)
+    for number in range(batches):
         draws = choose.integers(0, 2**32, (train.global_batch, DRAWS), dtype=np.uint64)
         sources = sizes[choose.integers(0, len(sizes), train.global_batch)]
-        augmented = plan_train(sources, draws, train.augment).size
+        augmented = plan_train(sources, draws, train.augment, number * train.epochs // batches).size
         cut = augmented[cut_batch(augmented, train.micro_batch)].reshape(-1, train.micro_batch, 2)
         canvases.append(cut.max(axis=1)[:, ::-1])
     return -(-np.concatenate(canvases) // CANVAS_MULTIPLE) * CANVAS_MULTIPLE

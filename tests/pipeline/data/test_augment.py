@@ -1,3 +1,4 @@
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config.sections import AugmentSection
-from pipeline.data.augment import DRAWS, Plan, plan_eval, plan_train, resized
+from pipeline.data.augment import DRAWS, FILL, Plan, Plans, plan_eval, plan_train, resized
 from tests.builders import write_image
 
 SMALL = AugmentSection(
     short_sides=(96, 112, 128), max_side=200, crop_short_sides=(80, 100, 120), crop_min=64, crop_max=110
 )
+
+JITTER = SMALL.model_copy(update={"jitter": (0.1, 2.0), "jitter_side": 128})
 
 
 def plan_one(width: int, height: int, seed: int, augment: AugmentSection) -> Plan:
@@ -88,16 +91,94 @@ class TestTrainingPlan:
             assert (starts <= room).all()
             assert 0.46 < places.mean() < 0.54
 
+    def test_is_fixed_for_all_time(self) -> None:
+        """Runs that were begun with an older release must go on with the same augmentation."""
+        sizes = np.array([[640, 480], [480, 640], [37, 46], [1, 1], [500, 333], [1, 4000], [3000, 2000]] * 1000)
+        draws = np.random.Philox(7).random_raw(7000 * DRAWS).reshape(-1, DRAWS) >> np.uint64(32)
+        plans = plan_train(sizes, draws, AugmentSection())
+        arrays = np.concatenate([plans.source, plans.size, plans.flip[:, None], plans.crop], axis=1)
+        digest = hashlib.sha256(arrays.astype("<i8").tobytes()).hexdigest()
+        assert digest == "37c4898a8e567861d076d71bcf1723c2e79b6f687e6028e815a1fa9b4c2efe10"
+        assert (plans.picture == plans.size).all()
+
     def test_small_image_is_cropped_to_what_is_there(self) -> None:
         augment = AugmentSection(crop=1.0, crop_short_sides=(40,), crop_min=384, crop_max=600)
         assert plan_one(40, 60, 0, augment).crop == (0, 0, 40, 60)
 
+    @pytest.mark.parametrize("augment", [SMALL, JITTER], ids=["published", "jitter"])
     @given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 10**6))
     @settings(max_examples=100, deadline=None)
-    def test_any_size_gives_the_planned_pixels(self, width: int, height: int, seed: int) -> None:
-        plan = plan_one(width, height, seed, SMALL)
+    def test_any_size_gives_the_planned_pixels(
+        self, augment: AugmentSection, width: int, height: int, seed: int
+    ) -> None:
+        plan = plan_one(width, height, seed, augment)
         result = plan.apply_image(np.zeros((height, width, 3), dtype=np.uint8))
         assert result.shape == (plan.size[1], plan.size[0], 3)
+
+    def test_a_crop_of_an_image_of_one_pixel_is_that(self) -> None:
+        augment = AugmentSection(crop=1.0, crop_short_sides=(100,), crop_min=10, crop_max=20)
+        assert {plan_one(1, 1, seed, augment).crop for seed in range(50)} == {(0, 0, 1, 1)}
+
+
+def planned(size: tuple[int, int], augment: AugmentSection, epochs: NDArray[np.int64], seed: int = 0) -> Plans:
+    """The plans of an image in some epochs."""
+    draws = np.random.default_rng(seed).integers(0, 2**32, (len(epochs), DRAWS), dtype=np.uint64)
+    return plan_train(np.array([size] * len(epochs)), draws, augment, epochs)
+
+
+class TestJitter:
+    def test_every_image_is_on_the_same_canvas(self) -> None:
+        plans = planned((640, 480), JITTER, np.zeros(500, dtype=np.int64))
+        assert (plans.size == 128).all()
+        assert 0.4 < plans.flip.mean() < 0.6
+
+    @pytest.mark.parametrize("size", [(640, 480), (48, 64), (300, 300)], ids=str)
+    def test_the_long_side_is_drawn_evenly(self, size: tuple[int, int]) -> None:
+        augment = JITTER.model_copy(update={"jitter": (0.25, 0.75)})
+        plans = planned(size, augment, np.zeros(2000, dtype=np.int64))
+        long = plans.picture.max(axis=1)
+        assert (long.min(), long.max()) == (32, 96)
+        assert np.abs(long.mean() - 64) < 2
+        assert np.abs(plans.picture - long[:, None] * np.array(size) / max(size)).max() <= 0.5
+        assert (plans.crop == (0, 0, *size)).all()
+
+    def test_what_does_not_fit_is_cropped_anywhere(self) -> None:
+        augment = JITTER.model_copy(update={"jitter": (2.0, 2.0)})
+        plans = planned((640, 480), augment, np.zeros(2000, dtype=np.int64))
+        # 256 x 192 pixels, of which 128 x 128 are kept: half of the width and two thirds of the height.
+        assert (plans.picture == 128).all()
+        assert set(plans.crop[:, 2].tolist()) <= {319, 320, 321}
+        assert set(plans.crop[:, 3].tolist()) <= {319, 320, 321}
+        for starts, room in ((plans.crop[:, 0], 320), (plans.crop[:, 1], 160)):
+            assert starts.min() < 0.02 * room
+            assert 0.98 * room < starts.max() <= room
+            assert np.abs(starts.mean() / room - 0.5) < 0.03
+
+    def test_the_rest_is_filled_with_the_mean(self) -> None:
+        plan = Plan((40, 20), (64, 64), picture=(32, 16))
+        pixels = plan.apply_image(np.full((20, 40, 3), 255, dtype=np.uint8))
+        assert (pixels[:16, :32] == 255).all()
+        assert (pixels[16:] == FILL).all()
+        assert (pixels[:16, 32:] == FILL).all()
+        boxes, keep = plan.apply_boxes(np.array([[10, 5, 50, 30]]))
+        assert (boxes.tolist(), keep.tolist()) == ([[8, 4, 32, 16]], [True])
+
+    def test_plain_epochs_are_resized_alone(self) -> None:
+        """After so many epochs images are neither jittered nor cropped, whatever else is planned with them."""
+        epochs = np.array([0, 5, 1, 2, 3, 1, 2, 0] * 20)
+        mixed = planned((150, 100), JITTER.model_copy(update={"plain_after": 2}), epochs)
+        strong, plain = (
+            planned((150, 100), augment, epochs) for augment in (JITTER, SMALL.model_copy(update={"crop": 0.0}))
+        )
+        for number, epoch in enumerate(epochs):
+            assert mixed[number] == (plain if epoch >= 2 else strong)[number]
+
+    def test_plain_epochs_are_not_cropped(self) -> None:
+        epochs = np.arange(400) % 4
+        plans = planned((150, 100), SMALL.model_copy(update={"plain_after": 3}), epochs)
+        is_cropped = (plans.crop != (0, 0, 150, 100)).any(axis=1)
+        assert 0.4 < is_cropped[epochs < 3].mean() < 0.6
+        assert not is_cropped[epochs == 3].any()
 
 
 def with_rectangle(width: int, height: int, box: tuple[int, int, int, int]) -> NDArray[np.uint8]:
@@ -116,13 +197,14 @@ def found_rectangle(pixels: NDArray[np.uint8]) -> NDArray[np.float64] | None:
 
 
 class TestBoxesFollowPixels:
+    @pytest.mark.parametrize("augment", [SMALL, JITTER], ids=["published", "jitter"])
     @pytest.mark.parametrize("seed", range(60))
-    def test_in_training(self, seed: int) -> None:
+    def test_in_training(self, seed: int, augment: AugmentSection) -> None:
         choose = np.random.default_rng(seed)
         width, height = (int(side) for side in choose.integers(90, 260, 2))
         left, top = int(choose.integers(0, width - 30)), int(choose.integers(0, height - 30))
         right, bottom = int(choose.integers(left + 12, width + 1)), int(choose.integers(top + 12, height + 1))
-        plan = plan_one(width, height, seed, SMALL)
+        plan = plan_one(width, height, seed, augment)
         found = found_rectangle(plan.apply_image(with_rectangle(width, height, (left, top, right, bottom))))
         boxes, keep = plan.apply_boxes(np.array([[left, top, right, bottom]]))
         if found is None:
@@ -192,6 +274,8 @@ class TestPixels:
             Plan((32, 24), (32, 24), flip=True),
             Plan((32, 24), (20, 31), crop=(3, 5, 17, 11)),
             Plan((32, 24), (20, 31), antialias=True),
+            Plan((32, 24), (40, 40), crop=(3, 5, 17, 11), picture=(34, 22)),
+            Plan((32, 24), (40, 40), flip=True, picture=(32, 24)),
         ],
         ids=str,
     )

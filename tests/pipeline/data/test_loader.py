@@ -110,6 +110,22 @@ class TestOrderContract:
             for one, other in zip(step.micro_batches, straight[step.step].micro_batches, strict=True):
                 assert_same(one, other)
 
+    def test_plain_epochs_follow_jitter_at_any_world_size(self, manifest: Manifest) -> None:
+        augment = AUGMENT.model_copy(update={"jitter": (0.5, 1.5), "jitter_side": 64, "plain_after": 1})
+        straight = list(loader(manifest, 0, 5, augment=augment))
+        canvases = [{batch.batch.pixels.shape[2:] for batch in step.micro_batches} for step in straight]
+        assert canvases[:2] == [{(64, 64)}] * 2
+        for step in straight[:2]:
+            assert not any(batch.batch.mask.any() for batch in step.micro_batches)
+        # 31 images an epoch: the third step has 7 that are jittered and 5 that are not.
+        for step in loader(manifest, 3, 5, augment=AUGMENT.model_copy(update={"crop": 0.0})):
+            for batch in step.micro_batches:
+                assert_same(batch, straight[step.step].micro_batches[batch.index])
+        for rank in range(2):
+            for step in loader(manifest, 2, 4, rank, 2, augment=augment):
+                for batch in step.micro_batches:
+                    assert_same(batch, straight[step.step].micro_batches[batch.index])
+
     def test_worker_processes_are_forked_from_what_was_prepared(self, manifest: Manifest) -> None:
         prepare_workers(0)
         prepare_workers(1)
@@ -130,8 +146,10 @@ class TestOrderContract:
 
     def test_more_shared_memory_than_there_is_is_refused(self, manifest: Manifest) -> None:
         huge = AUGMENT.model_copy(update={"max_side": 10**7})
-        with pytest.raises(UserError, match=r"/dev/shm on .* MiB free, .* share \d+ MiB: .*loader_workers: 0"):
-            list(loader(manifest, 0, 1, loader_workers=1, augment=huge))
+        canvas = AUGMENT.model_copy(update={"jitter": (1e-5, 1e-5), "jitter_side": 10**7})
+        for augment in (huge, canvas):
+            with pytest.raises(UserError, match=r"/dev/shm on .* MiB free, .* share \d+ MiB: .*loader_workers: 0"):
+                list(loader(manifest, 0, 1, loader_workers=1, augment=augment))
         assert len(list(loader(manifest, 0, 1, augment=huge))) == 1, "a loader without processes shares none"
 
     def test_nothing_to_do(self, manifest: Manifest) -> None:

@@ -1,6 +1,7 @@
 """pipeline/plan/data.py: the data that a plan is for, and its canvases."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,10 +74,14 @@ def test_a_damaged_annotation_file_is_told(tmp_path: Path, images: str) -> None:
         planned_data(config_of(tmp_path))
 
 
-def test_canvases_are_those_of_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "jitter", [{}, {"jitter": (0.5, 1.5), "jitter_side": 192, "plain_after": 40}], ids=["published", "jitter"]
+)
+def test_canvases_are_those_of_training(tmp_path: Path, jitter: dict[str, Any]) -> None:
     manifest = make_varied_manifest(tmp_path, 30)
     augment = AugmentSection(short_sides=(64, 96), max_side=160, crop_short_sides=(64,), crop_min=40, crop_max=64)
-    train = TrainSection(global_batch=10, micro_batch=5, augment=augment)
+    augment = augment.model_copy(update=jitter)
+    train = TrainSection(epochs=66, global_batch=10, micro_batch=5, augment=augment)
     order = SampleOrder(manifest.digest, manifest.shard_sizes, 0, 8)
     sizes = np.concatenate([plan_step(manifest, order, step, train).plans.size for step in range(200)])
     real = -(-sizes.reshape(-1, 5, 2).max(axis=1) // 32) * 32

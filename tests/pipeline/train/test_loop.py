@@ -29,7 +29,7 @@ from pipeline.train.run import Run, TrainJob
 from pipeline.train.stop import StoppedError
 from tests.builders import spoil
 from tests.pipeline.checkpoint.engines import CUT
-from tests.pipeline.train.runs import SAMPLES, assert_same_weights, losses, make_job, points, train_on
+from tests.pipeline.train.runs import SAMPLES, SETTINGS, assert_same_weights, losses, make_job, points, train_on
 from tests.ranks import Ranks, processes
 
 
@@ -131,28 +131,32 @@ SUCCESSORS: dict[str, Any] = {
     "with_box_refine": True,
     "two_stage": "mixed",
     "look_forward_twice": True,
-    "class_loss": "ia_bce",
+    "class_loss": "ma",
     "one_to_many": OneToMany(12, 3, 0.5),
     "denoising": Denoising(16, 0.5, 1.0),
 }
+JITTERED = {**SETTINGS["augment"], "jitter": (0.5, 1.5), "jitter_side": 64, "plain_after": 1}
+"""Until the middle of the third step."""
 
 
 def make_successor(manifest: Manifest, out: Path, steps: int) -> TrainJob:
-    job = make_job(manifest, out, max_steps=steps)
+    job = make_job(manifest, out, max_steps=steps, ema=0.6, augment=JITTERED)
     return replace(job, model=replace(job.model, decoder_layers=2, dropout=0.0, **SUCCESSORS))
 
 
 def test_successors_go_on_to_the_same_bits_at_any_world_size(
     manifest: Manifest, world: World, ranks: Ranks, tmp_path: Path
 ) -> None:
-    straight = make_successor(manifest, tmp_path / "straight", 2)
+    straight = make_successor(manifest, tmp_path / "straight", 3)
     last = train(straight, world)
-    for steps in (1, 2):
+    for steps in (1, 3):
         job = make_successor(manifest, tmp_path / "again", steps)
         again = train(job, world)
     assert_same_weights(again, last)
+    ours, theirs = (checkpoint.load_model_weights(path, checkpoint.EMA) for path in (again, last))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert losses(job.out) == losses(straight.out)
-    job = make_successor(manifest, tmp_path / "two", 2)
+    job = make_successor(manifest, tmp_path / "two", 3)
     ranks.run(train_on, job)
     assert losses(job.out) == pytest.approx(losses(straight.out), rel=1e-5)
     assert {"train/loss_ce_many", "train/loss_giou_many_0", "train/loss_bbox_dn"} <= points(job.out)[2].keys()
