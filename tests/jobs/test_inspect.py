@@ -18,7 +18,19 @@ def test_a_published_network() -> None:
     found = inspect_model(load_config(CONFIGS / "coco_r50_two_stage.yaml"))
     assert found["network"] == "deformable_detr, resnet50, 91 logits"
     assert (found["parameters"], found["trained"], found["tensors"]) == ("41,181,529", "40,959,129", "630")
-    assert found["GFLOPs"].endswith("(multiply-adds of one image of 800 x 1101)")
+    assert found["GFLOPs"] == "175.3 (multiply-adds of one image of 800 x 1101)"
+
+
+@pytest.mark.parametrize(("name", "queries"), [("coco_r50_12", 300), ("coco_r50_best", 900)])
+def test_what_the_successors_cost(name: str, queries: int) -> None:
+    """What training alone has counts no operations: there are wider blocks, and more queries in six layers."""
+    cells, levels = 100 * 138 + 50 * 69 + 25 * 35 + 13 * 18, 4
+    wider = 6 * 2 * 256 * 1024 * (cells + queries)
+    projections = 6 * 256**2 + 256 * 3 * 8 * levels * 4 + 2 * 256 * 1024
+    heads = 256 * 91 + 2 * 256**2 + 256 * 4
+    more = 6 * ((queries - 300) * (projections + heads) + 2 * 256 * (queries**2 - 300**2))
+    found = float(inspect_model(load_config(CONFIGS / f"{name}.yaml"))["GFLOPs"].split()[0])
+    assert found == pytest.approx(175.3 + (wider + more) / 1e9, abs=0.3)
 
 
 def test_classes_come_from_the_shards(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from model import DetrConfig, build_model
+from model.config import Denoising, OneToMany
 from pipeline.config.load import ConfigError, dump_config, load_config, parse_config
 from pipeline.config.sections import (
     METRICS,
@@ -35,7 +36,7 @@ def test_every_shipped_config_loads_and_survives_a_round_trip(path: Path) -> Non
 
 
 def test_the_shipped_configs_are_the_promised_ones() -> None:
-    assert {path.stem for path in CONFIGS} == {"demo", "tiny_coco", "bccd", "small"} | PUBLISHED.keys()
+    assert {path.stem for path in CONFIGS} == {"demo", "tiny_coco", "bccd", "small"} | RECIPES.keys()
 
 
 class Published(NamedTuple):
@@ -71,11 +72,28 @@ PUBLISHED = {
         *(50, 40, 64, 1e-4, 2.0),
     ),
 }
+MIXED = {
+    **dict.fromkeys(("with_box_refine", "look_forward_twice"), True),
+    **{"two_stage": "mixed", "dropout": 0.0, "ffn_dim": 2048},
+}
+# Two-stage with blocks twice as wide, and positions of queries alone from the proposals
+WIDE = 12 * (2 * 256 * 1024 + 1024) - (512 * 256 + 256 + 512)
+HYBRID, BEST = WIDE + (300 + 1500) * 256, WIDE + (900 + 91) * 256
+RECIPES = PUBLISHED | {
+    "coco_r50_12": Published(
+        41_181_529 + HYBRID, 40_959_129 + HYBRID, {**MIXED, "one_to_many": OneToMany(1500, 6, 1.0)}, 12, 11, 16
+    ),
+    "coco_r50_best": Published(
+        *(41_181_529 + BEST, 40_959_129 + BEST),
+        {**MIXED, "num_queries": 900, "class_loss": "ia_bce", "denoising": Denoising(200, 0.25, 1.0)},
+        *(24, 22, 16, 1e-4, 1.0),
+    ),
+}
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_recipes(name: str) -> None:
-    published = PUBLISHED[name]
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes(name: str) -> None:
+    published = RECIPES[name]
     config = load_config(next(path for path in CONFIGS if path.stem == name))
     train, model, loss = config.train, config.model_for(91), config.train.criterion
     assert config.name == name
@@ -91,6 +109,7 @@ def test_published_recipes(name: str) -> None:
     assert train.augment.short_sides == tuple(range(480, 801, 32))
     assert (loss.class_weight, loss.bbox_weight, loss.giou_weight) == (published.class_weight, 5.0, 2.0)
     assert (loss.focal_alpha, loss.focal_gamma, loss.no_object_weight) == (0.25, 2.0, 0.1)
+    assert (loss.class_cost, train.ema) == ((2.0, 0.9997) if name == "coco_r50_best" else (None, None))
     assert (config.dataset.labels, train.init.backbone) == ("coco91", "imagenet")
     assert config.evaluate.batch_size == train.micro_batch  # padding costs a DC5 network that never saw it
     with torch.device("meta"):
