@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from model.backbones.resnet import Frozen
+from model.backbones.backbone import Frozen
 from model.batch import ImageBatch
 from model.build import build_model
 from model.config import CriterionConfig, DetrConfig

@@ -1,6 +1,6 @@
-"""Deformable DETR (arXiv 2010.04159): a ResNet, feature levels, a deformable transformer and a head for each layer.
+"""Deformable DETR (arXiv 2010.04159): a backbone, feature levels, a deformable transformer and a head for each layer.
 
-Module names follow the original, so that its weights fit by name; the backbone's are torchvision's.
+Module names follow the original, so that its weights fit by name; the backbone's are torchvision's, or Swin's own.
 Shapes: B batch, Q queries, C hidden channels, S cells of all levels.
 """
 
@@ -33,7 +33,7 @@ class DeformableDetr(nn.Module):
         self.config = config
         width = config.hidden_dim
         self.backbone = make_backbone(
-            config.backbone, config.backbone_norm, config.dilation, only_last=config.feature_levels == 1
+            config.backbone, config.backbone_norm, config.dilation, config.feature_levels == 1, config.drop_path
         )
         self.input_proj = self._input_projections(width, config.feature_levels)
         if config.query_width:

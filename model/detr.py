@@ -1,6 +1,7 @@
-"""DETR (arXiv 2005.12872): a ResNet's last feature map, a transformer with full attention, and two heads.
+"""DETR (arXiv 2005.12872): a backbone's last feature map, a transformer with full attention, and two heads.
 
-Module names follow facebookresearch/detr, so that its weights fit by name; the backbone's are torchvision's.
+Module names follow facebookresearch/detr, so that its weights fit by name; the backbone's are torchvision's, or Swin's
+own.
 Shapes: B batch, Q queries, C hidden channels, S cells of the feature map.
 """
 
@@ -147,7 +148,9 @@ class Detr(nn.Module):
         super().__init__()
         self.config = config
         width = config.hidden_dim
-        self.backbone = make_backbone(config.backbone, config.backbone_norm, config.dilation, only_last=True)
+        self.backbone = make_backbone(
+            config.backbone, config.backbone_norm, config.dilation, only_last=True, drop_path=config.drop_path
+        )
         self.input_proj = nn.Conv2d(self.backbone.channels[-1], width, 1)
         self.query_embed = nn.Embedding(config.num_queries, width)
         self.transformer = DetrTransformer(config)

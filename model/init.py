@@ -4,7 +4,9 @@ Of both detectors:
 
 | what                                           | weight                         | bias                       |
 |------------------------------------------------|--------------------------------|----------------------------|
-| backbone convolutions                          | Kaiming normal, fan out, ReLU  | none                       |
+| convolutions of a ResNet                       | Kaiming normal, fan out, ReLU  | none                       |
+| a Swin's linear layers, tables of biases       | N(0, 0.02)                     | 0                          |
+| a Swin's patch_embed.proj                      | U(+-1 / sqrt(inputs))          | U(+-1 / sqrt(inputs))      |
 | frozen batch norm                              | 1 (mean 0, variance 1)         | 0                          |
 | group norm, layer norm                         | 1                              | 0                          |
 | query_embed, one_to_many_embed                 | N(0, 1)                        |                            |
@@ -46,6 +48,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from model.backbones.swin import Swin, WindowAttention
 from model.deformable_attention import MSDeformAttn
 from model.deformable_detr import DeformableDetr
 from model.detr import Detr
@@ -61,9 +64,12 @@ def init_weights(model: DeformableDetr | Detr, generator: torch.Generator | None
         generator: source of the draws, on the CPU; torch's global one when None.
     """
     with torch.no_grad():
-        for module in model.backbone.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+        if isinstance(model.backbone, Swin):
+            _init_swin(model.backbone, generator)
+        else:
+            for module in model.backbone.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
         for module in model.modules():
             if isinstance(module, nn.GroupNorm | nn.LayerNorm):
                 module.reset_parameters()
@@ -71,6 +77,17 @@ def init_weights(model: DeformableDetr | Detr, generator: torch.Generator | None
             _init_detr(model, generator)
         else:
             _init_deformable_detr(model, generator)
+
+
+def _init_swin(backbone: Swin, generator: torch.Generator | None) -> None:
+    _init_uniform_layer(backbone.patch_embed.proj, generator)
+    for module in backbone.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, WindowAttention):
+            nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02, generator=generator)
 
 
 def _init_detr(model: Detr, generator: torch.Generator | None) -> None:

@@ -1,28 +1,31 @@
 """A backbone by its name."""
 
-from collections.abc import Callable
+from model.backbones import resnet, swin
+from model.backbones.backbone import Backbone
+from model.backbones.resnet import Norm, ResNet
+from model.backbones.swin import Swin
 
-from model.backbones import resnet
-from model.backbones.resnet import Backbone, Norm
-
-MakeBackbone = Callable[[str, Norm, bool, bool], Backbone]
-"""Takes the arguments of `make_backbone`."""
-BACKBONES: dict[str, MakeBackbone] = dict.fromkeys(resnet.NAMES, Backbone)
-"""What makes the backbone of each name that `DetrConfig.backbone` may have."""
+BACKBONES = (*resnet.NAMES, *swin.NAMES)
+"""Names that `DetrConfig.backbone` may have."""
 
 
-def make_backbone(name: str, norm: Norm, dilation: bool = False, only_last: bool = False) -> Backbone:
+def make_backbone(
+    name: str, norm: Norm, dilation: bool = False, only_last: bool = False, drop_path: float = 0.0
+) -> Backbone:
     """A feature extractor without weights.
 
     Args:
         name: one of `BACKBONES`.
-        norm: the norm of every convolution.
-        dilation: double the resolution of C5 (DC5).
+        norm: the norm of every convolution of a ResNet; a Swin transformer has layer norms.
+        dilation: double the resolution of a ResNet's C5 (DC5).
         only_last: give C5 alone instead of C3, C4 and C5.
+        drop_path: stochastic depth of a Swin transformer.
 
     Raises:
         ValueError: there is none of that name.
     """
-    if name not in BACKBONES:
-        raise ValueError(f'backbone is "{name}", it must be one of {", ".join(BACKBONES)}')
-    return BACKBONES[name](name, norm, dilation, only_last)
+    if name in resnet.NAMES:
+        return ResNet(name, norm, dilation, only_last)
+    if name in swin.NAMES:
+        return Swin(name, drop_path, only_last)
+    raise ValueError(f'backbone is "{name}", it must be one of {", ".join(BACKBONES)}')

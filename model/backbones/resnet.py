@@ -4,6 +4,7 @@ Norms are frozen batch norm, for published weights, or group norm, for training 
 never used, so an image's features do not depend on what else is in its batch.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.recompute import Recomputing
+from model.backbones.backbone import Backbone
 
 Norm = Literal["frozen_batch_norm", "group_norm"]
-Frozen = Literal["none", "stem_and_layer1", "all"]
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -174,7 +174,7 @@ def _stage(
     return nn.Sequential(first, *others)
 
 
-class Backbone(Recomputing):
+class ResNet(Backbone):
     """The stages of a ResNet whose outputs a detector uses.
 
     Args:
@@ -186,23 +186,24 @@ class Backbone(Recomputing):
         only_last: give C5 alone instead of C3, C4 and C5.
     """
 
+    early = ("conv1.", "bn1.", "layer1.")
+
     def __init__(self, name: str, norm: Norm, dilation: bool = False, only_last: bool = False) -> None:
         super().__init__()
-        block, depths, widths = _ARCHITECTURES[name]
+        block, self.depths, widths = _ARCHITECTURES[name]
         make_norm = _NORMS[norm]
         self.name = name
         self.only_last = only_last
         self.conv1, self.maxpool = _stem(name, widths[0], make_norm)
         self.bn1 = make_norm(widths[0])
         inputs = widths[0]
-        for stage, (depth, width) in enumerate(zip(depths, widths, strict=True), start=1):
+        for stage, (depth, width) in enumerate(zip(self.depths, widths, strict=True), start=1):
             dilated = dilation and stage == 4
             stride = 1 if stage == 1 or dilated else 2
             self.add_module(f"layer{stage}", _stage(block, depth, inputs, width, stride, dilated, make_norm))
             inputs = width * block.expansion
         outputs = [width * block.expansion for width in widths[1:]]
         self.channels = tuple(outputs[-1:] if only_last else outputs)
-        """Channels of the feature maps that `forward` gives."""
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Feature maps `[batch, channels, H / stride, W / stride]` of images `[batch, 3, H, W]`, strides 8, 16, 32."""
@@ -214,10 +215,6 @@ class Backbone(Recomputing):
             features.append(x)
         return features[-1:] if self.only_last else features[1:]
 
-    def freeze(self, frozen: Frozen) -> None:
-        """Choose what is trained: everything, all but the stem and layer1 (the published recipe), or nothing."""
-        if frozen not in ("none", "stem_and_layer1", "all"):
-            raise ValueError(f'cannot freeze "{frozen}": choose none, stem_and_layer1 or all')
-        for name, parameter in self.named_parameters():
-            early = name.startswith(("conv1.", "bn1.", "layer1."))
-            parameter.requires_grad_(frozen == "none" or (frozen == "stem_and_layer1" and not early))
+    def _place(self, name: str) -> tuple[int, int] | None:
+        match = re.match(r"layer(\d)\.(\d+)\.", name)
+        return (int(match[1]) - 1, int(match[2])) if match else None

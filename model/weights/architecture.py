@@ -16,9 +16,9 @@ from torch import Tensor
 from model.backbones.make import BACKBONES, make_backbone
 from model.config import DetrConfig
 
-UNSEEN = ("heads", "points", "dropout", "dilation", "class_loss", "auxiliary_losses", "look_forward_twice")
+UNSEEN = ("heads", "points", "dropout", "drop_path", "dilation", "class_loss", "auxiliary_losses", "look_forward_twice")
 """Settings that no shape tells; `num_queries` is another one where two stages learn nothing of a query."""
-_TRAINING = ("dropout", "auxiliary_losses", "look_forward_twice", "one_to_many", "denoising")
+_TRAINING = ("dropout", "drop_path", "auxiliary_losses", "look_forward_twice", "one_to_many", "denoising")
 """Settings of which what a trained network computes does not depend."""
 
 _RESNETS: dict[str, tuple[str, list[int], list[int]]] = {
@@ -90,7 +90,8 @@ def _refines(tensors: Mapping[str, Tensor]) -> bool:
 
 def _backbone(tensors: Mapping[str, Tensor], only_last: bool) -> dict[str, Any]:
     own = {name.removeprefix("backbone."): t.shape for name, t in tensors.items() if name.startswith("backbone.")}
-    norm: Any = "frozen_batch_norm" if "bn1.running_mean" in own else "group_norm"
+    frozen = "bn1.running_mean" in own or "patch_embed.proj.weight" in own  # a Swin's configuration has the default
+    norm: Any = "frozen_batch_norm" if frozen else "group_norm"
     for name in BACKBONES:
         with torch.device("meta"):
             state = make_backbone(name, norm, only_last=only_last).state_dict()
@@ -215,7 +216,9 @@ def _hf_deformable(config: DetrConfig) -> dict[str, Any]:
 def check_original(config: DetrConfig) -> None:
     """Raise a ValueError where the original (or facebookresearch/detr) would compute something else."""
     lacks = _unknown(config)
-    if config.backbone == "resnet_tiny" or config.backbone_norm != "frozen_batch_norm":
+    if config.has_swin:
+        lacks.append(f"the backbone {config.backbone}")
+    elif config.backbone == "resnet_tiny" or config.backbone_norm != "frozen_batch_norm":
         lacks.append(f"the backbone {config.backbone} with {config.backbone_norm}")
     if lacks:
         raise ValueError(f"the original has not {', nor '.join(lacks)}: these weights cannot be written for it")

@@ -1,8 +1,9 @@
 """Weights in and out of files: the only module of `model` that touches a disk or the network.
 
 Read and written are our safetensors files (and checkpoint folders that hold one), the original's checkpoints and HF's
-folders (see `names`); torchvision's ResNet files are read for the backbone. A file is checked whole before the first
-tensor of the model changes, so a refused file leaves the model as it was. Nothing is unpickled but plain values.
+folders (see `names`); for the backbone, torchvision's ResNets and Swins of the official release and of transformers. A
+file is checked whole before the first tensor of the model changes, so a refused file leaves the model as it was.
+Nothing is unpickled but plain values.
 """
 
 import argparse
@@ -24,11 +25,22 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model.backbones.resnet import Backbone
+from model.backbones.backbone import Backbone
+from model.backbones.swin import Swin
 from model.config import DetrConfig
 from model.weights.architecture import check_original, hf_config, notes_of_args, notes_of_hf
-from model.weights.fit import IGNORED, TRAINING_ONLY, LoadReport, Weights, fit, fit_backbone, some, unique_tensors
-from model.weights.names import FORMATS, recognise, to_foreign, to_own
+from model.weights.fit import (
+    BACKBONE_KINDS,
+    IGNORED,
+    TRAINING_ONLY,
+    LoadReport,
+    Weights,
+    fit,
+    fit_backbone,
+    some,
+    unique_tensors,
+)
+from model.weights.names import FORMATS, recognise, recognise_backbone, to_foreign, to_own
 
 FOLDER_FILE = "model.safetensors"
 FOLDER_FILES = (FOLDER_FILE, f"{FOLDER_FILE}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -123,7 +135,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 def load_weights(
     model: nn.Module, source: str | Path | Mapping[str, Tensor] | Weights, *, reset_heads: bool = False
 ) -> LoadReport:
-    """Set a detector's weights; a torchvision ResNet file sets those of its backbone.
+    """Set a detector's weights; a file of a backbone alone sets those of its backbone.
 
     Args:
         model: the detector.
@@ -136,18 +148,19 @@ def load_weights(
     """
     if not isinstance(source, Weights):
         name, tensors, notes = _read(source)
-        if _is_torchvision(tensors):
+        if recognise_backbone(tensors):
             return fit_backbone(model.get_submodule("backbone"), tensors, name)
         source = _weights(name, tensors, notes)
     return fit(model, source, reset_heads)
 
 
 def load_backbone(model: nn.Module, source: str | Path) -> LoadReport:
-    """Set the weights of a detector's backbone from torchvision's state dict.
+    """Set the weights of a detector's backbone from torchvision's state dict, or a Swin's of the official release or of
+    transformers.
 
     Args:
         model: the detector.
-        source: a path, a URL, or `imagenet` for the published file of this backbone; torch.hub's cache keeps downloads.
+        source: a path, a URL, or `imagenet` for the published file of a ResNet; torch.hub's cache keeps downloads.
             Where the file's name ends in digits of its sha256, as the published ones do, they are checked.
 
     Raises:
@@ -157,16 +170,24 @@ def load_backbone(model: nn.Module, source: str | Path) -> LoadReport:
     assert isinstance(backbone, Backbone)
     source = str(source)
     if source == "imagenet":
+        if isinstance(backbone, Swin) and backbone.name != "swin_nano":
+            raise ValueError(
+                f"imagenet: the sha256 of {backbone.name}'s published weights is not known here: get its .pth file "
+                "from https://github.com/microsoft/Swin-Transformer and give the path"
+            )
         if backbone.name not in IMAGENET_FILES:
             raise ValueError(f"there are no published ImageNet weights of {backbone.name}: train it from scratch")
         source = IMAGENET_URL + IMAGENET_FILES[backbone.name]
     path = _download(source) if re.match(r"[a-z]+://", source) else Path(source)
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{source}: there is no such file of backbone weights")
-    _check_digest(path)
+    if path.is_file():
+        _check_digest(path)
     tensors = read_tensors(path)
-    if not _is_torchvision(tensors):
-        raise ValueError(f"{source}: not a torchvision ResNet state dict; its tensors are {some(tensors) or 'none'}")
+    if recognise_backbone(tensors) is None:
+        raise ValueError(
+            f"{source}: not a state dict of a torchvision ResNet or a Swin; its tensors are {some(tensors) or 'none'}"
+        )
     return fit_backbone(backbone, tensors, source)
 
 
@@ -179,12 +200,12 @@ def read_weights(source: str | Path | Mapping[str, Tensor]) -> Weights:
             tensors by the names of any of these.
 
     Raises:
-        BackboneOnlyError: it is a torchvision ResNet.
+        BackboneOnlyError: it is a backbone's.
         ValueError: it cannot be read, or is not of a known format.
     """
     name, tensors, notes = _read(source)
-    if _is_torchvision(tensors):
-        raise BackboneOnlyError(f"{name}: a torchvision ResNet, not a detector")
+    if format := recognise_backbone(tensors):
+        raise BackboneOnlyError(f"{name}: {BACKBONE_KINDS[format]}, not a detector")
     return _weights(name, tensors, notes)
 
 
@@ -276,6 +297,8 @@ def _hf_notes(path: Path) -> dict[str, Any]:
         return {}
     config = _read_json(path)
     kind = config.get("model_type")
+    if kind == "swin":
+        return {}
     if kind not in ("detr", "deformable_detr"):
         raise ValueError(f"{path}: is of a model of the type {kind}, and only detr and deformable_detr are read")
     return notes_of_hf(config)
@@ -289,10 +312,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: is not a JSON object; get it again")
     return content
-
-
-def _is_torchvision(tensors: Mapping[str, Tensor]) -> bool:
-    return "layer1.0.conv1.weight" in tensors
 
 
 def _download(url: str) -> Path:

@@ -9,16 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.backbones.backbone import Backbone
 from model.backbones.resnet import FrozenBatchNorm2d
+from model.backbones.swin import Swin
 from model.config import DetrConfig
 from model.weights.architecture import differences, infer_config
-from model.weights.names import foreign_name
+from model.weights.names import backbone_to_own, foreign_name, recognise_backbone
 
-# Counters that batch norm keeps while training, leftovers of a FLOP counter in published files, and the classifier.
-IGNORED = re.compile(r"(^|\.)(num_batches_tracked|total_ops|total_params)$")
-_CLASSIFIER = re.compile(r"^fc\.(weight|bias)$")
+# Counters that batch norm keeps while training, leftovers of a FLOP counter in published files, and what follows from
+# the size of a window.
+IGNORED = re.compile(r"(^|\.)(num_batches_tracked|total_ops|total_params|relative_position_index|attn_mask)$")
+# The classifier, the norm before it, and the token of masked training.
+_CLASSIFIER = re.compile(r"(fc|head|classifier|norm|(swin\.)?layernorm)\.(weight|bias)|(swin\.)?embeddings\.mask_token")
+_NORM_OF_MAP = re.compile(r"norm\d\.(weight|bias)")
 TRAINING_ONLY = re.compile(r"(one_to_many_embed|transformer\.label_embed)\.")
 """Tensors of queries that training alone has: files are written without them."""
+BACKBONE_KINDS = {
+    "torchvision": "a torchvision ResNet",
+    "swin": "an official Swin",
+    "transformers": "a Swin of transformers",
+}
+"""What a backbone of each of `names.BACKBONE_FORMATS` is called."""
 _CLASS_HEAD = re.compile(r"(^|\.)class_embed\.(\d+\.)?(weight|bias)$")  # DETR has one without a number
 _ATTENTION = ("heads", "points")
 """Settings that change what the same tensors compute, without a shape that tells."""
@@ -31,7 +42,7 @@ class LoadReport:
     source: str
     """File, URL, or "state dict"."""
     format: str
-    """`raydetr`, `original`, `hf` or `torchvision`."""
+    """`raydetr`, `original` or `hf`; of a backbone `torchvision`, `swin` or `transformers`."""
     loaded: tuple[str, ...]
     """Tensors of the model that were set."""
     reset: tuple[str, ...] = ()
@@ -40,11 +51,15 @@ class LoadReport:
     """Tensors of the file that the model has no use for."""
     unlike: tuple[str, ...] = ()
     """Settings that the file says it was made with and the model does not have, as `name: value`."""
+    initial: tuple[str, ...] = ()
+    """Tensors of a Swin's maps, which files of ImageNet lack, that keep their initial weights."""
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} tensors from {self.source} ({self.format})"]
         if self.reset:
             parts.append(f"class heads start anew: {', '.join(self.reset)}")
+        if self.initial:
+            parts.append(f"not in the file, so they start anew: {', '.join(self.initial)}")
         if self.ignored:
             parts.append(f"{len(self.ignored)} tensors not used: {some(self.ignored)}")
         if self.unlike:
@@ -136,16 +151,27 @@ def _mend(weights: Weights, config: DetrConfig) -> str:
 
 
 def fit_backbone(backbone: nn.Module, tensors: Mapping[str, Tensor], source: str) -> LoadReport:
-    """Set a backbone's weights from torchvision's state dict."""
+    """Set a backbone's weights from a state dict of `names.BACKBONE_FORMATS`."""
+    format = recognise_backbone(tensors)
+    assert isinstance(backbone, Backbone)
+    assert format is not None
+    if isinstance(backbone, Swin) != (format != "torchvision"):
+        raise ValueError(f"{source}: is of {BACKBONE_KINDS[format]}, and the backbone is {backbone.name}")
     frozen = any(isinstance(module, FrozenBatchNorm2d) for module in backbone.modules())
     if "bn1.running_mean" in tensors and not frozen:
         raise ValueError(f"{source}: has batch norm statistics; to use them, set backbone_norm: frozen_batch_norm")
-    ignored = tuple(name for name in tensors if IGNORED.search(name) or _CLASSIFIER.search(name))
-    copies, problems = _match(backbone, {name: t for name, t in tensors.items() if name not in ignored})
+    ignored = {name for name in tensors if IGNORED.search(name) or _CLASSIFIER.fullmatch(name)}
+    given, unknown = backbone_to_own({name: t for name, t in tensors.items() if name not in ignored})
+    norms = {name for name in backbone.state_dict() if _NORM_OF_MAP.fullmatch(name)}
+    spare = {name for name in given if _NORM_OF_MAP.fullmatch(name)} - norms  # of maps that this detector does not use
+    copies, problems = _match(backbone, {n: t for n, t in given.items() if n not in spare}, keep=norms - given.keys())
+    if unknown:
+        problems.append(f"{len(unknown)} tensors are not the model's: {some(unknown)}")
     if problems:
         raise ValueError(_does_not_fit(source, problems))
     _copy(backbone, copies)
-    return LoadReport(source, "torchvision", tuple(f"backbone.{name}" for name in copies), (), ignored)
+    loaded, initial = (tuple(f"backbone.{name}" for name in names) for names in (copies, sorted(norms - given.keys())))
+    return LoadReport(source, format, loaded, ignored=(*sorted(ignored), *sorted(spare)), initial=initial)
 
 
 def _class_heads_to_reset(model: nn.Module, weights: Weights, reset_heads: bool) -> tuple[str, ...]:

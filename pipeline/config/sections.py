@@ -180,7 +180,8 @@ class AugmentSection(Section):
 
 class InitSection(Section):
     backbone: str | None = None
-    """Backbone weights: a path or URL of torchvision's state dict, or `imagenet` for the published ones."""
+    """Backbone weights: a path or URL of torchvision's state dict, or `imagenet` for the published ones; of a Swin a
+    path or URL of the official release's, or a folder of transformers'."""
     weights: str | None = None
     """Detector weights: a checkpoint folder, a file or folder of ours, of the original or of transformers, or a
     registered version, `models:/NAME@ALIAS` or `models:/NAME/7`, of the registry at tracking.uri."""
@@ -241,7 +242,7 @@ class TrainSection(Section):
     """Decay of a moving average of the weights, such as 0.9997, which is then what is evaluated and registered, while
     training goes on with the weights themselves. It rises to that with the steps n, as (1 + n) / (10 + n)."""
     freeze_backbone: Literal["none", "stem_and_layer1", "all"] = "stem_and_layer1"
-    """Backbone parameters that are not trained."""
+    """Backbone parameters that are not trained; of a Swin `stem_and_layer1` means its patches and its first stage."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], Role.MAY_DIFFER] = 0
     """DeepSpeed ZeRO stage: what is sharded over the workers, 1 the optimizer's state, 2 also the gradients, 3 also the
     weights, which are gathered layer by layer when they are used."""
@@ -252,8 +253,8 @@ class TrainSection(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the network: fp32, or bf16 autocast with fp32 parameters."""
     activation_checkpointing: Annotated[bool, Role.MAY_DIFFER] = False
-    """Keep only the inputs of the layers and of the backbone's stages for the backward pass, and compute the rest
-    again: less memory, a third more computation, the same numbers."""
+    """Keep only the inputs of the layers and of a ResNet's stages or a Swin's blocks for the backward pass, and compute
+    the rest again: less memory, a third more computation, the same numbers."""
     compile: bool = False
     """Compile the transformer with torch.compile, which needs a C++ compiler on every worker and takes minutes in the
     first step; other image sizes use the same code. Dropout draws other numbers than without."""

@@ -4,6 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.complexity import MicroBatch, measure
@@ -100,6 +101,15 @@ def test_training_of_a_small_detr_by_hand() -> None:
     assert two.conv_flops == one.conv_flops, "no convolutions"
 
 
+def test_a_swin_counts_as_real_tensors_do() -> None:
+    if not compiled():
+        pytest.skip("there are no kernels here")
+    model = make_detector(backbone="swin_nano", backbone_norm="frozen_batch_norm").eval().requires_grad_(False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(make_batch([(96, 128)]))
+    assert measure(model.config, size=(96, 128)).multiply_adds == counter.get_total_flops() // 2
+
+
 def test_what_is_frozen_has_no_backward_pass() -> None:
     batch = MicroBatch(DetrConfig(), 1, (64, 96), frozen="none")
     forward = 2 * measure(DetrConfig(), size=(64, 96)).multiply_adds
@@ -119,6 +129,7 @@ def test_what_is_frozen_has_no_backward_pass() -> None:
         pytest.param({**TWO_STAGE, "denoising": Denoising(40)}, id="denoising"),
         pytest.param({"arch": "detr"}, id="detr"),
         pytest.param({"backbone": "resnet18", "backbone_norm": "frozen_batch_norm"}, id="frozen"),
+        pytest.param({"backbone": "swin_nano", "backbone_norm": "frozen_batch_norm"}, id="swin"),
     ],
 )
 def test_memory_of_training_is_that_of_real_tensors(settings: dict[str, Any], recompute: bool) -> None:

@@ -45,6 +45,14 @@ def test_strides() -> None:
         pytest.param({"feature_levels": 6}, "must be 1 to 5", id="sixth level"),
         pytest.param({"feature_levels": 2}, "use 1", id="two levels"),
         pytest.param({"dropout": 1.0}, "dropout", id="dropout"),
+        pytest.param({"drop_path": 1.0, "backbone": "swin_tiny"}, r"^drop_path is 1\.0", id="drop path"),
+        pytest.param(
+            {"drop_path": 0.1}, "drop_path is of a Swin, and backbone is resnet50", id="drop path of a ResNet"
+        ),
+        pytest.param(
+            {"backbone": "swin_large", "dilation": True}, "leave out backbone_norm and dil", id="dilated Swin"
+        ),
+        pytest.param({"backbone": "swin_tiny", "backbone_norm": "group_norm"}, "leave out backbone_norm", id="norm"),
         pytest.param({"two_stage": True}, "needs with_box_refine", id="two-stage"),
         pytest.param({"two_stage": "mixd"}, "one of false, true, mixed; did you mean mixed", id="mixd"),
         pytest.param({"two_stage": "mixed"}, "needs with_box_refine", id="mixed"),

@@ -1,9 +1,9 @@
-"""Dropout: how much is dropped, what is left, and what the gradient sees."""
+"""Dropout, of elements and of branches: how much is dropped, what is left, and what the gradient sees."""
 
 import pytest
 import torch
 
-from model.dropout import Dropout
+from model.dropout import Dropout, DropPath
 
 
 def drop(p: float, shape: tuple[int, ...] = (501, 401), seed: int = 0) -> torch.Tensor:
@@ -52,3 +52,27 @@ def test_a_half_precision_and_an_odd_count() -> None:
     out = Dropout(0.25)(torch.ones(3, dtype=torch.bfloat16))
     assert out.dtype == torch.bfloat16
     assert out.shape == (3,)
+
+
+class TestDropPath:
+    def test_drops_whole_images_and_scales_the_others(self) -> None:
+        torch.manual_seed(0)
+        out = DropPath(0.25)(torch.ones(4000, 2, 3, dtype=torch.bfloat16))
+        assert out.dtype == torch.bfloat16
+        assert torch.equal(out, out[:, :1, :1].expand_as(out))
+        first = out[:, 0, 0].float()
+        assert (first == 0).float().mean().item() == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / 4000) ** 0.5)
+        assert first[first != 0].unique().item() == pytest.approx(4 / 3, rel=1e-2)
+
+    def test_follows_the_global_seed(self) -> None:
+        outs = []
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            outs.append(DropPath(0.5)(torch.ones(64, 1)))
+        assert torch.equal(outs[0], outs[1])
+        assert not torch.equal(outs[0], outs[2])
+
+    def test_does_nothing_in_evaluation_nor_at_0(self) -> None:
+        x = torch.randn(3, 5)
+        assert DropPath(0.5).eval()(x) is x
+        assert DropPath(0.0)(x) is x

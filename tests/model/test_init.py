@@ -16,6 +16,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "single-scale": {"feature_levels": 1},
     "softmax": {"class_loss": "softmax"},
     "detr": {"arch": "detr"},
+    "swin": {"backbone": "swin_nano", "backbone_norm": "frozen_batch_norm"},
     "detr with focal loss": {"arch": "detr", "class_loss": "focal"},
 }
 
@@ -105,6 +106,20 @@ def test_detr(class_loss: str) -> None:
         torch.testing.assert_close(model.class_embed.bias, torch.full((5,), -math.log(99)))
     else:
         assert 0 < model.class_embed.bias.abs().max() <= 1 / 16
+
+
+def test_swin() -> None:
+    backbone = make_detector(**VARIANTS["swin"]).backbone
+    block = backbone.layers[3].blocks[1]
+    for weight in (
+        block.mlp.fc1.weight,
+        block.attn.relative_position_bias_table,
+        backbone.layers[2].downsample.reduction.weight,
+    ):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not block.attn.qkv.bias.any()
+    assert block.norm1.weight.eq(1).all()
+    check_uniform(backbone.patch_embed.proj.weight, 1 / math.sqrt(48))
 
 
 def test_nothing_is_left_out() -> None:

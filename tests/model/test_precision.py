@@ -24,6 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "softmax": {"class_loss": "softmax"},
     "frozen norms": {"backbone_norm": "frozen_batch_norm"},
     "detr": {"arch": "detr"},
+    "swin": {"backbone": "swin_nano", "backbone_norm": "frozen_batch_norm"},
 }
 PLACES = (
     (transformer, "encode_cells"),

@@ -16,6 +16,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "two-stage": {"with_box_refine": True, "two_stage": True},
     "mixed": {"with_box_refine": True, "two_stage": "mixed", "look_forward_twice": True},
     "detr": {"arch": "detr"},
+    "swin": {"backbone": "swin_nano", "backbone_norm": "frozen_batch_norm", "drop_path": 0.5},
 }
 every_variant = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -94,6 +95,15 @@ def test_an_encoder_layer_keeps_its_input_alone(arch: str) -> None:
         recompute_activations(model)
         kept.append(step(model)[1])
     assert kept[1] - kept[0] == 3 * cells[0]
+
+
+def test_each_block_of_a_swin_runs_twice() -> None:
+    model = make_model(**VARIANTS["swin"])
+    recompute_activations(model)
+    runs: list[Any] = []
+    model.backbone.layers[2].blocks[1].register_forward_pre_hook(lambda module, _: runs.append(module))
+    step(model)
+    assert len(runs) == 2
 
 
 @pytest.mark.parametrize("arch", ["deformable_detr", "detr"])

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.backbones.resnet import Backbone, FrozenBatchNorm2d
+from model.backbones.resnet import FrozenBatchNorm2d, ResNet
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from model.backbones.resnet import Backbone, FrozenBatchNorm2d
 )
 def test_sizes_are_torchvisions(name: str, parameters: int, channels: tuple[int, ...]) -> None:
     with torch.device("meta"):
-        backbone = Backbone(name, "frozen_batch_norm")
+        backbone = ResNet(name, "frozen_batch_norm")
         features = backbone(torch.empty(1, 3, 65, 96))
     assert sum(p.numel() for p in backbone.parameters()) == parameters
     assert backbone.channels == channels
@@ -28,7 +28,7 @@ def test_sizes_are_torchvisions(name: str, parameters: int, channels: tuple[int,
 
 def test_names_are_torchvisions() -> None:
     with torch.device("meta"):
-        names = Backbone("resnet50", "frozen_batch_norm").state_dict().keys()
+        names = ResNet("resnet50", "frozen_batch_norm").state_dict().keys()
     assert len(names) == 265
     norm = ("weight", "bias", "running_mean", "running_var")
     expected = {"conv1.weight", "layer4.2.conv3.weight", "layer2.0.downsample.0.weight"}
@@ -37,7 +37,7 @@ def test_names_are_torchvisions() -> None:
 
 
 def test_tiny() -> None:
-    backbone = Backbone("resnet_tiny", "group_norm")
+    backbone = ResNet("resnet_tiny", "group_norm")
     assert 450_000 < sum(p.numel() for p in backbone.parameters()) < 550_000
     assert [tuple(f.shape) for f in backbone(torch.randn(2, 3, 128, 96))] == [
         (2, 64, 16, 12),
@@ -49,7 +49,7 @@ def test_tiny() -> None:
 
 def test_groups_of_resnext_are_torchvisions() -> None:
     with torch.device("meta"):
-        backbone = Backbone("resnext101_64x4d", "frozen_batch_norm")
+        backbone = ResNet("resnext101_64x4d", "frozen_batch_norm")
     for stage, width in enumerate((256, 512, 1024, 2048), start=1):
         convolution = backbone.get_submodule(f"layer{stage}.1.conv2")
         assert isinstance(convolution, torch.nn.Conv2d)
@@ -61,7 +61,7 @@ def test_groups_of_resnext_are_torchvisions() -> None:
 def test_dilation_adds_cells_and_keeps_the_others(name: str, side: int) -> None:
     """Every other cell of a dilated C5 is a cell of the strided one, with the same weights."""
     torch.manual_seed(0)
-    strided, dilated = (Backbone(name, "frozen_batch_norm", dilation).double() for dilation in (False, True))
+    strided, dilated = (ResNet(name, "frozen_batch_norm", dilation).double() for dilation in (False, True))
     dilated.load_state_dict(strided.state_dict())
     image = torch.randn(1, 3, side, side, dtype=torch.float64)
     with torch.no_grad():
@@ -74,14 +74,14 @@ def test_dilation_adds_cells_and_keeps_the_others(name: str, side: int) -> None:
 def test_dilations_of_bottlenecks_are_torchvisions(name: str) -> None:
     """Those of `replace_stride_with_dilation=[False, False, True]`."""
     with torch.device("meta"):
-        backbone = Backbone(name, "frozen_batch_norm", dilation=True)
+        backbone = ResNet(name, "frozen_batch_norm", dilation=True)
     of_3x3 = [m for m in backbone.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
     assert [m.dilation[0] for m in of_3x3] == [1] * (len(of_3x3) - 2) + [2, 2]
     assert {m.stride for m in backbone.get_submodule("layer4").modules() if isinstance(m, torch.nn.Conv2d)} == {(1, 1)}
 
 
 def test_only_last() -> None:
-    backbone = Backbone("resnet_tiny", "group_norm", only_last=True)
+    backbone = ResNet("resnet_tiny", "group_norm", only_last=True)
     assert backbone.channels == (128,)
     assert [f.shape[-1] for f in backbone(torch.randn(1, 3, 64, 64))] == [2]
 
@@ -121,7 +121,7 @@ def test_frozen_batch_norm_keeps_a_scale_and_not_its_input(dtype: torch.dtype) -
 @pytest.mark.parametrize("name", ["resnet50", "resnext101_64x4d", "resnet_tiny"])
 def test_freeze(name: str) -> None:
     with torch.device("meta"):
-        backbone = Backbone(name, "group_norm")
+        backbone = ResNet(name, "group_norm")
     backbone.freeze("stem_and_layer1")
     frozen = {name.split(".")[0] for name, p in backbone.named_parameters() if not p.requires_grad}
     trained = {name.split(".")[0] for name, p in backbone.named_parameters() if p.requires_grad}
@@ -137,7 +137,7 @@ def test_freeze(name: str) -> None:
 
 @pytest.mark.parametrize("norm", ["frozen_batch_norm", "group_norm"])
 def test_features_do_not_depend_on_the_rest_of_the_batch(norm: str) -> None:
-    backbone = Backbone("resnet_tiny", norm).double()  # type: ignore[arg-type]
+    backbone = ResNet("resnet_tiny", norm).double()  # type: ignore[arg-type]
     images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
     for together, alone in zip(backbone(images), backbone(images[1:2]), strict=True):
         torch.testing.assert_close(together[1:2], alone)

@@ -1,6 +1,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from model.build import build_model
 from model.config import DetrConfig
@@ -15,7 +16,7 @@ SMALL: dict[str, Any] = {
 
 
 @every_variant
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet_tiny"])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet_tiny", "swin_nano"])
 def test_told_from_shapes(settings: dict[str, Any], backbone: str) -> None:
     config = DetrConfig(**(SMALL | {"backbone": backbone} | settings))
     model = build_model(config)
@@ -31,9 +32,10 @@ def test_mixed_queries_are_told_from_shapes() -> None:
     assert differences(DetrConfig(**SMALL, with_box_refine=True), config) == ["two_stage: mixed"]
 
 
-@pytest.mark.parametrize("backbone", ["resnet34", "resnet50", "resnet101"])
+@pytest.mark.parametrize("backbone", ["resnet34", "resnet50", "resnet101", "swin_tiny", "swin_large"])
 def test_backbones(backbone: Any) -> None:
-    model = build_model(DetrConfig(**(SMALL | {"backbone": backbone})))
+    with torch.device("meta"):
+        model = build_model(DetrConfig(**(SMALL | {"backbone": backbone, "with_box_refine": True, "two_stage": True})))
     assert infer_config(model.state_dict(), "deformable_detr", {}).backbone == backbone
 
 
@@ -68,6 +70,7 @@ def test_config_of_transformers_there_and_back(settings: dict[str, Any]) -> None
     [
         ({"backbone": "resnet_tiny"}, "resnet_tiny"),
         ({"backbone_norm": "group_norm"}, "group_norm"),
+        ({"backbone": "swin_tiny"}, "swin_tiny"),
         ({"dilation": True}, "dilated"),
         ({"class_loss": "softmax"}, "class loss softmax"),
         ({"hidden_dim": 32}, "under 64"),
@@ -86,6 +89,7 @@ def test_what_transformers_has_not(settings: dict[str, Any], message: str) -> No
         ({"arch": "detr", "feature_levels": 1, "class_loss": "focal"}, "detr with the class loss focal"),
         ({"arch": "detr", "feature_levels": 1, "class_loss": "vfl"}, "detr with the class loss vfl"),
         ({"backbone_norm": "group_norm"}, "resnet50 with group_norm"),
+        ({"backbone": "swin_large"}, "swin_large"),
         ({"with_box_refine": True, "two_stage": "mixed"}, "two_stage mixed"),
     ],
 )  # fmt: skip

@@ -8,12 +8,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from transformers import SwinConfig, SwinForImageClassification, SwinModel
 
 from model.build import build_model
 from model.config import DetrConfig, OneToMany
 from model.deformable_detr import DeformableDetr
-from model.weights.files import IMAGENET_FILES, export_weights, load_backbone, load_weights, read_tensors, read_weights
+from model.weights.files import (
+    IMAGENET_FILES,
+    BackboneOnlyError,
+    export_weights,
+    load_backbone,
+    load_weights,
+    read_tensors,
+    read_weights,
+)
 from model.weights.fit import unique_tensors
 
 
@@ -42,6 +52,23 @@ def torchvision_state(model: DeformableDetr) -> dict[str, Tensor]:
     counters = {name.replace("mean", "x"): torch.tensor(0) for name in state if name.endswith("running_mean")}
     state |= {name.replace("running_x", "num_batches_tracked"): counter for name, counter in counters.items()}
     return state | {"fc.weight": torch.rand(10, 4), "fc.bias": torch.rand(10)}
+
+
+def make_swin(**settings: Any) -> Any:
+    return make_detector(**({"backbone": "swin_nano", "feature_levels": 3} | settings))
+
+
+def official_swin(model: Any) -> dict[str, Tensor]:
+    """What the official release's file of this backbone would hold: nothing of the norms of its maps."""
+    state = {
+        name: torch.rand(tensor.shape) for name, tensor in model.backbone.state_dict().items() if name[:4] != "norm"
+    }
+    for stage in range(4):
+        for block in range(2):
+            state[f"layers.{stage}.blocks.{block}.attn.relative_position_index"] = torch.zeros(49, 49).long()
+    state["layers.0.blocks.1.attn_mask"] = torch.zeros(64, 49, 49)
+    head = {"head.weight": torch.rand(10, 128), "head.bias": torch.rand(10)}
+    return state | head | {"norm.weight": torch.rand(128), "norm.bias": torch.rand(128)}
 
 
 VARIANTS = {"base": {}, "refine": {"with_box_refine": True}, "two-stage": {"with_box_refine": True, "two_stage": True}}
@@ -350,6 +377,71 @@ class TestBackbone:
         with pytest.raises(ValueError, match=r"cannot be downloaded.*give its path"):
             load_backbone(model, (tmp_path / "none-00000000.pth").as_uri())
 
+    def test_the_official_swin(self, tmp_path: Path) -> None:
+        model = make_swin()
+        state, before = official_swin(model), copy_of(model)
+        torch.save({"model": state}, tmp_path / "swin.pth")
+        report = load_backbone(model, tmp_path / "swin.pth")
+        assert report.format == "swin"
+        assert_equal(model, {n: state.get(n.removeprefix("backbone."), before[n]) for n in before})
+        norms = [f"backbone.norm{stage}.{tensor}" for stage in (1, 2, 3) for tensor in ("bias", "weight")]
+        assert list(report.initial) == norms
+        assert "not in the file, so they start anew: backbone.norm1.bias" in str(report)
+        assert set(report.ignored) == state.keys() - model.backbone.state_dict().keys()
+
+    def test_a_swin_of_a_detector_brings_the_norms_of_its_maps(self) -> None:
+        model = make_swin(feature_levels=1)
+        norms = {f"norm{stage}.weight": torch.rand(2**stage * 16) for stage in range(4)}
+        state = official_swin(model) | norms | {f"norm{stage}.bias": torch.rand(2**stage * 16) for stage in range(4)}
+        report = load_weights(model, state)
+        assert torch.equal(model.backbone.norm3.weight, norms["norm3.weight"])
+        assert not report.initial
+        assert {"norm0.weight", "norm1.bias", "norm2.weight"} <= set(report.ignored)
+
+    @pytest.mark.parametrize("heads", [True, False], ids=["SwinForImageClassification", "SwinModel"])
+    def test_transformers_swin(self, heads: bool, tmp_path: Path) -> None:
+        """Which tensor is which is proved by the features, in test_swin.py."""
+        settings = SwinConfig(embed_dim=16, depths=[2] * 4, num_heads=[1, 2, 4, 8], num_labels=5)
+        theirs: Any = (SwinForImageClassification if heads else SwinModel)(settings)
+        table = theirs.get_parameter(
+            ("swin." if heads else "")
+            + "encoder.layers.2.blocks.1.attention.relative_position_bias.relative_position_bias_table"
+        )
+        torch.nn.init.normal_(table)
+        theirs.save_pretrained(tmp_path)
+        for source in (tmp_path, theirs.state_dict()):  # with the names on the disk, and in the memory
+            model = make_swin()
+            report = load_backbone(model, source) if source is tmp_path else load_weights(model, source)
+            assert report.format == "transformers"
+            assert len(report.loaded) == len(list(model.backbone.parameters())) - len(report.initial)
+            assert len(report.initial) == 6
+            assert torch.equal(model.backbone.layers[2].blocks[1].attn.relative_position_bias_table, table)
+
+    def test_what_is_not_of_this_swin(self, tmp_path: Path) -> None:
+        model = make_swin()
+        state = official_swin(model)
+        with pytest.raises(ValueError, match=r"1 tensors are not the model's: layers\.9\.x"):
+            load_weights(model, state | {"layers.9.x": torch.zeros(1)})
+        table = "layers.0.blocks.0.attn.relative_position_bias_table"
+        with pytest.raises(ValueError, match=r"table is \[529, 1\], the model's is \[169, 1\]"):
+            load_weights(model, state | {table: torch.zeros(529, 1)})  # windows of 12
+        with pytest.raises(ValueError, match="is of an official Swin, and the backbone is resnet_tiny"):
+            load_weights(make_detector(), state)
+        with pytest.raises(ValueError, match="is of a torchvision ResNet, and the backbone is swin_nano"):
+            load_weights(model, torchvision_state(make_detector()))
+        with pytest.raises(BackboneOnlyError, match="an official Swin, not a detector"):
+            read_weights(state)
+        (tmp_path / "config.json").write_text('{"model_type": "swin"}')
+        save_file({"encoder.layers.0.blocks.0.layernorm_before.weight": torch.ones(16)}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match="tensors of the model are missing"):
+            load_backbone(model, tmp_path)
+
+    def test_published_swins_are_given_by_path(self) -> None:
+        with torch.device("meta"):
+            model = build_model(DetrConfig(backbone="swin_tiny"))
+        with pytest.raises(ValueError, match=r"sha256 of swin_tiny's published weights is not known.*give the path"):
+            load_backbone(model, "imagenet")
+
     def test_imagenet_of_a_tiny_backbone_does_not_exist(self) -> None:
         with pytest.raises(ValueError, match="no published ImageNet weights of resnet_tiny"):
             load_backbone(make_detector(), "imagenet")
@@ -360,5 +452,5 @@ class TestBackbone:
         with pytest.raises(ValueError, match="no such file of backbone weights"):
             load_backbone(model, tmp_path / "none.pth")
         torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
-        with pytest.raises(ValueError, match="not a torchvision ResNet state dict"):
+        with pytest.raises(ValueError, match="not a state dict of a torchvision ResNet or a Swin"):
             load_backbone(model, tmp_path / "other.pth")

@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "refined": {"feature_levels": 3, "with_box_refine": True, "decoder_layers": 2},
     "two-stage": {"feature_levels": 3, "with_box_refine": True, "two_stage": True, "num_queries": 300},
     "detr": {"arch": "detr"},
+    "swin": {"feature_levels": 3, "backbone": "swin_nano", "backbone_norm": "frozen_batch_norm"},
 }
 
 
@@ -66,7 +67,7 @@ def assert_found(
     torch.testing.assert_close(found, torch.tensor([entry["bbox"] for entry in wanted]), atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize("variant", ["multi-scale", "refined", "two-stage", "detr"])
+@pytest.mark.parametrize("variant", ["multi-scale", "refined", "two-stage", "detr", "swin"])
 def test_onnx_finds_what_the_detector_finds(variant: str, tmp_path: Path) -> None:
     detector, out, size = detector_of(variant), tmp_path / "detector.onnx", (64, 85)
     exported = export_detector(detector, out, "onnx", size)
@@ -106,6 +107,14 @@ def test_batches_of_any_size(kind: Kind, variant: str, tmp_path: Path) -> None:
     told = json.loads(entry[METADATA])
     assert told["categories"][2] == {"id": 5, "name": "class 2"}
     assert (told["short_side"], told["max_side"]) == (64, 96)
+
+
+def test_a_swin_is_exported_for_one_size(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"a\.onnx: a detector with a swin_nano.*give --size HEIGHTxWIDTH, not --dynamic"
+    ):
+        export_detector(detector_of("swin"), tmp_path / "a.onnx", "onnx", None)
+    assert list(tmp_path.iterdir()) == []
 
 
 class OneBox(torch.nn.Module):

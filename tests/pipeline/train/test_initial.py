@@ -58,6 +58,7 @@ RANDOM = {"freeze_backbone": "none", "lr": 5e-4, "lr_backbone": 5e-4, "global_ba
 def test_what_hinders_random_weights_is_told(settings: dict[str, Any], norm: Any, mends: tuple[str, ...]) -> None:
     train = TrainSection.model_validate({**RANDOM, **settings})
     told = hindrance(DetrConfig(backbone_norm=norm), train, samples=160)
+    assert hindrance(DetrConfig(backbone="swin_nano"), train, samples=160) == (told if norm == "group_norm" else None)
     assert (told is None) == (not mends)
     assert all(mend in (told or "") for mend in mends)
 
