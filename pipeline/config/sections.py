@@ -223,6 +223,9 @@ class TrainSection(Section):
     """Learning rate of the transformer and the heads."""
     lr_backbone: float = Field(2e-5, ge=0, allow_inf_nan=False)
     """Learning rate of the backbone."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Factor on lr_backbone from a block of the backbone to the one before it, such as 0.9: its last block and the
+    norms of its maps learn at lr_backbone, its stem the slowest (BEiT, arXiv 2106.08254)."""
     lr_sampling_factor: float = Field(0.1, ge=0)
     """Factor on lr for the `reference_points` and `sampling_offsets` projections, which DETR does not have."""
     scale_lr: Literal["none", "linear", "sqrt"] = "none"

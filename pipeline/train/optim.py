@@ -6,9 +6,10 @@
 | sampling | `reference_points` and `sampling_offsets` projections | lr * lr_sampling_factor      |
 | backbone | below `backbone.`                                     | lr_backbone                  |
 
-With `train.scale_lr` all three are multiplied by `train.lr_scale`, the recipe for batches of another size than the one
-that the rates are stated for. Weight decay is on all parameters, norms, biases and embeddings included (Deformable
-DETR, main.py of the original).
+With `train.layer_decay` the backbone has a group for each block, `backbone` for the last, `backbone-1` for the one
+before it and so on to the stem: each has layer_decay times the rate of the block after it. With `train.scale_lr` all
+rates are multiplied by `train.lr_scale`, the recipe for batches of another size than the one that they are stated for.
+Weight decay is on all parameters, norms, biases and embeddings included (Deformable DETR, main.py of the original).
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.backbones.backbone import Backbone
 from pipeline.config.sections import TrainSection
 
 SAMPLING_MODULES = ("reference_points", "sampling_offsets")
@@ -37,11 +39,16 @@ def parameter_groups(model: nn.Module, train: TrainSection) -> list[dict[str, An
     `weight_decay`.
     """
     rates = {"main": train.lr, "sampling": train.lr * train.lr_sampling_factor, "backbone": train.lr_backbone}
-    rates = {group: rate * train.lr_scale for group, rate in rates.items()}
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    group_of_name = {name: group_of(name) for name in trainable}
+    if train.layer_decay < 1:
+        for block, names in _backbone_blocks(model, trainable).items():
+            rates[f"backbone-{block}"] = train.lr_backbone * train.layer_decay**block
+            group_of_name |= dict.fromkeys(names, f"backbone-{block}")
+    rates = {group: rate * train.lr_scale for group, rate in rates.items()}
     groups: list[dict[str, Any]] = []
     for group, rate in rates.items():
-        names = [name for name in trainable if group_of(name) == group]
+        names = [name for name in trainable if group_of_name[name] == group]
         if names:
             groups.append(
                 {
@@ -57,6 +64,17 @@ def parameter_groups(model: nn.Module, train: TrainSection) -> list[dict[str, An
     assert sorted(grouped) == sorted(trainable), "the groups must partition the trainable parameters"
     assert len({id(parameter) for group in groups for parameter in group["params"]}) == len(trainable)
     return groups
+
+
+def _backbone_blocks(model: nn.Module, names: Iterable[str]) -> dict[int, list[str]]:
+    """Names of the backbone's parameters by how many blocks there are above them, those with none left out."""
+    backbone = model.get_submodule("backbone")
+    assert isinstance(backbone, Backbone)
+    blocks: dict[int, list[str]] = {}
+    for name in names:
+        if group_of(name) == "backbone":
+            blocks.setdefault(backbone.blocks_above(name.removeprefix("backbone.")), []).append(name)
+    return {block: blocks[block] for block in sorted(blocks) if block}
 
 
 def make_optimizer(groups: Sequence[dict[str, Any]]) -> torch.optim.AdamW:

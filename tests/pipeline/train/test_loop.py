@@ -24,6 +24,7 @@ from pipeline.data.manifest import Manifest, UnreadableSampleError, read_image_b
 from pipeline.distributed import World, close, init_world
 from pipeline.errors import UserError
 from pipeline.predict.detector import Detector
+from pipeline.run_folder import RunFolder
 from pipeline.train.loop import _agree, _begin_to_share, _on_device, dropout_seed, noise_draws, train
 from pipeline.train.run import Run, TrainJob
 from pipeline.train.stop import StoppedError
@@ -160,6 +161,25 @@ def test_successors_go_on_to_the_same_bits_at_any_world_size(
     ranks.run(train_on, job)
     assert losses(job.out) == pytest.approx(losses(straight.out), rel=1e-5)
     assert {"train/loss_ce_many", "train/loss_giou_many_0", "train/loss_bbox_dn"} <= points(job.out)[2].keys()
+
+
+def make_swin(manifest: Manifest, out: Path, **settings: Any) -> TrainJob:
+    job = make_job(manifest, out, **({"max_steps": 2, "layer_decay": 0.8} | settings))
+    swin = {"backbone": "swin_nano", "backbone_norm": "frozen_batch_norm", "drop_path": 0.5, "dropout": 0.0}
+    return replace(job, model=replace(job.model, **swin))
+
+
+def test_a_swin_with_paths_dropped_goes_on_to_the_same_bits_at_any_world_size(
+    manifest: Manifest, world: World, ranks: Ranks, tmp_path: Path
+) -> None:
+    straight = make_swin(manifest, tmp_path / "straight", activation_checkpointing=True)
+    last = train(straight, world)
+    for steps in (1, 2):
+        again = train(make_swin(manifest, tmp_path / "again", max_steps=steps), world)
+    assert_same_weights(again, last)
+    ranks.run(train_on, make_swin(manifest, tmp_path / "two"))
+    assert losses(RunFolder(tmp_path / "two")) == pytest.approx(losses(straight.out), rel=1e-5)
+    assert {"train/lr_backbone", "train/lr_backbone-8"} <= points(straight.out)[2].keys()
 
 
 def test_noise_is_of_a_step_a_micro_batch_and_an_image() -> None:

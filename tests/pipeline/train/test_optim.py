@@ -60,6 +60,27 @@ def test_rates_follow_the_batch_by_the_rule(rule: str, factor: float) -> None:
     assert at_its_batch.lr_scale == 1.0
 
 
+@pytest.mark.parametrize("freeze", ["none", "stem_and_layer1"])
+@pytest.mark.parametrize("backbone", ["resnet_tiny", "swin_nano"])
+def test_rates_decay_from_block_to_block(backbone: str, freeze: str) -> None:
+    model = build_model(DetrConfig(**(SMALL | {"backbone": backbone})))
+    model.backbone.freeze(freeze)
+    groups = parameter_groups(model, TrainSection(layer_decay=0.5, lr_backbone=1e-5))
+    rates = {group["name"]: group["lr"] for group in groups}
+    blocks, frozen = {"resnet_tiny": (4, 2), "swin_nano": (8, 3)}[backbone]
+    names = ["backbone", *(f"backbone-{block}" for block in range(1, blocks + 1))]
+    if freeze != "none":
+        del names[-frozen:]
+    assert list(rates) == ["main", "sampling", *names]
+    assert [rates[name] for name in names] == pytest.approx([1e-5 * 0.5**block for block in range(len(names))])
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert sorted(name for group in groups for name in group["names"]) == sorted(trainable)
+    place = {name: group["name"] for group in groups for name in group["names"]}
+    if backbone == "swin_nano":
+        assert place["backbone.norm1.weight"] == place["backbone.layers.3.blocks.1.mlp.fc2.bias"] == "backbone"
+        assert place["backbone.layers.2.downsample.reduction.weight"] == "backbone-2"
+
+
 def test_detr_has_no_sampling_group() -> None:
     model = build_model(DetrConfig(arch="detr", feature_levels=1, **SMALL))
     model.backbone.freeze("stem_and_layer1")
