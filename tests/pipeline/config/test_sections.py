@@ -36,7 +36,8 @@ def test_every_shipped_config_loads_and_survives_a_round_trip(path: Path) -> Non
 
 
 def test_the_shipped_configs_are_the_promised_ones() -> None:
-    assert {path.stem for path in CONFIGS} == {"demo", "tiny_coco", "bccd", "small"} | RECIPES.keys()
+    others = {"demo", "tiny_coco", "bccd", "small", "coco_swin_l_best"}
+    assert {path.stem for path in CONFIGS} == others | RECIPES.keys()
 
 
 class Published(NamedTuple):
@@ -128,6 +129,24 @@ def test_published_architectures_are_the_papers() -> None:
         assert (model.points, model.dropout, model.backbone_norm) == (4, 0.1, "frozen_batch_norm")
         assert model.ffn_dim == (2048 if model.arch == "detr" else 1024)
         assert model.num_queries == (100 if model.class_loss == "softmax" else 300)
+
+
+def test_the_largest_recipe_is_h_detr_s() -> None:
+    """That of HDETR/H-Deformable-DETR at f58ceb1, 36eps/swin/drop_path0.5_swin_large_..._n900_dp0_mqs_lft_...sh."""
+    config = load_config(next(path for path in CONFIGS if path.stem == "coco_swin_l_best"))
+    train, model = config.train, config.model_for(91)
+    assert model == DetrConfig(
+        backbone="swin_large", drop_path=0.5, num_queries=900, ffn_dim=2048, dropout=0.0, with_box_refine=True,
+        two_stage="mixed", look_forward_twice=True, one_to_many=OneToMany(1500, 6, 1.0),
+    )  # fmt: skip
+    assert (train.epochs, train.lr_drop_epochs, train.global_batch, train.lr_batch) == (36, (30,), 16, 16)
+    assert (train.lr, train.lr_backbone, train.lr_sampling_factor, train.layer_decay) == (2e-4, 2e-5, 0.1, 1.0)
+    assert (train.weight_decay, train.clip_grad_norm, train.freeze_backbone) == (1e-4, 0.1, "none")
+    loss = train.criterion
+    assert (loss.class_weight, loss.bbox_weight, loss.giou_weight) == (2.0, 5.0, 2.0)
+    with torch.device("meta"):
+        detector = build_model(model)
+    assert sum(parameter.numel() for parameter in detector.parameters()) == 218_101_677
 
 
 def test_total_steps_covers_every_sample() -> None:
