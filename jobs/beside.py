@@ -43,6 +43,10 @@ class EvaluationBeside:
         manifest: of the validation split.
         scored: called with each checkpoint's name and metrics, in the driver.
         train: of the training split, for `evaluate.train_sample`.
+        samples: images of the training split; None where every checkpoint is scored.
+
+    Raises:
+        UserError: `evaluate.subset` is no subset.
     """
 
     def __init__(
@@ -51,8 +55,15 @@ class EvaluationBeside:
         manifest: Manifest,
         scored: Callable[[str, dict[str, Any]], None],
         train: Manifest | None = None,
+        samples: int | None = None,
     ) -> None:
-        self._folder, self._scored = config.folder, scored
+        self._config, self._folder, self._scored, self._samples = config, config.folder, scored, samples
+        subset = config.evaluate.subset
+        if subset >= len(manifest.samples):
+            raise UserError(
+                f"evaluate.subset {subset}: {manifest.folder} has {len(manifest.samples)} images; give fewer, or leave "
+                "it out to score all of them"
+            )
         device = device_of(config.cluster)
         self._resources = resources_of(config.cluster, device)
         self._settings = {
@@ -63,7 +74,7 @@ class EvaluationBeside:
             "threads": max(1, int(config.cluster.cpus_per_worker)),
             "on_error": config.dataset.on_error,
         }
-        self._begun = set(config.folder.scores())
+        self._begun = set(config.folder.scores(subset))
         self._running: dict[Any, Path] = {}
 
     def __enter__(self) -> "EvaluationBeside":
@@ -80,13 +91,18 @@ class EvaluationBeside:
 
     def begin(self) -> None:
         """Begin with the newest checkpoint that nobody has begun, if there is room: while all workers have theirs."""
-        new = [path for path in checkpoints(self._folder.checkpoints) if path.name not in self._begun]
+        new = [path for path in checkpoints(self._folder.checkpoints) if self._is_due(path.name)]
         if not new or self._running or not is_free(self._resources):
             return
         cpus, gpus = self._resources["CPU"], self._resources.get("GPU", 0)
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_evaluate)
         self._running[task.remote(self._settings, self._folder, new[-1])] = new[-1]
         self._begun.add(new[-1].name)
+
+    def _is_due(self, name: str) -> bool:
+        step = int(name.removeprefix("checkpoint-"))
+        is_scored = self._samples is None or self._config.scores_beside(step, self._samples)
+        return is_scored and name not in self._begun
 
     def collect(self, seconds: float = 0) -> None:
         """Tell what has been scored, waiting so long for it. A task that failed is told; the end tries it again."""
@@ -99,7 +115,7 @@ class EvaluationBeside:
                 if path.exists():  # and was not removed for newer ones
                     logger.warning("evaluate: %s beside training: %s", path.name, str(error).strip().splitlines()[-1])
             else:
-                out = self._folder.evaluation / path.name
+                out = self._folder.results(self._config.evaluate.subset) / path.name
                 make_folder(out)
                 write_whole(out / DETECTIONS_FILE, detections)
                 write_json(out / METRICS_FILE, metrics)
@@ -119,5 +135,7 @@ def _evaluate(settings: dict[str, Any], run: RunFolder, checkpoint: Path) -> tup
     val, train = settings["manifest"], settings["train"]
     sample = (train, partial(detect_all, train)) if train else None
     with checkpoint_here(run, checkpoint) as path, tempfile.TemporaryDirectory() as folder:
-        metrics, _ = evaluate_checkpoint(path, val, section, Path(folder), partial(detect_all, val), train=sample)
+        metrics, _ = evaluate_checkpoint(
+            path, val, section, Path(folder), partial(detect_all, val), train=sample, subset=section.subset
+        )
         return metrics | {"checkpoint": str(checkpoint)}, Path(folder, DETECTIONS_FILE).read_bytes()

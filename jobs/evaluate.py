@@ -29,7 +29,7 @@ from pipeline.run_folder import METRICS_FILE, RunFolder
 from pipeline.tracking.provenance import code_version
 from pipeline.tracking.spool import Spool, SpoolReader
 from pipeline.tracking.tracker import Tracker
-from pipeline.train.scores import loss_fall
+from pipeline.train.scores import best_of, loss_fall, scored
 
 logger = get_logger(__name__)
 
@@ -46,7 +46,9 @@ SHARES = 4
 def evaluate(
     config: Config, checkpoint: Path, manifest: Manifest, tracker: Tracker | None, train: Manifest | None = None
 ) -> dict[str, Any]:
-    """Score the run's last checkpoint, or every kept one with `evaluate.curve`, and report it.
+    """Score the run's last checkpoint, or every kept one with `evaluate.curve`, on the whole split, and report it.
+
+    With `evaluate.subset` the best on those images is scored, too, so that it can be registered.
 
     Ray must be connected, and every node must see the run and the shards, or their stores. Each checkpoint's
     detections.json and metrics.json are below <run>/evaluate/checkpoint-<step>; those of `checkpoint` are also in
@@ -66,9 +68,8 @@ def evaluate(
         UserError: the folder holds scores made with other settings, an input is wrong, or the disk is full.
     """
     out = config.folder.evaluation
-    chosen = all_whole(checkpoint.parent) if config.evaluate.curve else [checkpoint]
     metrics: dict[str, Any] = {}
-    for path in chosen:
+    for path in _chosen(config, checkpoint):
         verify = config.evaluate.verify and path == checkpoint
         with disk_told(out, "runs"), _progress(path.name, manifest) as shown:
             tasks = _Tasks(config, manifest, shown)
@@ -85,6 +86,19 @@ def evaluate(
             tracker.log_artifacts(out / name, "evaluate")
         tracker.log_artifacts(out / "pictures", "evaluate/pictures")
     return metrics
+
+
+def _chosen(config: Config, last: Path) -> list[Path]:
+    """The checkpoints that are scored on the whole split, oldest first."""
+    subset = config.evaluate.subset if config.register_.which == "best" else 0
+    if not (config.evaluate.curve or subset):
+        return [last]
+    kept = all_whole(last.parent)
+    if config.evaluate.curve:
+        return kept
+    scores, names = scored(config.folder, config.register_.metric, subset), {path.name for path in kept}
+    best = best_of({name: value for name, value in scores.items() if name in names})
+    return [path for path in kept if path == last or path.name == best]
 
 
 def evaluate_weights(config: Config, weights: Path, manifest: Manifest, out: Path) -> dict[str, Any]:
@@ -123,9 +137,10 @@ def evaluate_weights(config: Config, weights: Path, manifest: Manifest, out: Pat
 
 def tell_scores(run: RunFolder, name: str, metrics: dict[str, Any], *, is_new: bool = True) -> None:
     """Print a checkpoint's scores, write the points of the curves, and say where it has not learned to look."""
+    subset = metrics.get("inputs", {}).get("subset")
     with Spool(run.evaluate_spool) as points:
-        points.write_once(metrics["step"], _points(metrics), "val/AP")
-    scores = f"{name}  AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}"
+        points.write_once(metrics["step"], _points(metrics, subset), f"{'val_subset' if subset else 'val'}/AP")
+    scores = f"{name}  AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}{f'  on {subset} images' if subset else ''}"
     make_console().print(outcome("evaluate", scores, is_new=is_new))
     if is_new:
         _warn(run, name, metrics)
@@ -163,14 +178,17 @@ def _warn(run: RunFolder, name: str, metrics: dict[str, Any]) -> None:
         )
 
 
-def _points(metrics: dict[str, Any]) -> dict[str, float]:
-    """The points of the curves: those that there are objects for."""
-    points = {f"val/{name}": metrics[name] for name in METRICS}
-    points |= {f"baseline/{name}": metrics.get("baseline", {}).get(name, -1) for name in ("AP", "AP50")}
-    points |= {f"val_category/AP/{name}": values["AP"] for name, values in metrics["per_category"].items()}
+def _points(metrics: dict[str, Any], subset: int | None) -> dict[str, float]:
+    """The points of the curves: those that there are objects for. Those of a subset are other curves."""
+    of = "_subset" if subset else ""
+    points = {f"val{of}/{name}": metrics[name] for name in METRICS}
+    points |= {f"baseline{of}/{name}": metrics.get("baseline", {}).get(name, -1) for name in ("AP", "AP50")}
+    points |= {f"val{of}_category/AP/{name}": values["AP"] for name, values in metrics["per_category"].items()}
     points |= {f"train_sample/{name}": metrics.get("train_sample", {}).get(name, -1) for name in ("AP", "AP50")}
     if metrics.get("box_variety") is not None:
-        points["val/box_variety"] = metrics["box_variety"]
+        points[f"val{of}/box_variety"] = metrics["box_variety"]
+    if subset:
+        points["val_subset/images"] = subset
     return {name: value for name, value in points.items() if value >= 0}
 
 

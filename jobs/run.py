@@ -131,7 +131,7 @@ class Pipeline:
         self.tracker.log_points(spool)
         track.tell_about(self.tracker, self.config, {"train": manifest} | ({"val": val} if val else {}))
         uploaded, metrics = time.monotonic(), RunMetrics(self.config.name)
-        with TrainingProgress(self.console, spool, total) as shown, self._evaluation_beside(val) as beside:
+        with TrainingProgress(self.console, spool, total) as shown, self._evaluation_beside(val, manifest) as beside:
 
             def poll() -> None:
                 nonlocal uploaded
@@ -152,14 +152,15 @@ class Pipeline:
         return last
 
     @contextmanager
-    def _evaluation_beside(self, val: Manifest | None) -> Iterator[EvaluationBeside | None]:
+    def _evaluation_beside(self, val: Manifest | None, train: Manifest) -> Iterator[EvaluationBeside | None]:
         """Evaluation of new checkpoints while workers train, where it is wanted and the validation shards are there."""
         if val is None or not self.config.evaluate.beside:
             yield None
             return
         run = self.config.folder
         self.tracker.log_points(run.evaluate_spool)
-        with EvaluationBeside(self.config, val, partial(evaluate.tell_scores, run), self._sampled()) as beside:
+        tell, sampled = partial(evaluate.tell_scores, run), train if self.config.evaluate.train_sample else None
+        with EvaluationBeside(self.config, val, tell, sampled, len(train.samples)) as beside:
             yield beside
 
     def evaluate(self) -> dict[str, Any]:

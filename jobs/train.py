@@ -136,7 +136,7 @@ def is_no_better(config: Config) -> bool:
     patience, run = config.train.patience, config.folder
     if patience is None or latest(run.checkpoints) is None:
         return False
-    return is_exhausted(scored(run, config.register_.metric), patience)
+    return is_exhausted(scored(run, config.register_.metric, config.evaluate.subset), patience)
 
 
 def _checkpoint_of(result: dict[str, str]) -> Path:
@@ -168,6 +168,7 @@ def make_job(config: Config, manifest: Manifest) -> TrainJob:
         on_error=config.dataset.on_error,
         cache=manifest.cache,
         metric=config.register_.metric,
+        subset=config.evaluate.subset,
         ends=end_of(config.train.max_hours),
         timeout=config.cluster.timeout,
         step_timeout=config.cluster.step_timeout,

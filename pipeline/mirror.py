@@ -283,7 +283,7 @@ def worker_mirror(run: RunFolder, rank: int) -> Iterator[Mirror]:
             return _of_workers(name) and (own in name or (is_shared and rank == 0))
 
         def reads(name: str) -> bool:
-            is_score = name.startswith("evaluate/checkpoint-") and name.endswith(METRICS_FILE)
+            is_score = name.startswith(("evaluate/checkpoint-", "evaluate/subset-")) and name.endswith(METRICS_FILE)
             return name == "stop" or name.startswith("parent/") or is_score
 
         for name in run.store.stamps():

@@ -41,9 +41,13 @@ class RunFolder:
         """Folder of the scores, detections and pictures."""
         return self.path / "evaluate"
 
-    def scores(self) -> dict[str, Path]:
-        """Files of the scores, by the checkpoint's name."""
-        return {file.parent.name: file for file in self.evaluation.glob(f"checkpoint-*/{METRICS_FILE}")}
+    def results(self, subset: int = 0) -> Path:
+        """Folder of the folders of checkpoints' scores on so many images of the validation split; 0 for all."""
+        return self.evaluation / f"subset-{subset}" if subset else self.evaluation
+
+    def scores(self, subset: int = 0) -> dict[str, Path]:
+        """Files of the scores, by the checkpoint's name; `subset` as of `results`."""
+        return {file.parent.name: file for file in self.results(subset).glob(f"checkpoint-*/{METRICS_FILE}")}
 
     @property
     def parent(self) -> Path:

@@ -4,6 +4,7 @@ Derived values are methods beside the fields they come from. What else is to be 
 `Role`, so that whoever adds one decides it in the same line.
 """
 
+import math
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -270,7 +271,8 @@ class TrainSection(Section):
     checkpoint_epochs: Annotated[float, Role.MAY_DIFFER] = Field(1.0, gt=0)
     """Epochs (fractions allowed) between checkpoints; the last step always writes one."""
     keep_checkpoints: Annotated[int | None, Role.MAY_DIFFER] = Field(3, ge=1)
-    """Newest checkpoints that are kept, and the best of those that were scored by then; null keeps all."""
+    """Newest checkpoints that are kept, and the best of those that were scored by then, on evaluate.subset where there
+    is one; null keeps all."""
     max_hours: Annotated[float | None, Role.MAY_DIFFER] = Field(None, gt=0, allow_inf_nan=False)
     """Hours after the command began at which training ends in order, with a checkpoint, as at a SIGTERM: a little less
     than a queue allows. The same command goes on."""
@@ -314,6 +316,10 @@ class TrainSection(Section):
         """Micro-batches of an optimizer step, over all workers."""
         return self.global_batch // self.micro_batch
 
+    def periods(self, steps: int, samples: int) -> int:
+        """How often `checkpoint_epochs` are full after so many steps on a split of `samples` images."""
+        return math.floor(steps * self.global_batch / samples / self.checkpoint_epochs)
+
     def total_steps(self, samples: int) -> int:
         """Optimizer steps of the whole schedule for a split of `samples` images."""
         steps = -(-self.epochs * samples // self.global_batch)
@@ -335,6 +341,11 @@ class EvaluateSection(Section):
     """Score every kept checkpoint, not the last alone: the AP curve of the run."""
     beside: bool = True
     """Score new checkpoints while training goes on, one at a time, where the cluster has room beside its workers."""
+    every: int = Field(1, ge=1)
+    """Of the checkpoints of train.checkpoint_epochs each so many-th is scored while training goes on, and the last."""
+    subset: int = Field(0, ge=0)
+    """Images of the validation split, always the same, that checkpoints are scored on while training goes on
+    (`val_subset/AP`); 0 takes all. The last checkpoint, and what is registered, is scored on the whole split."""
     train_sample: int = Field(0, ge=0)
     """Images of the training split, always the same, that are scored, too: where AP rises on them alone, the detector
     learns them by heart."""
@@ -494,6 +505,12 @@ class Config(Section):
         """Numbers of workers that share the micro-batches of a step equally, the greatest first."""
         least, most = self.cluster.bounds
         return [size for size in range(most, least - 1, -1) if self.train.micro_batches % size == 0]
+
+    def scores_beside(self, step: int, samples: int) -> bool:
+        """Whether the checkpoint of a step is scored while training goes on, on a split of `samples` images."""
+        every = self.evaluate.every
+        full = [self.train.periods(steps, samples) // every for steps in (step - 1, step)]
+        return every == 1 or step == self.train.total_steps(samples) or full[1] > full[0]
 
     @property
     def folder(self) -> RunFolder:

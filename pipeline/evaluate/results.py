@@ -34,6 +34,7 @@ def evaluate_checkpoint(
     *,
     verify: bool = False,
     train: tuple[Manifest, DetectAll] | None = None,
+    subset: int = 0,
 ) -> tuple[dict[str, Any], bool]:
     """Write a checkpoint's detections.json and metrics.json into a folder, unless they are there.
 
@@ -45,6 +46,7 @@ def evaluate_checkpoint(
         detect_all: runs the network over all batches.
         verify: have pycocotools compute the numbers as well, unless it has for those that are there.
         train: the training split, and what runs the network over batches of it, for `evaluate.train_sample`.
+        subset: images of the validation split that are scored, always the same; 0 for all.
 
     Returns:
         The metrics (what `score` gives, with "step", "checkpoint" and "inputs", which tell what was scored, "verified",
@@ -59,17 +61,19 @@ def evaluate_checkpoint(
         "weights": weights_digest(checkpoint),
         "val_digest": manifest.digest,
         "settings": {name: getattr(evaluate, name) for name in SCORE_SETTINGS},
+        **({"subset": subset} if subset else {}),
     }
+    sample = _sample(manifest, subset) if subset else None
     known = _known_metrics(folder / METRICS_FILE, inputs)
     if known is not None and (known.get("verified") or not verify):
         return known, False
     if known is not None:
         detections = read_json(folder / DETECTIONS_FILE, "detections file")
     else:
-        batches = eval_batches(manifest, evaluate.batch_size)
+        batches = eval_batches(manifest, evaluate.batch_size, sample)
         detections = sort_detections([entry for share in detect_all(checkpoint, batches) for entry in share])
         write_json(folder / DETECTIONS_FILE, detections, indent=None)
-    truth = ground_truth(manifest)
+    truth = ground_truth(manifest, sample)
     metrics = score(truth, detections, verify=verify)
     baseline = score(truth, constant_boxes(truth))
     metrics["baseline"] = {name: baseline[name] for name in METRICS}
@@ -85,13 +89,18 @@ def evaluate_checkpoint(
 def _score_sample(
     checkpoint: Path, manifest: Manifest, detect_all: DetectAll, evaluate: EvaluateSection
 ) -> dict[str, float]:
-    """The numbers of `evaluate.train_sample` images that lie evenly over a split."""
-    count = min(evaluate.train_sample, len(manifest.samples))
-    indices = np.linspace(0, len(manifest.samples) - 1, count).round().astype(int).tolist()
+    """The numbers of `evaluate.train_sample` images of a split."""
+    indices = _sample(manifest, evaluate.train_sample)
     batches = eval_batches(manifest, evaluate.batch_size, indices)
     found = sort_detections([entry for share in detect_all(checkpoint, batches) for entry in share])
     metrics = score(ground_truth(manifest, indices), found)
-    return {name: metrics[name] for name in METRICS} | {"images": count}
+    return {name: metrics[name] for name in METRICS} | {"images": len(indices)}
+
+
+def _sample(manifest: Manifest, count: int) -> list[int]:
+    """The indices of so many images, or of all if there are fewer, that lie evenly over a split."""
+    last = len(manifest.samples) - 1
+    return [int(index) for index in np.linspace(0, last, min(count, last + 1)).round()]
 
 
 def weights_digest(checkpoint: Path) -> str:
@@ -112,7 +121,7 @@ def _known_metrics(path: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
         return None
     known = read_json(path, "metrics file")
     before = known.get("inputs", {}) if isinstance(known, dict) else {}
-    if any(before.get(key) != inputs[key] for key in ("weights", "val_digest")):
+    if any(before.get(key) != inputs.get(key) for key in ("weights", "val_digest", "subset")):
         return None
     changed = differences(before.get("settings", {}), inputs["settings"])
     if changed:

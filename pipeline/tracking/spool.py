@@ -56,7 +56,9 @@ class Spool:
         with disk_told(path, SETTING):
             path.parent.mkdir(parents=True, exist_ok=True)
             cut_torn_line(path)
-            self._known = {record.step: record for record in SpoolReader(path).read()}
+            self._known: dict[int, dict[str, float]] = {}
+            for record in SpoolReader(path).read():
+                self._known[record.step] = self._known.get(record.step, {}) | record.metrics
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float], kind: str = "metrics") -> None:
@@ -70,7 +72,11 @@ class Spool:
     def write_once(self, step: int, metrics: Mapping[str, float], key: str) -> None:
         """`write`, unless the file had a point of this step with the same value of `key`: what a restart repeats."""
         known = self._known.get(step)
-        if known is None or not math.isclose(known.metrics.get(key, 0), metrics.get(key, 0), rel_tol=SAME):
+        if (
+            known is None
+            or (key in known) != (key in metrics)
+            or not math.isclose(known.get(key, 0), metrics.get(key, 0), rel_tol=SAME)
+        ):
             self.write(step, metrics)
 
     def close(self) -> None:

@@ -52,6 +52,8 @@ class TrainJob:
     """Where the shards of a store are kept on each machine."""
     metric: Metric = "AP"
     """By which the best of the checkpoints that were scored beside training is kept, too."""
+    subset: int = 0
+    """Images of the validation split that those scores are of; 0 for all."""
     ends: float | None = None
     """Unix time at which it ends in order, with a checkpoint, done or not."""
     timeout: float = 60
@@ -105,14 +107,13 @@ class Run:
 
     def saves_after(self, step: int) -> bool:
         """Whether a checkpoint follows a step: with it another `checkpoint_epochs` are full, or training is done."""
-        period = self.job.train.checkpoint_epochs
-        full = [math.floor(self.epochs(steps) / period) for steps in (step, step + 1)]
+        full = [self.job.train.periods(steps, self.samples) for steps in (step, step + 1)]
         return step + 1 == self.total or full[1] > full[0]
 
     def best_scored(self) -> str | None:
         """Name of the best of the checkpoints that are scored by now, and there; of equal ones the newest."""
         there = {path.name for path in checkpoints(self.job.out.checkpoints)}
-        scores = scored(self.job.out, self.job.metric)
+        scores = scored(self.job.out, self.job.metric, self.job.subset)
         return best_of({name: value for name, value in scores.items() if name in there})
 
     def state(self, step: int, skipped: int, optimizer: torch.optim.Optimizer) -> State:

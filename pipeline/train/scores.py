@@ -12,10 +12,16 @@ FEW_POINTS = 10
 """Fewer of them in a half tell nothing: a step's loss is that of its images."""
 
 
-def scored(run: RunFolder, metric: Metric) -> dict[str, float]:
-    """The metric of every checkpoint that was scored, by name, in the order of their steps; it may be gone by now."""
+def scored(run: RunFolder, metric: Metric, subset: int = 0) -> dict[str, float]:
+    """The metric of every checkpoint that was scored, by name, in the order of their steps; it may be gone by now.
+
+    Args:
+        run: the run.
+        metric: which number.
+        subset: on so many images of the validation split; 0 for all. Those of another number do not compare.
+    """
     found: dict[str, float] = {}
-    for name, file in run.scores().items():
+    for name, file in run.scores(subset).items():
         with suppress(KeyError, OSError, ValueError, TypeError):  # gone, or not yet whole
             found[name] = float(json.loads(file.read_text(encoding="utf-8"))[metric])
     return dict(sorted(found.items(), key=lambda item: int(item[0].removeprefix("checkpoint-"))))

@@ -12,10 +12,13 @@ import ray
 
 from jobs.beside import EvaluationBeside
 from jobs.cluster import connected
-from jobs.evaluate import evaluate
+from jobs.evaluate import evaluate, tell_scores
+from jobs.register import best_checkpoint
 from pipeline.checkpoint.state import MODEL
 from pipeline.config.sections import METRICS
 from pipeline.data.manifest import Manifest
+from pipeline.errors import UserError
+from pipeline.tracking.spool import SpoolReader
 from tests.builders import make_varied_manifest, write_checkpoint
 from tests.jobs.test_evaluate import make_config
 
@@ -76,6 +79,41 @@ def test_the_scores_are_those_of_the_end(split: Manifest, checkpoints: Path) -> 
     with EvaluationBeside(config, split, again) as beside:
         beside.begin()
     assert not again
+
+
+def test_some_checkpoints_on_some_images(split: Manifest, checkpoints: Path) -> None:
+    """Of steps 5 and 10 of 10 every third is the last alone; the end scores it, and the best, on all images."""
+    config, scores = make_config(checkpoints.parents[1], every=3, subset=3, verify=False), Scores()
+    config = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 10})})
+    with EvaluationBeside(config, split, scores, samples=10) as beside:
+        beside.begin()
+        scores.wait(beside, 1)
+        beside.begin()
+    assert list(scores) == ["checkpoint-10"]
+    assert scores["checkpoint-10"]["inputs"]["subset"] == 3
+    assert config.folder.scores(3).keys() == {"checkpoint-10"}
+    assert not config.folder.scores()
+    best = config.folder.results(3) / "checkpoint-5" / "metrics.json"
+    best.parent.mkdir()
+    best.write_text('{"AP": 1.0}')
+    metrics = evaluate(config, checkpoints / "checkpoint-10", split, None)
+    assert config.folder.scores().keys() == {"checkpoint-5", "checkpoint-10"}
+    assert best_checkpoint(config, checkpoints / "checkpoint-10", metrics)[1]["inputs"].keys() == {
+        "weights",
+        "val_digest",
+        "settings",
+    }
+    curves = [set(point.metrics) for point in SpoolReader(config.folder.evaluate_spool).read()]
+    assert all("val/AP" in curve and "val_subset/AP" not in curve for curve in curves)
+    tell_scores(config.folder, "checkpoint-10", scores["checkpoint-10"])
+    part = SpoolReader(config.folder.evaluate_spool).read()[-1].metrics
+    assert part["val_subset/AP"] == scores["checkpoint-10"]["AP"]
+    assert {name for name in part if not name.partition("/")[0].endswith(("_subset", "_subset_category"))} == set()
+
+
+def test_a_subset_is_smaller_than_the_split(split: Manifest, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluate\.subset 7: .* has 7 images; give fewer"):
+        EvaluationBeside(make_config(tmp_path, subset=7), split, Scores())
 
 
 def test_what_runs_at_the_end_is_waited_for(split: Manifest, checkpoints: Path) -> None:

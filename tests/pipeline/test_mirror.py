@@ -87,6 +87,9 @@ def test_each_side_finds_what_the_other_writes(run: RunFolder) -> None:
         (run.evaluation / "checkpoint-10").mkdir(parents=True)
         (run.evaluation / "checkpoint-10" / "metrics.json").write_text("{}")
         wait_for(lambda: copy.scores().keys() == {"checkpoint-10"})
+        (run.results(5) / "checkpoint-10").mkdir(parents=True)
+        (run.results(5) / "checkpoint-10" / "metrics.json").write_text("{}")
+        wait_for(lambda: copy.scores(5).keys() == {"checkpoint-10"})
 
 
 def test_a_checkpoint_that_goes_is_gone_everywhere(run: RunFolder) -> None:

@@ -40,6 +40,10 @@ def test_scores_are_found_by_the_checkpoint(tmp_path: Path) -> None:
     file = run.evaluation / "checkpoint-5" / "metrics.json"
     file.write_text("{}")
     assert run.scores() == {"checkpoint-5": file}
+    part = run.results(20) / "checkpoint-10" / "metrics.json"
+    part.parent.mkdir(parents=True)
+    part.write_text("{}")
+    assert (run.scores(), run.scores(20), run.scores(30)) == ({"checkpoint-5": file}, {"checkpoint-10": part}, {})
 
 
 def test_a_run_in_a_store_has_a_copy_here(tmp_path: Path) -> None:

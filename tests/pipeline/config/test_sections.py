@@ -183,6 +183,29 @@ def test_patience_needs_scores() -> None:
         Config.model_validate({**sections, "evaluate": {"beside": False}})
 
 
+@pytest.mark.parametrize(
+    ("every", "epochs", "steps"),
+    [
+        (1, 1.0, list(range(1, 12))),
+        (2, 1.0, [5, 10, 11]),
+        (3, 1.0, [8, 11]),
+        (99, 1.0, [11]),
+        (2, 0.1, list(range(1, 12))),
+    ],
+    ids=["all", "every other", "every third", "the last alone", "more often than steps"],
+)
+def test_which_checkpoints_are_scored_while_training_goes_on(every: int, epochs: float, steps: list[int]) -> None:
+    train = {"global_batch": 4, "micro_batch": 2, "max_steps": 11, "checkpoint_epochs": epochs}
+    config = Config.model_validate({"name": "a", "train": train, "evaluate": {"every": every}})
+    assert [step for step in range(1, 12) if config.scores_beside(step, samples=10)] == steps
+
+
+@pytest.mark.parametrize("settings", [{"every": 0}, {"subset": -1}], ids=str)
+def test_no_part_of_the_checkpoints_or_images(settings: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=rf"evaluate\.{next(iter(settings))}.* greater than or equal to"):
+        parse_config({"name": "a", "evaluate": settings}, "my.yaml")
+
+
 def test_workers_that_do_not_share_a_step_equally_are_skipped() -> None:
     train = {"global_batch": 24, "micro_batch": 2}
     config = Config.model_validate({"name": "a", "train": train, "cluster": {"workers": [2, 8]}})

@@ -70,6 +70,29 @@ class TestEvaluateCheckpoint:
         assert metrics["train_sample"]["AR100"] == score(truth, found)["AR100"]
         assert metrics["AR100"] == 0
 
+    def test_a_subset_is_scored_as_such(self, split: Manifest, checkpoint: Path, tmp_path: Path) -> None:
+        asked: list[list[list[int]]] = []
+
+        def detect_all(path: Path, batches: list[list[int]]) -> list[list[dict[str, Any]]]:
+            asked.append(batches)
+            return [detect(path, split, batches, SECTION, "cpu")]
+
+        folders = [tmp_path / "a", tmp_path / "b", tmp_path / "a"]
+        part, again, whole = (
+            evaluate_checkpoint(checkpoint, split, SECTION, folder, detect_all, subset=subset)[0]
+            for folder, subset in zip(folders, (2, 2, 0), strict=True)
+        )
+        assert part == again
+        assert (part["inputs"]["subset"], "subset" in whole["inputs"]) == (2, False)
+        last = len(split.samples) - 1
+        assert asked[0] == asked[1]
+        assert [sorted(index for batch in batches for index in batch) for batches in asked[1:]] == [
+            [0, last],
+            list(range(last + 1)),
+        ]
+        truth, found = ground_truth(split, [0, last]), detect(checkpoint, split, asked[0], SECTION, "cpu")
+        assert score(truth, found).items() <= part.items()
+
     def test_other_settings_are_refused(self, split: Manifest, checkpoint: Path, tmp_path: Path) -> None:
         evaluate_checkpoint(checkpoint, split, SECTION, tmp_path, lambda path, batches: [])
         other = SECTION.model_copy(update={"short_side": 40, "pictures": 1})

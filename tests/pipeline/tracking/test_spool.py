@@ -74,6 +74,17 @@ class TestSpool:
         assert [(record.step, record.metrics) for record in records[1:]] == ([(step, metrics)] if written else [])
 
 
+def test_another_curve_of_the_same_step_is_no_repetition(tmp_path: Path) -> None:
+    with Spool(tmp_path / "spool") as spool:
+        spool.write(1, {"val_subset/AP": 0.0})
+    for _ in range(2):
+        with Spool(tmp_path / "spool") as spool:
+            spool.write_once(1, {"val/AP": 0.0}, "val/AP")
+            spool.write_once(1, {"val_subset/AP": 0.0}, "val_subset/AP")
+    written = [record.metrics for record in SpoolReader(tmp_path / "spool").read()]
+    assert written == [{"val_subset/AP": 0.0}, {"val/AP": 0.0}]
+
+
 def test_a_full_disk_is_told_once_and_the_points_before_stay(tmp_path: Path) -> None:
     path = tmp_path / "spool" / "evaluate.jsonl"
     with Spool(path) as spool:

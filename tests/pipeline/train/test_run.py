@@ -160,3 +160,8 @@ def test_the_best_of_the_scored_checkpoints(manifest: Manifest, world: World, tm
     assert run.best_scored() == "checkpoint-15"
     shutil.rmtree(job.out.checkpoints / "checkpoint-15")
     assert run.best_scored() == "checkpoint-10"
+    part = job.out.results(2) / "checkpoint-5" / METRICS_FILE
+    part.parent.mkdir(parents=True)
+    part.write_text('{"AP50": 0.01}')
+    of_part = Run(dataclasses.replace(job, subset=2), world, manifest)
+    assert (run.best_scored(), of_part.best_scored()) == ("checkpoint-10", "checkpoint-5")

@@ -24,6 +24,7 @@ def test_scores_come_in_the_order_of_the_steps(tmp_path: Path) -> None:
     assert list(scored(run, "AP50").items()) == in_order
     assert best_of(scored(run, "AP50")) == "checkpoint-100"
     assert best_of({}) is None
+    assert scored(run, "AP50", subset=20) == {}
 
 
 @pytest.mark.parametrize(
