@@ -13,21 +13,20 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from jobs.cluster import check_alive, device_of
+from jobs.cluster import check_alive
 from jobs.interrupt import in_thread
-from jobs.room import is_free, resources_of
+from jobs.room import is_free
+from jobs.scoring import Scoring, scoring_of
 from jobs.tasks import result_of
 from pipeline.checkpoint.state import checkpoints
-from pipeline.config.sections import Config, EvaluateSection
-from pipeline.config.values import plain
+from pipeline.config.sections import Config
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
-from pipeline.evaluate.detect import Detection, detect
+from pipeline.evaluate.detect import Detection
 from pipeline.evaluate.results import DETECTIONS_FILE, evaluate_checkpoint
 from pipeline.files import make_folder, write_json, write_whole
 from pipeline.log import get_logger
-from pipeline.mirror import checkpoint_here
-from pipeline.run_folder import METRICS_FILE, RunFolder
+from pipeline.run_folder import METRICS_FILE
 
 logger = get_logger(__name__)
 
@@ -46,7 +45,7 @@ class EvaluationBeside:
         samples: images of the training split; None where every checkpoint is scored.
 
     Raises:
-        UserError: `evaluate.subset` is no subset.
+        UserError: `evaluate.subset` is no subset, or `evaluate.device` is not there.
     """
 
     def __init__(
@@ -64,16 +63,7 @@ class EvaluationBeside:
                 f"evaluate.subset {subset}: {manifest.folder} has {len(manifest.samples)} images; give fewer, or leave "
                 "it out to score all of them"
             )
-        device = device_of(config.cluster)
-        self._resources = resources_of(config.cluster, device)
-        self._settings = {
-            "manifest": manifest,
-            "train": train,
-            "evaluate": plain(config.evaluate),
-            "device": device,
-            "threads": max(1, int(config.cluster.cpus_per_worker)),
-            "on_error": config.dataset.on_error,
-        }
+        self._scoring, self._splits = scoring_of(config), (manifest, train)
         self._begun = set(config.folder.scores(subset))
         self._running: dict[Any, Path] = {}
 
@@ -92,11 +82,10 @@ class EvaluationBeside:
     def begin(self) -> None:
         """Begin with the newest checkpoint that nobody has begun, if there is room: while all workers have theirs."""
         new = [path for path in checkpoints(self._folder.checkpoints) if self._is_due(path.name)]
-        if not new or self._running or not is_free(self._resources):
+        if not new or self._running or not is_free(self._scoring.resources):
             return
-        cpus, gpus = self._resources["CPU"], self._resources.get("GPU", 0)
-        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_evaluate)
-        self._running[task.remote(self._settings, self._folder, new[-1])] = new[-1]
+        task = ray.remote(num_cpus=self._scoring.cpus, num_gpus=self._scoring.gpus, max_retries=0)(_evaluate)
+        self._running[task.remote(self._scoring, *self._splits, new[-1])] = new[-1]
         self._begun.add(new[-1].name)
 
     def _is_due(self, name: str) -> bool:
@@ -122,19 +111,17 @@ class EvaluationBeside:
                 self._scored(path.name, metrics)
 
 
-def _evaluate(settings: dict[str, Any], run: RunFolder, checkpoint: Path) -> tuple[dict[str, Any], bytes]:
+def _evaluate(
+    scoring: Scoring, val: Manifest, train: Manifest | None, checkpoint: Path
+) -> tuple[dict[str, Any], bytes]:
     """What the task does: it scores a checkpoint alone, and gives the metrics and the file of the detections."""
-    import torch
-
-    torch.set_num_threads(settings["threads"])
-    section = EvaluateSection(**settings["evaluate"])
 
     def detect_all(split: Manifest, path: Path, batches: list[list[int]]) -> Iterator[list[Detection]]:
-        yield detect(path, split, batches, section, settings["device"], on_error=settings["on_error"])
+        yield scoring.detect(path, split, batches)
 
-    val, train = settings["manifest"], settings["train"]
+    section = scoring.evaluate
     sample = (train, partial(detect_all, train)) if train else None
-    with checkpoint_here(run, checkpoint) as path, tempfile.TemporaryDirectory() as folder:
+    with scoring.here(checkpoint) as path, tempfile.TemporaryDirectory() as folder:
         metrics, _ = evaluate_checkpoint(
             path, val, section, Path(folder), partial(detect_all, val), train=sample, subset=section.subset
         )

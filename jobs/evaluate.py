@@ -7,23 +7,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs.cluster import device_of
 from jobs.console import ProgressDisplay, make_console
 from jobs.interrupt import in_thread
+from jobs.scoring import Scoring, scoring_of
 from jobs.tasks import run_tasks
 from pipeline.checkpoint.find import all_whole
 from pipeline.config.load import dump_config
 from pipeline.config.sections import METRICS, Config
-from pipeline.config.values import digest, plain
+from pipeline.config.values import digest
 from pipeline.data.manifest import Manifest
-from pipeline.evaluate.detect import Detection, detect
+from pipeline.evaluate.detect import Detection
 from pipeline.evaluate.evaluated import RECORD_FILE, evaluated_of, read_curve
 from pipeline.evaluate.page import REPORT_FILE, write_report
 from pipeline.evaluate.report import plot_categories, write_category_table, write_pictures
 from pipeline.evaluate.results import DETECTIONS_FILE, evaluate_checkpoint
 from pipeline.files import disk_told, make_folder, read_json, write_json
 from pipeline.log import get_logger, outcome
-from pipeline.mirror import checkpoint_here
 from pipeline.predict.detector import Detector
 from pipeline.run_folder import METRICS_FILE, RunFolder
 from pipeline.tracking.provenance import code_version
@@ -224,48 +223,26 @@ class _Tasks:
         self._shown = shown
 
     def __call__(self, checkpoint: Path, batches: list[list[int]]) -> Iterator[list[Detection]]:
-        config = self._config
+        config, scoring = self._config, scoring_of(self._config)
         workers = config.evaluate.workers or config.cluster.most_workers
-        device = device_of(config.cluster)
-        settings = {
-            "run": config.folder,
-            "checkpoint": checkpoint.absolute(),
-            "manifest": self._manifest,
-            "evaluate": plain(config.evaluate),
-            "device": device,
-            "threads": max(1, int(config.cluster.cpus_per_worker)),
-            "on_error": config.dataset.on_error,
-        }
         count = min(len(batches), workers * SHARES)
         shares = [batches[index::count] for index in range(count)]
         for share, detections in run_tasks(
-            partial(_detect_share, settings),
+            partial(_detect_share, scoring, checkpoint.absolute(), self._manifest),
             shares,
             at_once=workers,
-            cpus=config.cluster.cpus_per_worker,
-            gpus=1 if device == "cuda" else 0,
+            cpus=scoring.cpus,
+            gpus=scoring.gpus,
         ):
             yield detections
             if self._shown is not None:
                 self._shown.advance(sum(len(batch) for batch in share))
 
 
-def _detect_share(settings: dict[str, Any], batches: list[list[int]]) -> list[Detection]:
+def _detect_share(scoring: Scoring, checkpoint: Path, manifest: Manifest, batches: list[list[int]]) -> list[Detection]:
     """What one task does: it loads the weights once, for all its batches."""
-    import torch
-
-    from pipeline.config.sections import EvaluateSection
-
-    torch.set_num_threads(settings["threads"])
-    with checkpoint_here(settings["run"], settings["checkpoint"]) as checkpoint:
-        return detect(
-            checkpoint,
-            settings["manifest"],
-            batches,
-            EvaluateSection(**settings["evaluate"]),
-            settings["device"],
-            on_error=settings["on_error"],
-        )
+    with scoring.here(checkpoint) as path:
+        return scoring.detect(path, manifest, batches)
 
 
 def _progress(name: str, manifest: Manifest) -> ProgressDisplay:

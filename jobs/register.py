@@ -7,7 +7,7 @@ from pipeline.checkpoint.state import STATE, DamagedError
 from pipeline.config.load import dump_config
 from pipeline.config.sections import Config
 from pipeline.errors import UserError
-from pipeline.evaluate.results import weights_digest
+from pipeline.evaluate.results import settings_of, weights_digest
 from pipeline.files import read_json
 from pipeline.log import get_logger
 from pipeline.registry.parent import read_parent
@@ -54,18 +54,22 @@ def best_checkpoint(config: Config, last: Path, metrics: dict[str, Any]) -> tupl
     One whose folder is gone, or holds other weights by now, is left out; of equal ones the later is taken.
     """
     metric = config.register_.metric
-    like = {key: value for key, value in metrics["inputs"].items() if key != "weights"}
+    like = _told_apart(metrics["inputs"])
     scored = [(metrics[metric], metrics.get("step") or 0, last, metrics)]
     for name, file in config.folder.scores().items():
         found = read_json(file, "metrics file")
-        inputs = found.get("inputs", {})
-        if {**inputs, "weights": None} == {**like, "weights": None} and name != last.name:
+        if _told_apart(found.get("inputs", {})) == like and name != last.name:
             scored.append((found[metric], found["step"], last.parent / name, found))
     for value, _, path, found in sorted(scored, key=lambda each: each[:2], reverse=True):
         if path == last or _holds(path, found["inputs"]["weights"]):
             return path, found
         logger.warning("%s, with %s %.4f, is gone: the best that is there is registered", path, metric, value)
     return last, metrics
+
+
+def _told_apart(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What scores of two checkpoints must have in common to be compared."""
+    return {**inputs, "settings": settings_of(inputs), "weights": None}
 
 
 def _holds(checkpoint: Path, digest: str) -> bool:

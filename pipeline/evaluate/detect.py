@@ -35,7 +35,7 @@ def detect(
         checkpoint: folder of a checkpoint, or of a detector that was saved.
         manifest: the split.
         batches: indices into `manifest.samples`, as `eval_batches` gives them, or a share of those.
-        evaluate: sizes and the number of detections of an image.
+        evaluate: sizes, precision and the number of detections of an image.
         device: where the network runs.
         on_batch: called after each batch with its number of images.
         on_error: whether an image that cannot be read is an error or has no detections.
@@ -54,9 +54,11 @@ def detect(
             f"{checkpoint} was trained on other categories ({_told(detector.labels)}) than {manifest.folder} has "
             f"({_told(manifest.labels)}); evaluate it on the validation split of its own dataset"
         )
+    is_bf16, kind = evaluate.precision == "bf16", torch.device(device).type
     detections: list[Detection] = []
     for pixels, image_ids, sizes in EvalLoader(manifest, [list(batch) for batch in batches], evaluate, 0, on_error):
-        found = detector.detect(pixels.to(device), sizes)
+        with torch.autocast(kind, torch.bfloat16, enabled=is_bf16):
+            found = detector.detect(pixels.to(device), sizes)
         for image_id, entries in zip(image_ids, found, strict=True):
             detections.extend({"image_id": int(image_id), **entry} for entry in entries)
         if on_batch is not None:

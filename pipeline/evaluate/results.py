@@ -123,13 +123,18 @@ def _known_metrics(path: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
     before = known.get("inputs", {}) if isinstance(known, dict) else {}
     if any(before.get(key) != inputs.get(key) for key in ("weights", "val_digest", "subset")):
         return None
-    changed = differences(before.get("settings", {}), inputs["settings"])
+    changed = differences(settings_of(before), inputs["settings"])
     if changed:
         raise UserError(
             f"{path.parent} was scored with other settings of evaluate ({'; '.join(changed)}): give the run another "
             "name, take the settings back, or delete that folder"
         )
     return dict(known)
+
+
+def settings_of(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were scored with; one that is newer than the scores has its default, whose effect it had."""
+    return {"precision": EvaluateSection().precision, **inputs.get("settings", {})}
 
 
 def evaluate_files(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 
 from jobs.beside import EvaluationBeside
 from jobs.cluster import connected
@@ -114,6 +115,17 @@ def test_some_checkpoints_on_some_images(split: Manifest, checkpoints: Path) -> 
 def test_a_subset_is_smaller_than_the_split(split: Manifest, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"evaluate\.subset 7: .* has 7 images; give fewer"):
         EvaluationBeside(make_config(tmp_path, subset=7), split, Scores())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(split: Manifest, checkpoints: Path) -> None:
+    config = make_config(checkpoints.parents[1], device="cuda", gpus=0.25)
+    for score in (
+        lambda: EvaluationBeside(config, split, Scores()),
+        lambda: evaluate(config, checkpoints / "checkpoint-10", split, None),
+    ):
+        with pytest.raises(UserError, match=r"evaluate\.device cuda with evaluate\.gpus 0\.25: .* has 0 GPUs"):
+            score()
 
 
 def test_what_runs_at_the_end_is_waited_for(split: Manifest, checkpoints: Path) -> None:

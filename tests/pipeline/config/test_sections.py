@@ -200,9 +200,9 @@ def test_which_checkpoints_are_scored_while_training_goes_on(every: int, epochs:
     assert [step for step in range(1, 12) if config.scores_beside(step, samples=10)] == steps
 
 
-@pytest.mark.parametrize("settings", [{"every": 0}, {"subset": -1}], ids=str)
-def test_no_part_of_the_checkpoints_or_images(settings: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match=rf"evaluate\.{next(iter(settings))}.* greater than or equal to"):
+@pytest.mark.parametrize("settings", [{"every": 0}, {"subset": -1}, {"gpus": 2}, {"device": "gpu"}], ids=str)
+def test_no_part_of_the_checkpoints_images_or_gpus(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"evaluate\.{next(iter(settings))}` is .*should be"):
         parse_config({"name": "a", "evaluate": settings}, "my.yaml")
 
 
@@ -257,7 +257,7 @@ def test_the_tracking_server_is_embedded_unless_one_is_named(tmp_path: Path) -> 
                 ),
             ),
         ),
-        (EvaluateSection, Role.SCORES, ("batch_size", "short_side", "max_side", "max_detections")),
+        (EvaluateSection, Role.SCORES, ("batch_size", "precision", "short_side", "max_side", "max_detections")),
         (EvaluateSection, Role.SERVES, ("short_side", "max_side", "max_detections")),
         (AugmentSection, Role.MAY_DIFFER, ()),
     ],

@@ -46,6 +46,16 @@ class TestDetect:
         shares = [detect(checkpoint, split, batches[start::2], SECTION, "cpu") for start in range(2)]
         assert sort_detections([entry for share in reversed(shares) for entry in share]) == whole
 
+    def test_bf16_is_another_arithmetic(self, split: Manifest, checkpoint: Path) -> None:
+        batches = eval_batches(split, 2)
+        found = {
+            precision: detect(checkpoint, split, batches, SECTION.model_copy(update={"precision": precision}), "cpu")
+            for precision in ("fp32", "bf16")
+        }
+        best = {precision: {d["image_id"]: d["score"] for d in reversed(each)} for precision, each in found.items()}
+        assert best["bf16"] != best["fp32"]
+        assert best["bf16"] == pytest.approx(best["fp32"], abs=0.02)
+
     def test_boxes_are_not_clipped(self, split: Manifest, tmp_path: Path) -> None:
         checkpoint = write_checkpoint(tmp_path, split.labels)
         weights = load_file(checkpoint / "model.safetensors")

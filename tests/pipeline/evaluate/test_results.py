@@ -99,6 +99,19 @@ class TestEvaluateCheckpoint:
         with pytest.raises(UserError, match=r"short_side: 48 -> 40\)"):
             evaluate_checkpoint(checkpoint, split, other, tmp_path, lambda path, batches: [])
 
+    def test_settings_that_are_newer_than_the_scores_had_their_default(
+        self, split: Manifest, checkpoint: Path, tmp_path: Path
+    ) -> None:
+        evaluate_checkpoint(checkpoint, split, SECTION, tmp_path, lambda path, batches: [])
+        file = tmp_path / "metrics.json"
+        metrics = json.loads(file.read_text())
+        assert metrics["inputs"]["settings"].pop("precision") == "fp32"
+        file.write_text(json.dumps(metrics))
+        assert not evaluate_checkpoint(checkpoint, split, SECTION, tmp_path, lambda path, batches: [])[1]
+        other = SECTION.model_copy(update={"precision": "bf16"})
+        with pytest.raises(UserError, match=r"precision: fp32 -> bf16\)"):
+            evaluate_checkpoint(checkpoint, split, other, tmp_path, lambda path, batches: [])
+
     def test_other_weights_are_scored_anew(self, split: Manifest, checkpoint: Path, tmp_path: Path) -> None:
         evaluate_checkpoint(checkpoint, split, SECTION, tmp_path / "out", lambda path, batches: [])
         other = write_checkpoint(tmp_path, split.labels, seed=1)
