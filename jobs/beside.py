@@ -5,6 +5,7 @@ Nothing waits for it: where there is no room while workers train, the checkpoint
 
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -18,15 +19,13 @@ from jobs.interrupt import in_thread
 from jobs.room import is_free
 from jobs.scoring import Scoring, scoring_of
 from jobs.tasks import result_of
-from pipeline.checkpoint.state import checkpoints
 from pipeline.config.sections import Config
 from pipeline.data.manifest import Manifest
-from pipeline.errors import UserError
+from pipeline.errors import StoreError, UserError
+from pipeline.evaluate.claims import Claims
 from pipeline.evaluate.detect import Detection
 from pipeline.evaluate.results import DETECTIONS_FILE, evaluate_checkpoint
-from pipeline.files import make_folder, write_json, write_whole
 from pipeline.log import get_logger
-from pipeline.run_folder import METRICS_FILE
 
 logger = get_logger(__name__)
 
@@ -43,6 +42,8 @@ class EvaluationBeside:
         scored: called with each checkpoint's name and metrics, in the driver.
         train: of the training split, for `evaluate.train_sample`.
         samples: images of the training split; None where every checkpoint is scored.
+        claims: what is scored, and by whom; of the driver where it is None.
+        at_once: most checkpoints at a time.
 
     Raises:
         UserError: `evaluate.subset` is no subset, or `evaluate.device` is not there.
@@ -55,8 +56,11 @@ class EvaluationBeside:
         scored: Callable[[str, dict[str, Any]], None],
         train: Manifest | None = None,
         samples: int | None = None,
+        claims: Claims | None = None,
+        at_once: int = 1,
     ) -> None:
-        self._config, self._folder, self._scored, self._samples = config, config.folder, scored, samples
+        self._config, self._scored, self._samples, self._at_once = config, scored, samples, at_once
+        self._claims = claims or Claims(config.folder, "driver")
         subset = config.evaluate.subset
         if subset >= len(manifest.samples):
             raise UserError(
@@ -64,7 +68,7 @@ class EvaluationBeside:
                 "it out to score all of them"
             )
         self._scoring, self._splits = scoring_of(config), (manifest, train)
-        self._begun = set(config.folder.scores(subset))
+        self._done: set[str] = set()
         self._running: dict[Any, Path] = {}
 
     def __enter__(self) -> "EvaluationBeside":
@@ -81,34 +85,53 @@ class EvaluationBeside:
 
     def begin(self) -> None:
         """Begin with the newest checkpoint that nobody has begun, if there is room: while all workers have theirs."""
-        new = [path for path in checkpoints(self._folder.checkpoints) if self._is_due(path.name)]
-        if not new or self._running or not is_free(self._scoring.resources):
+        if len(self._running) >= self._at_once:
+            return
+        new, subset = self.due(), self._config.evaluate.subset
+        if not new or not is_free(self._scoring.resources):
+            return
+        path = None
+        with suppress(StoreError):  # the next look may find it there
+            path = next((path for path in reversed(new) if self._claims.take(path.name, subset)), None)
+        if path is None:
             return
         task = ray.remote(num_cpus=self._scoring.cpus, num_gpus=self._scoring.gpus, max_retries=0)(_evaluate)
-        self._running[task.remote(self._scoring, *self._splits, new[-1])] = new[-1]
-        self._begun.add(new[-1].name)
+        self._running[task.remote(self._scoring, *self._splits, path)] = path
+        self._done.add(path.name)
 
-    def _is_due(self, name: str) -> bool:
+    def due(self) -> list[Path]:
+        """The checkpoints that are to be scored, and that this command has not begun, oldest first."""
+        there = self._claims.checkpoints()
+        new = [path for path in there if path.name not in self._done and self._is_wanted(path.name)]
+        self._done |= {path.name for path in new if self._claims.is_scored(path.name, self._config.evaluate.subset)}
+        return [path for path in new if path.name not in self._done]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs."""
+        return not self._running
+
+    def _is_wanted(self, name: str) -> bool:
         step = int(name.removeprefix("checkpoint-"))
-        is_scored = self._samples is None or self._config.scores_beside(step, self._samples)
-        return is_scored and name not in self._begun
+        return self._samples is None or self._config.scores_beside(step, self._samples)
 
     def collect(self, seconds: float = 0) -> None:
         """Tell what has been scored, waiting so long for it. A task that failed is told; the end tries it again."""
+        subset = self._config.evaluate.subset
         done, _ = in_thread(lambda: ray.wait(list(self._running), timeout=seconds), "ray-wait").result()
         for reference in done:
             path = self._running.pop(reference)
             try:
                 metrics, detections = result_of(reference)
+                self._claims.keep(path.name, subset, metrics, detections)
             except (UserError, RayError) as error:
-                if path.exists():  # and was not removed for newer ones
+                if isinstance(error, StoreError):  # which may be there the next time
+                    self._done.discard(path.name)
+                if path in self._claims.checkpoints():  # and was not removed for newer ones
                     logger.warning("evaluate: %s beside training: %s", path.name, str(error).strip().splitlines()[-1])
             else:
-                out = self._folder.results(self._config.evaluate.subset) / path.name
-                make_folder(out)
-                write_whole(out / DETECTIONS_FILE, detections)
-                write_json(out / METRICS_FILE, metrics)
                 self._scored(path.name, metrics)
+            self._claims.give_back(path.name, subset)
 
 
 def _evaluate(

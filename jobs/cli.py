@@ -101,8 +101,18 @@ def evaluate(
         bool,
         typer.Option("--verify", help="Have pycocotools score the file of detections, too. A run: evaluate.verify."),
     ] = False,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow",
+            help="Score each new checkpoint of a run that another command trains, until its last is scored. A run that "
+            "has not begun, or that no command trains now, is waited for without a limit.",
+        ),
+    ] = False,
 ) -> None:
     """Score a run's last checkpoint on the validation split, a file of weights on it, or a file of detections."""
+    if follow and (annotations or detections or weights or out or verify or iou_type != "bbox" or config is None):
+        raise UserError("--follow is for the checkpoints of a run: give -c, and --set, with it and nothing else")
     if annotations or detections:
         if not (annotations and detections and out) or weights:
             raise UserError("scoring a file of detections takes --annotations, --detections and --out together")
@@ -117,6 +127,12 @@ def evaluate(
         raise UserError("give a configuration with -c, or --annotations, --detections and --out")
     if (weights is None) != (out is None):
         raise UserError("scoring a file of weights takes -c, --weights and --out together")
+    if follow:
+        settings = _load(config, overrides)
+        from jobs.follow import follow as follow_run
+
+        follow_run(settings)
+        return
     with _pipeline(config, overrides, works_on_run=weights is None) as pipeline:
         if weights and out:
             from pipeline.evaluate.report import metrics_table

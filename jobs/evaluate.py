@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,12 @@ SHARES = 4
 
 
 def evaluate(
-    config: Config, checkpoint: Path, manifest: Manifest, tracker: Tracker | None, train: Manifest | None = None
+    config: Config,
+    checkpoint: Path,
+    manifest: Manifest,
+    tracker: Tracker | None,
+    train: Manifest | None = None,
+    claimed: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, Any]:
     """Score the run's last checkpoint, or every kept one with `evaluate.curve`, on the whole split, and report it.
 
@@ -59,6 +65,7 @@ def evaluate(
         manifest: of the validation split.
         tracker: the MLflow run that gets the metrics and the report, by its outbox; None logs nothing.
         train: of the training split, for `evaluate.train_sample`.
+        claimed: gives what a checkpoint of a name is scored within; afterwards it may be scored already.
 
     Returns:
         The metrics of `checkpoint`.
@@ -70,7 +77,7 @@ def evaluate(
     metrics: dict[str, Any] = {}
     for path in _chosen(config, checkpoint):
         verify = config.evaluate.verify and path == checkpoint
-        with disk_told(out, "runs"), _progress(path.name, manifest) as shown:
+        with claimed(path.name), disk_told(out, "runs"), _progress(path.name, manifest) as shown:
             tasks = _Tasks(config, manifest, shown)
             sample = (train, _Tasks(config, train, None)) if train else None
             metrics, is_new = evaluate_checkpoint(
@@ -139,10 +146,16 @@ def tell_scores(run: RunFolder, name: str, metrics: dict[str, Any], *, is_new: b
     subset = metrics.get("inputs", {}).get("subset")
     with Spool(run.evaluate_spool) as points:
         points.write_once(metrics["step"], _points(metrics, subset), f"{'val_subset' if subset else 'val'}/AP")
-    scores = f"{name}  AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}{f'  on {subset} images' if subset else ''}"
-    make_console().print(outcome("evaluate", scores, is_new=is_new))
+    print_scores(name, metrics, is_new=is_new)
     if is_new:
         _warn(run, name, metrics)
+
+
+def print_scores(name: str, metrics: dict[str, Any], *, is_new: bool = True) -> None:
+    """Print a checkpoint's scores, as a line."""
+    subset = metrics.get("inputs", {}).get("subset")
+    scores = f"{name}  AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}{f'  on {subset} images' if subset else ''}"
+    make_console().print(outcome("evaluate", scores, is_new=is_new))
 
 
 def _warn(run: RunFolder, name: str, metrics: dict[str, Any]) -> None:

@@ -24,10 +24,12 @@ from pipeline.config.sections import Config
 from pipeline.data.cache import cache_of
 from pipeline.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from pipeline.errors import UserError
+from pipeline.evaluate.claims import Claims
 from pipeline.log import get_logger
 from pipeline.mirror import Mirror, driver_mirror
 from pipeline.registry.parent import fetch_parent
 from pipeline.registry.register import Registration
+from pipeline.run_folder import METRICS_FILE
 from pipeline.tracking.spool import SpoolReader, SpoolRecord
 from pipeline.tracking.tracker import Tracker
 from pipeline.train.initial import check_init
@@ -37,6 +39,8 @@ logger = get_logger(__name__)
 
 UPLOAD_SECONDS = 5
 """Seconds between two uploads of the training curves."""
+FOLLOWER_SECONDS = 1
+"""Seconds between two looks for what a follower scores."""
 FINISH_SECONDS = 3
 """Longest wait for the tracking server when the command is to end."""
 
@@ -60,6 +64,7 @@ class Pipeline:
         self._stack = ExitStack()
         self._tracker: Tracker | None = None
         self._mirror: Mirror | None = None
+        self._claims: Claims | None = None
 
     def __enter__(self) -> "Pipeline":
         with self._stack:  # closed if one of these fails
@@ -67,6 +72,8 @@ class Pipeline:
                 check_init(self.config.train.init, self.config.folder.checkpoints)
                 name = f"the run {self.config.name}"
                 self._mirror = self._stack.enter_context(driver_mirror(self.config.folder, name, wait=self._wait))
+                self._claims = Claims(self.config.folder, "driver", self._mirror.sync)
+                self._claims.clear()
                 check_resume(self.config)
                 fetch_initial(self.config)
             self._begin_kill = self._stack.enter_context(at_first_signal(self._kill, FINISH_SECONDS))
@@ -129,6 +136,7 @@ class Pipeline:
         manifest, val = self._manifest("train"), self._val_manifest()
         total = self.config.train.total_steps(len(manifest.samples))
         self.tracker.log_points(spool)
+        self.tracker.log_points(self.config.folder.evaluate_spool)
         track.tell_about(self.tracker, self.config, {"train": manifest} | ({"val": val} if val else {}))
         uploaded, metrics = time.monotonic(), RunMetrics(self.config.name)
         with TrainingProgress(self.console, spool, total) as shown, self._evaluation_beside(val, manifest) as beside:
@@ -136,6 +144,7 @@ class Pipeline:
             def poll() -> None:
                 nonlocal uploaded
                 mirror.check()
+                self._take_home()
                 if newest := shown.update():
                     metrics.trained(newest.step, newest.metrics)
                 if beside is not None:
@@ -157,17 +166,36 @@ class Pipeline:
         if val is None or not self.config.evaluate.beside:
             yield None
             return
-        run = self.config.folder
-        self.tracker.log_points(run.evaluate_spool)
-        tell, sampled = partial(evaluate.tell_scores, run), train if self.config.evaluate.train_sample else None
-        with EvaluationBeside(self.config, val, tell, sampled, len(train.samples)) as beside:
+        tell = partial(evaluate.tell_scores, self.config.folder)
+        sampled = train if self.config.evaluate.train_sample else None
+        with EvaluationBeside(self.config, val, tell, sampled, len(train.samples), self._claims) as beside:
             yield beside
+
+    def _take_home(self) -> None:
+        """What a follower has scored becomes the run's."""
+        assert self._claims is not None, "evaluating works on the run"
+        self._claims.take_home(partial(evaluate.tell_scores, self.config.folder))
+
+    @contextmanager
+    def _claimed(self, name: str) -> Iterator[None]:
+        """The checkpoint of a name is scored by nobody else in the block; it may have been scored by then."""
+        assert self._claims is not None, "evaluating works on the run"
+        is_told = False
+        while not self._claims.take(name) and not (self.config.folder.evaluation / name / METRICS_FILE).exists():
+            if not is_told:
+                logger.info("evaluate: %s is being scored by `raydetr evaluate --follow`: waiting for it", name)
+            is_told = True
+            time.sleep(FOLLOWER_SECONDS)
+            self._take_home()
+        yield
+        self._claims.give_back(name)
 
     def evaluate(self) -> dict[str, Any]:
         """Score the last checkpoint (every kept one with evaluate.curve) on the validation split."""
         self._connect()
-        val = self._manifest("val")
-        return evaluate.evaluate(self.config, self._last_checkpoint(), val, self.tracker, self._sampled())
+        val, last = self._manifest("val"), self._last_checkpoint()
+        self._take_home()
+        return evaluate.evaluate(self.config, last, val, self.tracker, self._sampled(), self._claimed)
 
     def evaluate_weights(self, weights: Path, out: Path) -> dict[str, Any]:
         """Score a file of weights on the validation split, which is sharded for it; no MLflow run is made."""

@@ -18,6 +18,8 @@ from pipeline.log import get_logger
 from pipeline.store import Place, StorePath
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LOOKS, LOOK_SECONDS = 4, 0.05
+"""How often, and with what time between, a lock is found locked before another process counts as its holder."""
 
 logger = get_logger(__name__)
 
@@ -157,13 +159,18 @@ def held(path: Path, what: str, *, wait: bool = False, mend: str = "choose anoth
 
 def _lock(path: Path, what: str, wait: bool, mend: str) -> TextIO:
     """The locked file, empty."""
+    looks = 0
     while True:
         make_folder(path.parent, mend)
         file = path.open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = _holder(file)
+            holder, looks = _holder(file), looks + 1
+            if not wait and looks < LOOKS:  # `is_held` of another process holds it for a moment
+                file.close()
+                time.sleep(LOOK_SECONDS)
+                continue
             if not wait:
                 file.close()
                 mend = "wait for it, stop it, or use another name"

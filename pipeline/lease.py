@@ -69,7 +69,7 @@ class Lease:
         Raises:
             UserError: another holds it, named by host, process and time.
         """
-        before = self._read()
+        before = _read(self._path, self._what)
         is_newest = before is not None and before.token == token
         if before is not None and not is_newest:
             self._wait_until_gone(before, wait)
@@ -98,7 +98,7 @@ class Lease:
 
     def check(self) -> None:
         """Raise a UserError where another has it by now."""
-        now = self._read()
+        now = _read(self._path, self._what)
         if now is not None and (now.token, now.host, now.pid) != (self._own.token, self._own.host, self._own.pid):
             raise UserError(f"{self._what} is running {now}, which has taken it over: this command ends")
 
@@ -112,7 +112,7 @@ class Lease:
         unchanged = time.monotonic()
         while not holder.is_over and time.monotonic() - unchanged < LOST_SECONDS:
             time.sleep(LOOK_SECONDS)
-            now = self._read()
+            now = _read(self._path, self._what)
             if now is None:
                 return
             if now != holder and not now.is_over:
@@ -122,14 +122,35 @@ class Lease:
                 unchanged = time.monotonic()
             holder = now
 
-    def _read(self) -> Holder | None:
-        try:
-            return Holder(**json.loads(self._path.read_bytes()))
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{self._path}: says not who works on {self._what} ({error}); remove it") from error
-
     def _write(self, holder: Holder) -> None:
         self._path.write_bytes(json.dumps(holder.__dict__).encode())
         self._renewed = time.monotonic()
+
+
+class Watch:
+    """Whether somebody holds a lease, seen from elsewhere: its holder has counted since it was looked at.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: StorePath) -> None:
+        self._path = path
+        self._seen: Holder | None = None
+        self._changed = 0.0
+
+    def is_held(self) -> bool:
+        """Whether; what has just been seen for the first time counts as held for `LOST_SECONDS`."""
+        now = _read(self._path, self._path.name)
+        if now != self._seen:
+            self._seen, self._changed = now, time.monotonic()
+        return now is not None and not now.is_over and time.monotonic() - self._changed < LOST_SECONDS
+
+
+def _read(path: StorePath, what: str) -> Holder | None:
+    try:
+        return Holder(**json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: says not who works on {what} ({error}); remove it") from error

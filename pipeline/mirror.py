@@ -33,6 +33,8 @@ CHECKPOINTS = "checkpoints/"
 STATE = "state.json"
 TRAINED = (CHECKPOINTS, "spool/train.jsonl", "profile/", "stacks/", "watch/")
 """What training's workers write; the driver writes everything else."""
+FOLLOWED = "followed/"
+"""What a follower and the driver say to each other in the store; see pipeline/evaluate/claims.py."""
 LEASE = "lease.json"
 """In the store who works on the run, in a copy what it is known by."""
 UNSHARED = ("lock", LEASE, "ray/")
@@ -233,7 +235,7 @@ def driver_mirror(run: RunFolder, what: str, *, wait: bool = False, mend: str = 
         if run.store is not None:
             lease = Lease(run.store / LEASE, what)
             _take(lease, run, run.store, wait)
-        mirror = Mirror(run, _of_driver, _of_workers, lease.renew if lease else lambda: None)
+        mirror = Mirror(run, _of_driver, _for_driver, lease.renew if lease else lambda: None)
         try:
             mirror.sync()
             yield mirror
@@ -383,12 +385,16 @@ def _remove_left() -> None:
             _remove(path)
 
 
+def _for_driver(name: str) -> bool:
+    return _of_workers(name) or name.startswith(f"{FOLLOWED}results/")
+
+
 def _of_workers(name: str) -> bool:
     return name.startswith(TRAINED)
 
 
 def _of_driver(name: str) -> bool:
-    return not name.startswith((*TRAINED, *UNSHARED))
+    return not name.startswith((*TRAINED, FOLLOWED, *UNSHARED))
 
 
 def _order(name: str) -> tuple[bool, bool, str]:

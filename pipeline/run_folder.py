@@ -50,6 +50,11 @@ class RunFolder:
         return {file.parent.name: file for file in self.results(subset).glob(f"checkpoint-*/{METRICS_FILE}")}
 
     @property
+    def followed(self) -> Path:
+        """Folder of what a command that scores the run from elsewhere leaves for the one that works on it."""
+        return self.path / "followed"
+
+    @property
     def parent(self) -> Path:
         """Folder of the registered detector that training began with."""
         return self.path / "parent"

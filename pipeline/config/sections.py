@@ -330,7 +330,7 @@ class EvaluateSection(Section):
     batch_size: Annotated[int, Role.SCORES] = Field(2, ge=1)
     """Images that go through the network at once."""
     workers: int | None = Field(None, ge=1)
-    """Inference tasks at once; the default is cluster.workers."""
+    """Inference tasks at once, or with `--follow` checkpoints; the default is cluster.workers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the network runs when it is scored; auto is what cluster.device means."""
     gpus: float = Field(1, gt=0, le=1)
@@ -346,7 +346,8 @@ class EvaluateSection(Section):
     curve: bool = False
     """Score every kept checkpoint, not the last alone: the AP curve of the run."""
     beside: bool = True
-    """Score new checkpoints while training goes on, one at a time, where the cluster has room beside its workers."""
+    """Score new checkpoints while training goes on, one at a time, where the cluster has room beside its workers.
+    `raydetr evaluate --follow` does it from elsewhere, and what one of the two scores the other does not."""
     every: int = Field(1, ge=1)
     """Of the checkpoints of train.checkpoint_epochs each so many-th is scored while training goes on, and the last."""
     subset: int = Field(0, ge=0)

@@ -8,6 +8,10 @@ from pipeline.evaluate.charts import (
     sparkline,
     whisker,
 )
+from pipeline.evaluate.claims import (
+    Claims,
+    following,
+)
 from pipeline.evaluate.comparison import (
     write_comparison,
 )
@@ -67,6 +71,7 @@ from pipeline.evaluate.results import (
     SCORE_SETTINGS,
     evaluate_checkpoint,
     evaluate_files,
+    settings_of,
     weights_digest,
 )
 from pipeline.evaluate.score import (
@@ -88,6 +93,7 @@ __all__ = [
     "SCORE_SETTINGS",
     "SHAPES",
     "Axis",
+    "Claims",
     "Comparison",
     "DetectAll",
     "Detection",
@@ -111,6 +117,7 @@ __all__ = [
     "evaluated_of",
     "evaluation_folder",
     "evaluation_of",
+    "following",
     "ground_truth_of",
     "intervals_of",
     "metrics_table",
@@ -119,6 +126,7 @@ __all__ = [
     "read_evaluated",
     "read_files",
     "score",
+    "settings_of",
     "sort_detections",
     "sparkline",
     "weights_digest",

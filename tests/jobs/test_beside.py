@@ -19,6 +19,8 @@ from pipeline.checkpoint.state import MODEL
 from pipeline.config.sections import METRICS
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
+from pipeline.evaluate.claims import Claims, following
+from pipeline.mirror import driver_mirror
 from pipeline.tracking.spool import SpoolReader
 from tests.builders import make_varied_manifest, write_checkpoint
 from tests.jobs.test_evaluate import make_config
@@ -112,6 +114,32 @@ def test_some_checkpoints_on_some_images(split: Manifest, checkpoints: Path) -> 
     assert {name for name in part if not name.partition("/")[0].endswith(("_subset", "_subset_category"))} == set()
 
 
+def test_what_a_follower_scores_comes_home(split: Manifest, checkpoints: Path) -> None:
+    """Two at a time, each by one of both, and the file is that of one command."""
+    config, left, scores, home = make_config(checkpoints.parents[1], verify=False), Scores(), Scores(), Scores()
+    run = config.folder
+    driver, follower = Claims(run, "driver"), Claims(run, "follower")
+    with driver_mirror(run, "the run"), following(run, "following the run"):
+        with EvaluationBeside(config, split, scores, claims=driver) as beside:
+            beside.begin()
+            with EvaluationBeside(config, split, left, claims=follower, at_once=2) as other:
+                assert [path.name for path in other.due()] == ["checkpoint-5", "checkpoint-10"]
+                other.begin()
+                other.begin()
+                assert not other.is_idle
+        assert (list(scores), list(left)) == (["checkpoint-10"], ["checkpoint-5"])
+        assert run.scores().keys() == {"checkpoint-10"}
+        driver.take_home(home)
+    assert home == left
+    assert run.scores().keys() == {"checkpoint-5", "checkpoint-10"}
+    written = {name: file.read_bytes() for name, file in run.scores().items()}
+    shutil.rmtree(run.evaluation)
+    with EvaluationBeside(config, split, Scores()) as beside:
+        Scores().wait(beside, 0)
+        beside.begin()
+    assert run.scores()["checkpoint-10"].read_bytes() == written["checkpoint-10"]
+
+
 def test_a_subset_is_smaller_than_the_split(split: Manifest, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"evaluate\.subset 7: .* has 7 images; give fewer"):
         EvaluationBeside(make_config(tmp_path, subset=7), split, Scores())
@@ -169,7 +197,7 @@ def test_what_fails_stops_nothing_and_what_is_gone_is_not_missed(
     caplog.clear()
     write_checkpoint(checkpoints, split.labels, 15, seed=1)
     with caplog.at_level(logging.WARNING), EvaluationBeside(config, split, scores) as beside:
-        beside._begun.add("checkpoint-10")
+        beside._done.add("checkpoint-10")
         beside.begin()
         shutil.rmtree(checkpoints / "checkpoint-15")
     assert set(scores) <= {"checkpoint-15"}

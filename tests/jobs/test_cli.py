@@ -166,6 +166,20 @@ def test_evaluate_wants_all_three_files(tmp_path: Path) -> None:
     assert "--detections" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "more",
+    [("-c", "jobs/configs/demo.yaml", "--annotations", "a.json"), ("-c", "jobs/configs/demo.yaml", "--verify"), ()],
+    ids=["a file", "a check", "no run"],
+)
+def test_a_run_alone_is_followed(more: tuple[str, ...]) -> None:
+    result = raydetr("evaluate", "--follow", *more)
+    assert result.returncode == 2
+    assert (
+        result.stderr
+        == "error: --follow is for the checkpoints of a run: give -c, and --set, with it and nothing else\n"
+    )
+
+
 def test_weights_are_scored_with_a_config_into_a_folder() -> None:
     result = raydetr("evaluate", "-c", "jobs/configs/demo.yaml", "--weights", "w.pth")
     assert result.returncode == 2

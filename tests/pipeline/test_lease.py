@@ -7,7 +7,7 @@ import pytest
 
 from pipeline import lease
 from pipeline.errors import UserError
-from pipeline.lease import Lease
+from pipeline.lease import Lease, Watch
 from pipeline.store import StorePath
 
 
@@ -86,6 +86,22 @@ def test_who_lost_it_is_told(path: StorePath) -> None:
     # A token of its own tells them apart: here both are this process.
     with pytest.raises(UserError, match="which has taken it over: this command ends"):
         first.check()
+
+
+def test_a_holder_is_seen_from_elsewhere(path: StorePath) -> None:
+    watch = Watch(path)
+    assert not watch.is_held()
+    holder = taken(path)
+    for _ in range(5):
+        time.sleep(0.1)
+        holder.renew()
+        assert watch.is_held()
+    time.sleep(1.1)
+    assert not watch.is_held()
+    holder.renew()
+    assert watch.is_held()
+    holder.give_back()
+    assert not watch.is_held()
 
 
 def test_a_file_that_is_none_is_told(path: StorePath) -> None:

@@ -16,6 +16,7 @@ def test_everything_has_its_place_below_the_folder() -> None:
         "train_spool": "runs/demo/spool/train.jsonl",
         "evaluate_spool": "runs/demo/spool/evaluate.jsonl",
         "evaluation": "runs/demo/evaluate",
+        "followed": "runs/demo/followed",
         "parent": "runs/demo/parent",
         "mlflow_run": "runs/demo/mlflow_run.json",
         "outbox": "runs/demo/outbox",
