@@ -95,7 +95,10 @@ class EvaluationBeside:
             path = next((path for path in reversed(new) if self._claims.take(path.name, subset)), None)
         if path is None:
             return
-        task = ray.remote(num_cpus=self._scoring.cpus, num_gpus=self._scoring.gpus, max_retries=0)(_evaluate)
+        # See jobs/tasks.py on the strategy.
+        task = ray.remote(
+            num_cpus=self._scoring.cpus, num_gpus=self._scoring.gpus, max_retries=0, scheduling_strategy="DEFAULT"
+        )(_evaluate)
         self._running[task.remote(self._scoring, *self._splits, path)] = path
         self._done.add(path.name)
 

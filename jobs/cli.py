@@ -23,6 +23,7 @@ from jobs.models import ConfigFile as RegistryConfig
 from jobs.options import ConfigFile, Overrides, Step
 from jobs.remote import jobs_app, submit
 from jobs.replay import replay
+from jobs.sweep import sweep
 from pipeline.config.address import without_secrets
 from pipeline.errors import TrackingError, UserError
 from pipeline.log import set_up_logging
@@ -41,6 +42,9 @@ app = typer.Typer(
 track = typer.Typer(help="What waits for the tracking server.", no_args_is_help=True, rich_markup_mode="rich")
 app.add_typer(track, name="track")
 app.command(epilog="Example: raydetr submit run -c my.yaml --address http://head:8265 --follow")(submit)
+app.command(epilog="Example: raydetr sweep -c my.yaml --over train.lr=1e-4,2e-4 --over train.weight_decay=1e-4,1e-3")(
+    sweep
+)
 app.command(epilog="Example: raydetr export --checkpoint models:/cells@champion --to torch --out c.pt2 --dynamic")(
     export
 )

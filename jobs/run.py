@@ -1,7 +1,7 @@
 """The pipeline: its steps on one Ray and under one MLflow run, with what they do shown while they do it."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -55,10 +55,14 @@ class Pipeline:
         config: the pipeline.
         works_on_run: whether the run's folder is written, which only one command may do at a time.
         wait: wait for the other command instead of being refused.
+        sweep: name of the sweep whose trial it is: its MLflow run stands below the sweep's, and at the end nobody waits
+            for the tracking server.
     """
 
-    def __init__(self, config: Config, *, works_on_run: bool = True, wait: bool = False) -> None:
-        self.config = config
+    def __init__(
+        self, config: Config, *, works_on_run: bool = True, wait: bool = False, sweep: str | None = None
+    ) -> None:
+        self.config, self._sweep = config, sweep
         self._works_on_run, self._wait = works_on_run, wait
         self.console = make_console()
         self._stack = ExitStack()
@@ -76,7 +80,7 @@ class Pipeline:
                 self._claims.clear()
                 check_resume(self.config)
                 fetch_initial(self.config)
-            self._begin_kill = self._stack.enter_context(at_first_signal(self._kill, FINISH_SECONDS))
+            self._begin_kill = self._stack.enter_context(at_first_signal(self.kill, FINISH_SECONDS))
             self._ray = self._stack.enter_context(ExitStack())
             self._open = self._stack.pop_all()
         return self
@@ -93,7 +97,8 @@ class Pipeline:
                 return
             if kind is None:
                 self._tracker.finish("FINISHED")
-                self._tracker.settle(self.config.tracking.patience, self._say_waiting)
+                if self._sweep is None:
+                    self._tracker.settle(self.config.tracking.patience, self._say_waiting)
             else:
                 with suppress(UserError):  # what went wrong before is to be read, not that the disk is full as well
                     self._tracker.finish("FAILED")
@@ -102,7 +107,7 @@ class Pipeline:
         """Be connected to Ray from now on."""
         self._ray.enter_context(connected(self.config.cluster))  # another time, this is the connection that there is
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
         """Tell the tracking server that the run ends, as quickly as can be."""
         if self._tracker is not None:
             with suppress(UserError):
@@ -121,6 +126,8 @@ class Pipeline:
             self._tracker.reach()
             self._tracker.start()
             self._tracker.log_params(dump_config(self.config))
+            if self._sweep is not None:
+                track.nest(self._tracker, self._sweep)
         return self._tracker
 
     def shard(self, *, verify: bool = False) -> dict[str, Manifest]:
@@ -128,8 +135,8 @@ class Pipeline:
         self._connect()
         return shard.shard(self.config, verify=verify)
 
-    def train(self) -> Path:
-        """Train to the end of the schedule; returns the last checkpoint."""
+    def train(self, on_poll: Callable[[], None] = lambda: None) -> Path:
+        """Train to the end of the schedule; returns the last checkpoint. `on_poll` as of `jobs.train.train`."""
         assert self._mirror is not None, "training works on the run"
         self._connect()
         mirror, spool = self._mirror, self.config.folder.train_spool
@@ -145,6 +152,7 @@ class Pipeline:
                 nonlocal uploaded
                 mirror.check()
                 self._take_home()
+                on_poll()
                 if newest := shown.update():
                     metrics.trained(newest.step, newest.metrics)
                 if beside is not None:

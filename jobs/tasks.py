@@ -46,7 +46,8 @@ def run_tasks(
     def one(argument: Argument) -> Result:
         return task(argument)
 
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(one)
+    # By default, those of a trial of a sweep would be placed where the trial is, which has nothing for them.
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="DEFAULT")(one)
     waiting = list(reversed(arguments))
     running: dict[Any, Argument] = {}
     try:

@@ -14,14 +14,18 @@ from pipeline.config.load import dump_config
 from pipeline.config.sections import Config
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
-from pipeline.files import write_whole
+from pipeline.files import read_json, write_whole
 from pipeline.log import outcome
 from pipeline.mirror import driver_mirror
 from pipeline.registry.parent import PARENT_TAG, read_parent
 from pipeline.registry.register import VERSION, Registration, register_version
+from pipeline.run_folder import RunFolder
 from pipeline.tracking.outbox import Operation
 from pipeline.tracking.provenance import code_version, user
 from pipeline.tracking.tracker import Tracker
+
+NEST = "nest"
+"""Kind of the operations of the outbox that put a trial's run below its sweep's."""
 
 
 def open_tracker(config: Config, *, reach: bool = True) -> Tracker:
@@ -34,8 +38,22 @@ def open_tracker(config: Config, *, reach: bool = True) -> Tracker:
         where=str(config.folder) if config.folder.store else None,
         required=config.tracking.required,
         reach=reach,
-        handlers={VERSION: make_version},
+        handlers={VERSION: make_version, NEST: _nest},
     )
+
+
+def nest(tracker: Tracker, sweep: str) -> None:
+    """Show a trial's run below that of its sweep, whose folder lies beside that of the trial."""
+    tracker.request(NEST, sweep, {})
+
+
+def _nest(tracker: Tracker, operation: Operation) -> None:
+    folder = tracker.outbox.folder.parent.with_name(operation.subject)
+    file = RunFolder(folder).mlflow_run
+    parent = read_json(file, "record of an MLflow run")["run_id"] if file.exists() or not folder.is_dir() else None
+    if parent is None:
+        raise OSError(f"the MLflow run of {folder} is not made yet")
+    tracker.client.set_tag(tracker.run_id, "mlflow.parentRunId", parent)
 
 
 def tell_about(tracker: Tracker, config: Config, manifests: Mapping[str, Manifest]) -> None:

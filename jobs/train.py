@@ -56,6 +56,8 @@ LOST_SECONDS = 2.0
 STOP_POLL_SECONDS = 0.1
 """Seconds between two looks for that checkpoint."""
 
+NO_BETTER = "not been better for train.patience checkpoints"
+
 ENVIRONMENT = {
     # How often the controller looks whether a worker failed or is done: 2 s by default.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
@@ -127,16 +129,19 @@ def train(
                 return _checkpoint_of(result)
             last = latest(config.folder.checkpoints)
             if last is not None and is_no_better(config):
-                logger.info("train: %s has not been better for train.patience checkpoints", config.register_.metric)
+                why = "been less than that of other trials" if config.folder.pruned.exists() else NO_BETTER
+                logger.info("train: %s has %s", config.register_.metric, why)
                 return last
 
 
 def is_no_better(config: Config) -> bool:
-    """Whether there are checkpoints, and their scores have not been better for `train.patience` of them."""
+    """Whether there are checkpoints, whose scores were no better for `train.patience` of them, or behind a sweep's."""
     patience, run = config.train.patience, config.folder
-    if patience is None or latest(run.checkpoints) is None:
+    if latest(run.checkpoints) is None:
         return False
-    return is_exhausted(scored(run, config.register_.metric, config.evaluate.subset), patience)
+    return run.pruned.exists() or (
+        patience is not None and is_exhausted(scored(run, config.register_.metric, config.evaluate.subset), patience)
+    )
 
 
 def _checkpoint_of(result: dict[str, str]) -> Path:

@@ -75,6 +75,11 @@ class RunFolder:
         return self.path / "stop"
 
     @property
+    def pruned(self) -> Path:
+        """File that ends training for good: other trials of its sweep are better."""
+        return self.path / "pruned.json"
+
+    @property
     def profile(self) -> Path:
         """Folder of the traces of steps."""
         return self.path / "profile"

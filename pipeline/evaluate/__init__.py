@@ -56,6 +56,10 @@ from pipeline.evaluate.page import (
     REPORT_FILE,
     write_report,
 )
+from pipeline.evaluate.parallel import (
+    axis_places,
+    plot_parallel,
+)
 from pipeline.evaluate.report import (
     COLUMNS,
     LEAST_SIDE,
@@ -105,6 +109,7 @@ __all__ = [
     "Picture",
     "Pictures",
     "Truth",
+    "axis_places",
     "chart",
     "choose_samples",
     "compare_found",
@@ -122,6 +127,7 @@ __all__ = [
     "intervals_of",
     "metrics_table",
     "plot_categories",
+    "plot_parallel",
     "read_curve",
     "read_evaluated",
     "read_files",

@@ -13,7 +13,7 @@ from tests.pipeline.shard.test_foreign import yolo_ultralytics
 
 PROJECT = Path(__file__).resolve().parents[2]
 COMMANDS = [
-    *("run", "runs", "shard", "train", "evaluate", "register", "predict"),
+    *("run", "runs", "sweep", "shard", "train", "evaluate", "register", "predict"),
     *("synth", "import", "convert", "export", "config", "inspect", "doctor", "plan", "track sync", "report", "replay"),
     *(f"models {word}" for word in ("list", "show", "compare", "promote", "rollback", "pin", "unpin", "download")),
     *("submit", "jobs list", "jobs status", "jobs logs", "jobs stop", "jobs resume"),

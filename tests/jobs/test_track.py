@@ -8,7 +8,7 @@ import pytest
 
 from jobs import run as running
 from jobs.register import best_checkpoint
-from jobs.track import open_tracker, sync, tell_about
+from jobs.track import nest, open_tracker, sync, tell_about
 from pipeline.config.load import load_config, parse_config
 from pipeline.config.sections import METRICS, Config
 from pipeline.data.labels import Category, LabelMap
@@ -44,6 +44,16 @@ class TestSync:
         made = open_tracker(make_config(tmp_path, mlflow_uri))
         run = made.client.get_run(made.run_id)
         assert (run.info.status, run.data.params) == ("FINISHED", {"a": "1"})
+
+    def test_a_trial_stands_below_its_sweep_once_that_has_a_run(self, mlflow_uri: str, tmp_path: Path) -> None:
+        config = make_config(tmp_path, mlflow_uri)
+        tracker, parent = open_tracker(config), config.model_copy(update={"name": "sweep"})
+        parent.folder.path.mkdir()
+        nest(tracker, "sweep")
+        assert tracker.waiting() == 1
+        run_id = open_tracker(parent).run_id
+        sync(config)
+        assert tracker.client.get_run(tracker.run_id).data.tags["mlflow.parentRunId"] == run_id
 
     def test_what_the_page_of_a_run_says(
         self, mlflow_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -85,6 +85,17 @@ def test_a_run_that_is_no_better_ends(manifest: Manifest, tmp_path: Path, caplog
     assert caplog.text.count("for some that have learnt: set train.freeze_backbone: none") == 1
 
 
+def test_a_trial_that_others_are_better_than_ends(
+    manifest: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(tmp_path, max_steps=100_000)
+    write_json(config.folder.pruned, {})
+    last = train(config, manifest)
+    assert 0 < checkpoint.read_state(last).step < 100_000
+    assert "train: AP has been less than that of other trials" in caplog.text
+    assert train(config, manifest) == last
+
+
 def test_wrong_input_of_a_worker_is_told_to_the_driver(manifest: Manifest, tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("text")
     config = make_config(tmp_path, init={"weights": str(tmp_path / "text.safetensors")})

@@ -21,6 +21,7 @@ def test_everything_has_its_place_below_the_folder() -> None:
         "mlflow_run": "runs/demo/mlflow_run.json",
         "outbox": "runs/demo/outbox",
         "stop": "runs/demo/stop",
+        "pruned": "runs/demo/pruned.json",
         "profile": "runs/demo/profile",
         "watch": "runs/demo/watch",
         "stacks": "runs/demo/stacks",
