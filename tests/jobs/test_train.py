@@ -10,7 +10,7 @@ import ray
 
 import jobs.train
 from jobs.cluster import connected
-from jobs.train import train
+from jobs.train import is_no_better, train
 from pipeline import checkpoint
 from pipeline.config.sections import ClusterSection, Config
 from pipeline.data.manifest import Manifest
@@ -85,15 +85,14 @@ def test_a_run_that_is_no_better_ends(manifest: Manifest, tmp_path: Path, caplog
     assert caplog.text.count("for some that have learnt: set train.freeze_backbone: none") == 1
 
 
-def test_a_trial_that_others_are_better_than_ends(
-    manifest: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = make_config(tmp_path, max_steps=100_000)
+def test_a_trial_that_others_are_better_than_has_ended(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
     write_json(config.folder.pruned, {})
-    last = train(config, manifest)
-    assert 0 < checkpoint.read_state(last).step < 100_000
-    assert "train: AP has been less than that of other trials" in caplog.text
-    assert train(config, manifest) == last
+    assert not is_no_better(config), "there is nothing to score"
+    write_json(config.folder.checkpoints / "checkpoint-3" / "state.json", {})
+    assert is_no_better(config)
+    config.folder.pruned.unlink()
+    assert not is_no_better(config)
 
 
 def test_wrong_input_of_a_worker_is_told_to_the_driver(manifest: Manifest, tmp_path: Path) -> None:
