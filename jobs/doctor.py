@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import ray
 import torch
 
 from jobs.cluster import connected
@@ -209,8 +210,6 @@ def examine_cluster(address: str, config: Config | None = None) -> list[Finding]
 
 
 def _total(resource: str) -> float:
-    import ray
-
     return float(ray.cluster_resources().get(resource, 0))
 
 
@@ -225,8 +224,6 @@ def _listed(answer: Finding | Silent) -> list[Finding] | Silent:
 
 
 def _examine_node() -> list[Finding]:
-    import ray
-
     address = ray.util.get_node_ip_address()
     network = Finding("ok", "network", f"{address} on {interface_of(address) or 'no interface of its own'}")
     return [*examine(), network]

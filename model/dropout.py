@@ -34,14 +34,10 @@ class Dropout(nn.Module):
         return f"p={self.p}"
 
 
-class DropPath(nn.Module):
+class DropPath(Dropout):
     """Set a whole branch of an image to 0 with probability `p` and scale the others, in training mode (stochastic
     depth, arXiv 1603.09382). The draws come from the global generator.
     """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, ...]`."""
@@ -50,7 +46,3 @@ class DropPath(nn.Module):
         kept = torch.rand(len(x), device=x.device) >= self.p
         factors = (kept / (1 - self.p)).to(x.dtype)
         return x * factors.view(-1, *[1] * (x.ndim - 1))
-
-    def extra_repr(self) -> str:
-        """The probability."""
-        return f"p={self.p}"

@@ -76,12 +76,12 @@ def test_kernels_for_another_card(monkeypatch: pytest.MonkeyPatch, built: str, s
     assert state == "ok" or "TORCH_CUDA_ARCH_LIST=9.0" in on_card.detail
 
 
-def of(node: str, torch: str = "2.13.0", disk: str = "9 GiB") -> list[Finding]:
+def findings(torch: str = "2.13.0", disk: str = "9 GiB") -> list[Finding]:
     return [Finding("ok", "torch", torch), Finding("ok", "disk", disk)]
 
 
 def test_what_nodes_say_alike_is_one_line() -> None:
-    assert merged({"a": of("a"), "b": of("b"), "c": of("c", disk="7 GiB")}) == [
+    assert merged({"a": findings(), "b": findings(), "c": findings(disk="7 GiB")}) == [
         Finding("ok", "torch", "2.13.0", "all 3 nodes"),
         Finding("ok", "disk", "9 GiB", "a, b"),
         Finding("ok", "disk", "7 GiB", "c"),
@@ -90,7 +90,7 @@ def test_what_nodes_say_alike_is_one_line() -> None:
 
 def test_versions_that_differ_are_wrong() -> None:
     usual, other = (
-        line for line in merged({"a": of("a", "2.12.1"), "b": of("b"), "c": of("c")}) if line.what == "torch"
+        line for line in merged({"a": findings("2.12.1"), "b": findings(), "c": findings()}) if line.what == "torch"
     )
     assert (other, usual.nodes) == (Finding("ok", "torch", "2.13.0", "b, c"), "a")
     assert usual.failed
@@ -98,7 +98,7 @@ def test_versions_that_differ_are_wrong() -> None:
 
 
 def test_a_node_that_says_nothing() -> None:
-    *_, wrong = merged({"a": of("a"), "b": Silent("it has not answered for 60 s")})
+    *_, wrong = merged({"a": findings(), "b": Silent("it has not answered for 60 s")})
     assert (wrong.state, wrong.nodes) == ("wrong", "b")
 
 
