@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from pipeline.errors import FullDiskError, UserError
 from pipeline.log import get_logger
@@ -118,6 +118,15 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def begin_to_sync(file: BinaryIO, begin: int) -> None:
+    """Have the system write to the disk what was written to a file from there on, without waiting for it.
+
+    The advice that a range is not needed any more begins its writeback; pages that are not on the disk yet stay.
+    """
+    file.flush()
+    os.posix_fadvise(file.fileno(), begin, file.tell() - begin, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager

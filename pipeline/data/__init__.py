@@ -73,6 +73,7 @@ from pipeline.data.samples import (
     make_targets,
     plan_samples,
     plan_step,
+    plan_steps,
     xyxy,
 )
 from pipeline.data.truth import (
@@ -125,6 +126,7 @@ __all__ = [
     "plan_eval",
     "plan_samples",
     "plan_step",
+    "plan_steps",
     "plan_train",
     "prepare_workers",
     "read_annotations",

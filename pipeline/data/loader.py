@@ -29,7 +29,7 @@ from pipeline.data.batching import CANVAS_MULTIPLE
 from pipeline.data.images import Pixels
 from pipeline.data.manifest import Manifest, UnreadableSampleError
 from pipeline.data.order import SampleOrder
-from pipeline.data.samples import StepPlan, load_image, load_train_sample, make_targets, plan_step
+from pipeline.data.samples import StepPlan, load_image, load_train_sample, make_targets, plan_steps
 from pipeline.data.truth import original_size
 from pipeline.errors import UserError
 from pipeline.log import get_logger
@@ -39,6 +39,9 @@ PLACEHOLDER_SIDE = 64
 
 PREFETCH = 2
 """Items that each worker process works ahead."""
+
+PLANNED = 512
+"""Samples that are planned at once, unless a step has more."""
 
 SHARED_MEMORY = "/dev/shm"
 """Where worker processes put their items. A write beyond its end hangs or kills them, so it is measured before."""
@@ -226,7 +229,7 @@ class _TrainDataset(Dataset[Any]):
         self._steps = steps
         self._on_error = on_error
         self._own = train.micro_batches // world
-        self._planned: tuple[int, StepPlan] | None = None
+        self._planned: dict[int, StepPlan] = {}
 
     def __len__(self) -> int:
         return len(self._steps) * self._own
@@ -266,9 +269,11 @@ class _TrainDataset(Dataset[Any]):
         return MicroBatch(batch, targets, index, image_ids, skipped)
 
     def _plan(self, step: int) -> StepPlan:
-        if self._planned is None or self._planned[0] != step:
-            self._planned = (step, plan_step(self._manifest, self._order, step, self._train))
-        return self._planned[1]
+        if step not in self._planned:
+            steps = range(step, min(step + max(PLANNED // self._train.global_batch, 1), self._steps.stop))
+            plans = plan_steps(self._manifest, self._order, step, len(steps), self._train)
+            self._planned = dict(zip(steps, plans, strict=True))
+        return self._planned[step]
 
 
 class _EvalDataset(Dataset[Any]):

@@ -81,9 +81,18 @@ class SampleOrder:
         """Index of each shard's first sample."""
         return np.cumsum(self._sizes) - self._sizes
 
-    def step_samples(self, step: int, global_batch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The epochs and the sample indices (in shard order) of a step, in the order of the stream: [global_batch]."""
-        begin, end = step * global_batch, (step + 1) * global_batch
+    def step_samples(self, step: int, global_batch: int, steps: int = 1) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The epochs and the sample indices (in shard order) of some steps, as the stream has them.
+
+        Args:
+            step: the first.
+            global_batch: samples of a step.
+            steps: how many.
+
+        Returns:
+            [steps * global_batch] each.
+        """
+        begin, end = step * global_batch, (step + steps) * global_batch
         epochs, indices = [], []
         while begin < end:
             epoch, offset = divmod(begin, self.samples)

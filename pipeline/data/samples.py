@@ -33,10 +33,18 @@ class StepPlan:
 
 def plan_step(manifest: Manifest, order: SampleOrder, step: int, train: TrainSection) -> StepPlan:
     """The samples of a step, cut into micro-batches of like shapes: a function of the step alone."""
-    epochs, indices = order.step_samples(step, train.global_batch)
+    return plan_steps(manifest, order, step, 1, train)[0]
+
+
+def plan_steps(manifest: Manifest, order: SampleOrder, step: int, steps: int, train: TrainSection) -> list[StepPlan]:
+    """The plans of some steps from one on: together they cost hardly more than one of a small global batch."""
+    epochs, indices = order.step_samples(step, train.global_batch, steps)
     plans = plan_samples(manifest, epochs, indices, train)
-    cut = cut_batch(plans.size, train.micro_batch)
-    return StepPlan(indices[cut], plans.take(cut))
+    planned = []
+    for begin in range(0, len(indices), train.global_batch):
+        cut = begin + cut_batch(plans.size[begin : begin + train.global_batch], train.micro_batch)
+        planned.append(StepPlan(indices[cut], plans.take(cut)))
+    return planned
 
 
 def plan_samples(

@@ -59,8 +59,6 @@ from pipeline.shard.smaller import Smaller, smaller_of
 from pipeline.shard.tar import ShardTar, tar_size
 from pipeline.store import Place
 
-WRITE_BYTES = 2**20
-"""Bytes of a shard that are given to the system at once."""
 JOB = "job.json"
 """File of an unfinished folder: what is written there. Another source or other settings begin anew."""
 
@@ -195,7 +193,7 @@ def write_shard(
     findings = Findings(on_error)
     try:
         with scratch(path) as temporary:
-            with temporary.open("wb", buffering=WRITE_BYTES) as file:
+            with temporary.open("wb") as file:
                 with ShardTar(file) as tar:
                     samples = list(_write_samples(plan, files, tar, findings, verify, smaller))
                 file.flush()

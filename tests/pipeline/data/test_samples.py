@@ -13,7 +13,7 @@ from pipeline.data.augment import Plan
 from pipeline.data.index import Index
 from pipeline.data.manifest import Manifest, UnreadableSampleError
 from pipeline.data.order import SampleOrder
-from pipeline.data.samples import load_image, load_train_sample, plan_samples, plan_step
+from pipeline.data.samples import load_image, load_train_sample, plan_samples, plan_step, plan_steps
 from tests.builders import make_annotation, make_manifest, spoil
 
 
@@ -37,6 +37,15 @@ class TestPlans:
         ]
         found = [pair for number in range(6) for pair in planned.part(number, 2)]
         assert sorted(found, key=str) == sorted(alone, key=str)
+
+    def test_steps_planned_together_are_those_planned_alone(self, manifest: Manifest) -> None:
+        order = SampleOrder(manifest.digest, manifest.shard_sizes, 5, 2)
+        train = TrainSection(global_batch=12, micro_batch=4)
+        together = plan_steps(manifest, order, 1, 3, train)
+        assert len(together) == 3
+        for step, planned in enumerate(together, start=1):
+            alone = plan_step(manifest, order, step, train)
+            assert [planned.part(number, 4) for number in range(3)] == [alone.part(number, 4) for number in range(3)]
 
     def test_augmentation_is_seeded_by_seed_epoch_data_and_image(self, manifest: Manifest, tmp_path: Path) -> None:
         assert drawn(manifest) == drawn(manifest)
