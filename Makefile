@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CLUSTERS ?= tests/clusters
 
-.PHONY: setup demo test test-clusters check fix sanitize bench clean lock
+.PHONY: setup demo test test-clusters check fix sanitize bench clean lock sbom
 
 setup: $(STAMP)  ## .venv from requirements.lock, and the project in it
 
@@ -46,6 +46,11 @@ bench: setup  ## the figures of the README: two hours and more; fails if one mis
 
 lock:  ## write the versions that .venv holds
 	$(BIN)/pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu$$//; s/+cu[0-9]*$$//' > requirements.lock
+
+sbom: setup  ## build/sbom.json, the packages of .venv as CycloneDX lists them; the tool has an environment of its own
+	$(PYTHON) -m venv build/sbom
+	build/sbom/bin/pip install --quiet cyclonedx-bom==7.5.0
+	build/sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --validate --output-file build/sbom.json $(BIN)/python
 
 clean:  ## everything that can be made again, but not the runs
 	rm -rf $(VENV) build *.egg-info *.so .pytest_cache .mypy_cache .ruff_cache
