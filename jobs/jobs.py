@@ -1,5 +1,6 @@
 """The jobs that were submitted to a cluster: which there are, how one goes to its end, and how one is stopped."""
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -52,7 +53,7 @@ def described(job: JobDetails) -> dict[str, str]:
     known = {
         "run": about["run"],
         "job": job.submission_id,
-        "command": about["command"],
+        "command": " ".join([about["command"], *json.loads(about.get("options", "[]"))]),
         "status": job.status.value,
         "exit code": str(exit_code(job)) if job.status.is_terminal() else "",
         "user": about["user"],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.interrupt import Interrupted
-from jobs.options import ConfigFile, Overrides, Submitted
+from jobs.options import ConfigFile, Overrides, Step, Submitted
 
 if TYPE_CHECKING:
     from jobs.job_client import JobClient
@@ -33,6 +33,8 @@ def submit(
     ],
     config: ConfigFile,
     overrides: Overrides = None,
+    first: Annotated[Step | None, typer.Option("--from", help="The first step of run.", show_default="shard")] = None,
+    last: Annotated[Step | None, typer.Option("--until", help="The last step of run.", show_default="register")] = None,
     address: Address = None,
     follow: Follow = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the end without the log.")] = False,
@@ -41,12 +43,13 @@ def submit(
     from pipeline.config.load import load_config
 
     settings = load_config(config, overrides or ())
-    from jobs.submit import refuse_what_stays_here
+    from jobs.submit import refuse_what_stays_here, steps_options
     from jobs.submit import submit as submit_job
 
+    options = steps_options(command, first, last)
     refuse_what_stays_here(settings)
     client = _client(address)
-    job, package = submit_job(client, command, settings)
+    job, package = submit_job(client, command, settings, options)
     _begun(client, job, str(package), address, follow=follow, wait=wait)
 
 

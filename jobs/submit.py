@@ -7,7 +7,7 @@ under the same id, the cluster takes one.
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
@@ -15,7 +15,7 @@ from ray.job_submission import JobDetails
 
 from jobs.interpreter import HOOK, entry_point
 from jobs.job_client import JobClient, TakenError
-from jobs.options import Submitted
+from jobs.options import STEPS, Step, Submitted
 from jobs.package import Package, pack
 from pipeline.config.address import SQLITE, without_secrets
 from pipeline.config.load import dump_config, parse_config
@@ -46,12 +46,13 @@ def _attempt(job: JobDetails) -> int:
     return int(found["attempt"])
 
 
-def submit(client: JobClient, command: Submitted, config: Config) -> tuple[str, Package]:
+def submit(client: JobClient, command: Submitted, config: Config, options: Sequence[str] = ()) -> tuple[str, Package]:
     """Begin a job of the run, unless one is waiting or running.
 
     Args:
         client: of the cluster.
         command: which of the pipeline's commands.
+        options: words that follow the command.
         config: the pipeline; its `cluster.address` is left out, as the job is on its cluster.
 
     Returns:
@@ -71,9 +72,10 @@ def submit(client: JobClient, command: Submitted, config: Config) -> tuple[str, 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "package.zip")
         path.write_bytes(package.archive)
-        line = entry_point("-m", "jobs", command, "-c", package.config_name)
+        line = entry_point("-m", "jobs", command, "-c", package.config_name, *options)
+        about = _about(command, config, package) | {"options": json.dumps(options)}
         try:
-            client.submit(line, job, str(path), variables, _about(command, config, package))
+            client.submit(line, job, str(path), variables, about)
         except TakenError:
             raise UserError(_has_one(client.info(job))) from None
     return job, package
@@ -82,7 +84,23 @@ def submit(client: JobClient, command: Submitted, config: Config) -> tuple[str, 
 def submit_again(client: JobClient, last: JobDetails) -> tuple[str, Package]:
     """Begin another job with the command and the configuration of an earlier one, and the packages as they are here."""
     about = last.metadata
-    return submit(client, about["command"], parse_config(json.loads(about["config"]), last.submission_id))
+    config = parse_config(json.loads(about["config"]), last.submission_id)
+    return submit(client, about["command"], config, json.loads(about.get("options", "[]")))
+
+
+def steps_options(command: Submitted, first: Step | None, last: Step | None) -> list[str]:
+    """The words for a part of the steps of `run`.
+
+    Raises:
+        UserError: another command has no such part, or the last step comes before the first.
+    """
+    given = {"--from": first, "--until": last}
+    options = [word for option, step in given.items() if step is not None for word in (option, step)]
+    if options and command != "run":
+        raise UserError(f"{' '.join(options)}: a part of the steps of `run`, and `{command}` is one step; remove it")
+    if STEPS.index(first or STEPS[0]) > STEPS.index(last or STEPS[-1]):
+        raise UserError(f"{' '.join(options)}: the steps are {', '.join(STEPS)}, in this order")
+    return options
 
 
 def _about(command: str, config: Config, package: Package) -> dict[str, str]:

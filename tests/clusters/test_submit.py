@@ -43,7 +43,7 @@ class User:
             *sections, last = key.split(".")
             section = config
             for each in sections:
-                section = section[each]
+                section = section.setdefault(each, {})
             section[last] = yaml.safe_load(str(value))
         path = self.folder / f"of {name}.yaml"
         path.write_text(yaml.safe_dump(config))
@@ -169,6 +169,18 @@ def test_of_two_at_the_same_moment_one_is_taken_and_it_can_be_stopped_and_resume
     assert f"going on from {new}" in resumed.stdout
     assert resumed.stderr.splitlines()[-1] == "raydetr-long-2: SUCCEEDED"
     assert "has ended before: SUCCEEDED" in user.raydetr("jobs", "stop", "long").stdout
+
+
+def test_a_part_of_the_steps_is_resumed_as_it_was_submitted(user: User) -> None:
+    config = user.write("part")
+    submitted = user.raydetr("submit", "run", "-c", config, "--until", "shard", "--follow")
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert user.status("part")["command"] == "run --until shard"
+    resumed = user.raydetr("jobs", "resume", "part", "--follow")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "shard: already done" in resumed.stdout
+    for log in (submitted.stdout, resumed.stdout):
+        assert "train:" not in log
 
 
 def test_the_exit_code_is_the_jobs(user: User) -> None:

@@ -3,7 +3,8 @@
 import pytest
 from ray.job_submission import JobDetails, JobStatus
 
-from jobs.submit import jobs_of, refuse_what_stays_here, run_of
+from jobs.options import Step, Submitted
+from jobs.submit import jobs_of, refuse_what_stays_here, run_of, steps_options
 from pipeline.config.load import load_config
 from pipeline.errors import UserError
 
@@ -75,3 +76,27 @@ def test_what_means_nothing_on_a_cluster_is_refused(settings: list[str], told: s
 )
 def test_what_all_hosts_see_is_taken(settings: list[str]) -> None:
     refuse_what_stays_here(load_config("jobs/configs/demo.yaml", [*ABSOLUTE, *settings]))
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "options"),
+    [
+        (None, None, []),
+        ("train", None, ["--from", "train"]),
+        ("train", "train", ["--from", "train", "--until", "train"]),
+    ],
+)
+def test_a_part_of_the_steps(first: Step | None, last: Step | None, options: list[str]) -> None:
+    assert steps_options("run", first, last) == options
+
+
+@pytest.mark.parametrize(
+    ("command", "first", "last", "told"),
+    [
+        ("run", "evaluate", "train", r"^--from evaluate --until train: the steps are shard, train, evaluate, register"),
+        ("train", None, "train", r"^--until train: a part of the steps of `run`, and `train` is one step"),
+    ],
+)
+def test_no_part_of_the_steps(command: Submitted, first: Step | None, last: Step | None, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        steps_options(command, first, last)
