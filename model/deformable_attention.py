@@ -4,6 +4,7 @@ Shapes: B batch, Q queries, S cells of all levels, C hidden channels, M heads, L
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,21 @@ from torch import Tensor, nn
 
 from model.boxes import at_least_float32
 from model.ops.operator import ms_deform_attn
+
+
+class Levels(NamedTuple):
+    """The levels of a forward pass, made once for all its layers."""
+
+    shapes: Sequence[tuple[int, int]]
+    """L pairs (H, W) of ints, for the operator."""
+    sizes: Tensor
+    """[L, 2] (width, height), for the offsets, in fp32 or better."""
+
+
+def make_levels(shapes: Sequence[tuple[int, int]], like: Tensor) -> Levels:
+    """Levels of the shapes; the sizes have the type of `like` and are filled on its device, not copied from the host."""
+    sides = [like.new_full((), side) for height, width in shapes for side in (width, height)]
+    return Levels(shapes, torch.stack(sides).view(-1, 2))
 
 
 class MSDeformAttn(nn.Module):
@@ -41,7 +57,7 @@ class MSDeformAttn(nn.Module):
         query: Tensor,
         reference: Tensor,
         source: Tensor,
-        spatial_shapes: Sequence[tuple[int, int]],
+        levels: Levels,
         padding: Tensor,
     ) -> Tensor:
         """Attend.
@@ -50,7 +66,7 @@ class MSDeformAttn(nn.Module):
             query: `[B, Q, C]`, with its position code.
             reference: `[B, Q, L, 2]` points (x, y) or `[B, Q, L, 4]` boxes cxcywh, in 0..1 over the level's canvas.
             source: `[B, S, C]` features of all levels.
-            spatial_shapes: L pairs (H, W).
+            levels: what `source` has, one after the other.
             padding: `[B, S]`, True on padding.
 
         Returns:
@@ -58,25 +74,21 @@ class MSDeformAttn(nn.Module):
         """
         value = self.value_proj(source).masked_fill(padding[..., None], 0.0)
         value = value.view(value.shape[0], -1, self.heads, value.shape[-1] // self.heads)  # [B, S, M, D]
-        locations, weights = self.sampling(query, reference, spatial_shapes)
-        output: Tensor = self.output_proj(ms_deform_attn(value, spatial_shapes, locations, weights))
+        locations, weights = self.sampling(query, reference, levels)
+        output: Tensor = self.output_proj(ms_deform_attn(value, levels.shapes, locations, weights))
         return output
 
-    def sampling(
-        self, query: Tensor, reference: Tensor, spatial_shapes: Sequence[tuple[int, int]]
-    ) -> tuple[Tensor, Tensor]:
+    def sampling(self, query: Tensor, reference: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
         """The sampled points `[B, Q, M, L, P, 2]`, in 0..1 over the level's canvas, and weights `[B, Q, M, L, P]`."""
         batch, queries, _ = query.shape
         offsets = self.sampling_offsets(query).view(batch, queries, self.heads, self.levels, self.points, 2)
         weights = at_least_float32(self.attention_weights(query)).view(batch, queries, self.heads, -1)
         weights = F.softmax(weights, dim=-1).view(batch, queries, self.heads, self.levels, self.points)
-        return self._locations(reference, at_least_float32(offsets), spatial_shapes), weights
+        return self._locations(reference, at_least_float32(offsets), levels), weights
 
-    def _locations(self, reference: Tensor, offsets: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> Tensor:
+    def _locations(self, reference: Tensor, offsets: Tensor, levels: Levels) -> Tensor:
         """Sampling locations [B, Q, M, L, P, 2]: in fp32, as 16 bits would move a sample by a third of a cell."""
         reference = reference[:, :, None, :, None]  # [B, Q, 1, L, 1, 2 or 4]
         if reference.shape[-1] == 4:
             return reference[..., :2] + offsets / self.points * reference[..., 2:] * 0.5
-        # A copy that does not block: nothing waits for the device.
-        sizes = torch.tensor([(w, h) for h, w in spatial_shapes], dtype=offsets.dtype)
-        return reference + offsets / sizes.to(offsets.device, non_blocking=True)[:, None]
+        return reference + offsets / levels.sizes[:, None]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from model.boxes import at_least_float32, inverse_sigmoid
 from model.config import DetrConfig
-from model.deformable_attention import MSDeformAttn
+from model.deformable_attention import Levels, MSDeformAttn, make_levels
 from model.denoising import Noised
 from model.dropout import Dropout
 from model.heads import in_full_precision
@@ -38,11 +38,9 @@ class EncoderLayer(nn.Module):
         self.dropout3 = Dropout(config.dropout)
         self.norm2 = nn.LayerNorm(width)
 
-    def forward(
-        self, source: Tensor, position: Tensor, reference: Tensor, shapes: Sequence[tuple[int, int]], padding: Tensor
-    ) -> Tensor:
+    def forward(self, source: Tensor, position: Tensor, reference: Tensor, levels: Levels, padding: Tensor) -> Tensor:
         """`source` [B, S, C] with `position` [B, S, C] and `reference` [B, S, L, 2] to [B, S, C]."""
-        attended = self.self_attn((source + position).to(source.dtype), reference, source, shapes, padding)
+        attended = self.self_attn((source + position).to(source.dtype), reference, source, levels, padding)
         source = self.norm1(source + self.dropout1(attended))
         fed = self.linear2(self.dropout2(F.relu(self.linear1(source))))
         output: Tensor = self.norm2(source + self.dropout3(fed))
@@ -76,7 +74,7 @@ class DecoderLayer(nn.Module):
         position: Tensor,
         reference: Tensor,
         memory: Tensor,
-        shapes: Sequence[tuple[int, int]],
+        levels: Levels,
         padding: Tensor,
         groups: Sequence[int] = (),
         unseen: Tensor | None = None,
@@ -87,7 +85,7 @@ class DecoderLayer(nn.Module):
         `unseen` [B * heads, last, first + last] the last group is of noised objects, as in `Decoder`.
         """
         target = self.norm2(target + self.dropout2(self._attended(target + position, target, groups, unseen)))
-        attended = self.cross_attn(target + position, reference, memory, shapes, padding)
+        attended = self.cross_attn(target + position, reference, memory, levels, padding)
         target = self.norm1(target + self.dropout1(attended))
         fed = self.linear2(self.dropout3(F.relu(self.linear1(target))))
         output: Tensor = self.norm3(target + self.dropout4(fed))
@@ -118,14 +116,14 @@ class Encoder(Recomputing):
         self,
         source: Tensor,
         position: Tensor,
-        shapes: Sequence[tuple[int, int]],
+        levels: Levels,
         valid_ratios: Tensor,
         padding: Tensor,
     ) -> Tensor:
         """`source` [B, S, C] of all levels to the memory [B, S, C]."""
-        reference = encoder_reference_points(shapes, valid_ratios)
+        reference = encoder_reference_points(levels.shapes, valid_ratios)
         for layer in self.layers:
-            source = self.run_block(layer, source, position, reference, shapes, padding)
+            source = self.run_block(layer, source, position, reference, levels, padding)
         return source
 
 
@@ -153,7 +151,7 @@ class Decoder(Recomputing):
         position: Tensor,
         reference: Tensor,
         memory: Tensor,
-        shapes: Sequence[tuple[int, int]],
+        levels: Levels,
         valid_ratios: Tensor,
         padding: Tensor,
         bbox_embed: nn.ModuleList,
@@ -167,7 +165,7 @@ class Decoder(Recomputing):
             position: `[B, Q, C]`, the queries' position.
             reference: `[B, Q, 2]` points or `[B, Q, 4]` boxes.
             memory: `[B, S, C]`, the encoder's output.
-            shapes: L pairs (H, W).
+            levels: those of `memory`.
             valid_ratios: `[B, L, 2]` of (width, height).
             padding: `[B, S]`, True on padding.
             bbox_embed: box head of every layer.
@@ -183,7 +181,7 @@ class Decoder(Recomputing):
         for layer, head in zip(self.layers, bbox_embed, strict=False):  # two-stage has a head more, for the proposals
             ratios = valid_ratios.repeat(1, 1, reference.shape[-1] // 2)[:, None]  # [B, 1, L, 2 or 4]
             of_levels = reference[:, :, None] * ratios
-            target = self.run_block(layer, target, position, of_levels, memory, shapes, padding, groups, unseen)
+            target = self.run_block(layer, target, position, of_levels, memory, levels, padding, groups, unseen)
             hidden.append(target)
             deltas = in_full_precision(head, target)
             boxes.append(relative_boxes(deltas, corrected))
@@ -272,7 +270,8 @@ class Transformer(nn.Module):
         position = torch.cat([code + level for code, level in zip(codes, self.level_embed, strict=True)], dim=1)
         padding = torch.cat([mask.flatten(1) for mask in masks], dim=1)
         valid_ratios = torch.stack([valid_ratio(mask, exact) for mask in masks], dim=1)
-        memory = self.encoder(source, position, shapes, valid_ratios, padding)
+        levels = make_levels(shapes, valid_ratios)
+        memory = self.encoder(source, position, levels, valid_ratios, padding)
 
         proposal_logits = proposal_boxes = None
         if self.two_stage:
@@ -286,7 +285,7 @@ class Transformer(nn.Module):
             reference = in_full_precision(self.reference_points, query_position).sigmoid()
         groups, unseen = self._groups(target.shape[1], more_queries, noised)
         hidden, boxes = self.decoder(
-            target, query_position, reference, memory, shapes, valid_ratios, padding, bbox_embed, groups, unseen
+            target, query_position, reference, memory, levels, valid_ratios, padding, bbox_embed, groups, unseen
         )
         return TransformerOutput(hidden, boxes, proposal_logits, proposal_boxes, groups)
 

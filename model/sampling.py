@@ -42,12 +42,12 @@ def record_sampling(attention: MSDeformAttn) -> Iterator[list[Sampling]]:
     calls: list[Sampling] = []
 
     def keep(module: MSDeformAttn, inputs: tuple[Any, ...], output: Tensor) -> None:
-        query, reference, _, shapes, padding = inputs
-        locations, weights = module.sampling(query, reference, shapes)
-        ratios = _valid_ratios(shapes, padding, locations.dtype)  # [B, L, 2]
+        query, reference, _, levels, padding = inputs
+        locations, weights = module.sampling(query, reference, levels)
+        ratios = _valid_ratios(levels.shapes, padding, locations.dtype)  # [B, L, 2]
         points = locations / ratios[:, None, None, :, None]
         centre = (reference[..., :2] / ratios[:, None])[:, :, 0]  # the same on every level
-        calls.append(Sampling(points, weights, centre, list(shapes)))
+        calls.append(Sampling(points, weights, centre, list(levels.shapes)))
 
     handle = attention.register_forward_hook(keep)
     try:

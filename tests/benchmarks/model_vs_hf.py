@@ -22,7 +22,7 @@ from transformers import DeformableDetrForObjectDetection
 from model.batch import ImageBatch
 from model.build import build_model
 from model.config import CriterionConfig, DetrConfig
-from model.deformable_attention import MSDeformAttn
+from model.deformable_attention import MSDeformAttn, make_levels
 from model.losses.criterion import Criterion
 from model.losses.groups import groups_of
 from model.weights.files import export_weights
@@ -65,9 +65,10 @@ def make_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None
 def preparation(attention: MSDeformAttn, batch: int, repeats: int) -> tuple[float, float]:
     """Seconds that 6 + 6 layers take for softmax and locations: forward, and forward and backward."""
     shapes = [(60, 80), (30, 40), (15, 20), (8, 10)]
+    levels = make_levels(shapes, torch.zeros(()))
 
     def forward(logits: Tensor, offsets: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-        return logits.softmax(-1), attention._locations(reference, offsets, shapes)
+        return logits.softmax(-1), attention._locations(reference, offsets, levels)
 
     def both(logits: Tensor, offsets: Tensor, reference: Tensor) -> None:
         outputs = forward(logits, offsets, reference)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import DetrConfig
+from model.deformable_attention import make_levels
 from model.deformable_detr import DeformableDetr
 from model.deformable_transformer import (
     Decoder,
@@ -194,6 +195,7 @@ def test_order_of_the_decoders_norms() -> None:
     for name, module in layer.named_children():
         module.register_forward_hook(lambda *_, name=name: order.append(name))
     query, reference = torch.randn(1, 3, 32), torch.rand(1, 3, 1, 2)
-    layer(query, query, reference, torch.randn(1, 4, 32), [(2, 2)], torch.zeros(1, 4, dtype=torch.bool))
+    levels, padding = make_levels([(2, 2)], query), torch.zeros(1, 4, dtype=torch.bool)
+    layer(query, query, reference, torch.randn(1, 4, 32), levels, padding)
     kept = [name for name in order if "dropout" not in name]
     assert kept == ["self_attn", "norm2", "cross_attn", "norm1", "linear1", "linear2", "norm3"]

@@ -44,16 +44,17 @@ TRANSFERS = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist, torch.Te
 
 
 class Operators(TorchDispatchMode):
-    """Counts `READS`, and indexing by a mask."""
+    """Counts some operators, and indexing by a mask."""
 
-    def __init__(self) -> None:
+    def __init__(self, counted: set[Any] = READS) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self._counted = counted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = func.overloadpacket
         indices = args[1] if packet in BY_MASK else ()
-        if packet in READS or any(index is not None and index.dtype == torch.bool for index in indices):
+        if packet in self._counted or any(index is not None and index.dtype == torch.bool for index in indices):
             self.counts[str(packet)] += 1
         return func(*args, **(kwargs or {}))
 
@@ -111,6 +112,14 @@ def test_the_matching_alone_reads_from_the_device(settings: dict[str, Any], coun
     operators, calls = reads_of(step)
     assert operators == {}
     assert calls == {"cpu": 1, "numpy": 1}
+
+
+@pytest.mark.parametrize("settings", [{}, {"with_box_refine": True, "two_stage": True}], ids=["base", "two-stage"])
+def test_no_layer_takes_numbers_from_the_host(settings: dict[str, Any]) -> None:
+    model, batch = make_detector(encoder_layers=2, decoder_layers=2, **settings).train(), make_batch()
+    with Operators({aten.lift_fresh}) as operators:  # what torch.tensor makes of numbers
+        model(batch)
+    assert operators.counts == {}
 
 
 def test_a_step_of_training_reads_once_more(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 import model.deformable_attention
-from model.deformable_attention import MSDeformAttn
+from model.deformable_attention import MSDeformAttn, make_levels
 from model.sampling import Sampling, record_sampling
 from tests.builders import make_batch, make_detector
 
@@ -30,7 +30,7 @@ def test_an_offset_of_a_cell_is_a_cell_of_the_image_without_its_padding() -> Non
     ratios = torch.tensor([[5 / 8, 2 / 4], [3 / 4, 1 / 2]])
     reference = torch.tensor([0.4, 0.5]) * ratios[None, None]
     with record_sampling(attention) as calls:
-        attention(torch.randn(1, 1, 8), reference, torch.randn(1, 40, 8), shapes, padding)
+        attention(torch.randn(1, 1, 8), reference, torch.randn(1, 40, 8), make_levels(shapes, reference), padding)
     torch.testing.assert_close(calls[0].reference, torch.tensor([[[0.4, 0.5]]]))
     expected = torch.tensor([[0.4 + 1 / 5, 0.5 + 0.5 / 2], [0.4 - 1 / 3, 0.5 + 1.0]])
     torch.testing.assert_close(calls[0].points[0, 0, 0, :, 0], expected)
