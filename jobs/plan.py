@@ -15,11 +15,12 @@ from model.ops.operator import compiled
 from pipeline.config.sections import ClusterSection, Config
 from pipeline.errors import UserError
 from pipeline.files import disk_told, make_folder, write_json
-from pipeline.plan.cards import Card, card_of_device, find_card
 from pipeline.plan.data import planned_data
 from pipeline.plan.memory import STAGES, Memory
-from pipeline.plan.profile import Profile, measure_profile, micro_batch, profile_settings, read_profile
+from pipeline.plan.profile import Profile, measure_profile, profile_settings, read_profile
 from pipeline.plan.table import GPUS_OF_NODE, LATENCY, Plan, Row, profile_canvases
+from pipeline.train.cards import Card, card_of_device, find_card
+from pipeline.train.flops import micro_batch
 from pipeline.train.run import TrainJob
 
 COUNTS = (1, 8, 64, 256)

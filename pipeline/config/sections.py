@@ -211,6 +211,10 @@ class ProfileSection(Section):
         return self
 
 
+Precision = Literal["fp32", "bf16"]
+"""Arithmetic of a network in training."""
+
+
 class TrainSection(Section):
     epochs: Annotated[int, Role.MAY_DIFFER] = Field(50, ge=1)
     """Passes over the training split."""
@@ -254,7 +258,7 @@ class TrainSection(Section):
     """More of DeepSpeed's own JSON, such as `{zero_optimization: {overlap_comm: true}}`, in place of what stands here;
     what follows from other settings is refused. DeepSpeed passes over a key at the top that it does not know. `raydetr
     config --deepspeed` prints what it gets."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Arithmetic of the network: fp32, or bf16 autocast with fp32 parameters."""
     activation_checkpointing: Annotated[bool, Role.MAY_DIFFER] = False
     """Keep only the inputs of the layers and of a ResNet's stages or a Swin's blocks for the backward pass, and compute

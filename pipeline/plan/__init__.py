@@ -1,11 +1,5 @@
 """What a training run will cost: counted, measured on this machine, or assumed, before anything starts."""
 
-from pipeline.plan.cards import (
-    CARDS,
-    Card,
-    card_of_device,
-    find_card,
-)
 from pipeline.plan.data import (
     BYTES_PER_PIXEL,
     COCO_SIZES,
@@ -24,7 +18,6 @@ from pipeline.plan.profile import (
     Point,
     Profile,
     measure_profile,
-    micro_batch,
     profile_settings,
     read_profile,
 )
@@ -44,13 +37,11 @@ from pipeline.plan.table import (
 
 __all__ = [
     "BYTES_PER_PIXEL",
-    "CARDS",
     "COCO_SIZES",
     "GPUS_OF_NODE",
     "LATENCY",
     "NETWORK",
     "STAGES",
-    "Card",
     "Checkpoints",
     "Exchange",
     "Layout",
@@ -61,13 +52,10 @@ __all__ = [
     "Point",
     "Profile",
     "Row",
-    "card_of_device",
     "draw_canvases",
-    "find_card",
     "layout_of",
     "measure_profile",
     "memory_of_rank",
-    "micro_batch",
     "planned_data",
     "profile_canvases",
     "profile_settings",

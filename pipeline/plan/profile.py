@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from model.batch import ImageBatch
-from model.complexity import OBJECTS, MicroBatch
+from model.complexity import OBJECTS
 from model.config import DetrConfig
 from model.denoising import DRAWS, add_noise
 from model.losses.criterion import Criterion
@@ -24,6 +24,7 @@ from pipeline.config.values import differences, plain
 from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.files import read_json
+from pipeline.train.flops import micro_batch
 from pipeline.train.initial import make_model
 from pipeline.train.optim import make_optimizer, parameter_groups
 from pipeline.train.run import TrainJob
@@ -165,18 +166,6 @@ def _measured(
     seconds = _median(lambda: loss().backward(), device, clock)  # type: ignore[no-untyped-call]
     flops = round(micro_batch(job.model, train, canvas).work().flops)
     return Point(images, height, width, flops, seconds, activations)
-
-
-def micro_batch(architecture: DetrConfig, train: TrainSection, canvas: tuple[int, int]) -> MicroBatch:
-    """A configured micro-batch on a canvas, to be counted."""
-    return MicroBatch(
-        architecture,
-        train.micro_batch,
-        canvas,
-        frozen=train.freeze_backbone,
-        bf16=train.precision == "bf16",
-        recompute=train.activation_checkpointing,
-    )
 
 
 def _median(call: Callable[[], object], device: torch.device, clock: Clock) -> float:

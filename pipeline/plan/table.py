@@ -10,12 +10,13 @@ import numpy as np
 from model.complexity import Work, skeleton
 from model.config import DetrConfig
 from pipeline.config.sections import TrainSection
-from pipeline.plan.cards import Card
 from pipeline.plan.data import PlannedData, draw_canvases
 from pipeline.plan.memory import FLOAT, STAGES, Layout, Memory, layout_of, memory_of_rank
-from pipeline.plan.profile import Profile, micro_batch
+from pipeline.plan.profile import Profile
 from pipeline.plan.speed import Exchange, Link
+from pipeline.train.cards import Card
 from pipeline.train.engine import engine_config
+from pipeline.train.flops import micro_batch
 
 GPUS_OF_NODE = 8
 NETWORK = 25e9

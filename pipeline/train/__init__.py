@@ -1,5 +1,11 @@
 """Training under DeepSpeed, resumable at any step; `python -m pipeline.train` runs it without Ray."""
 
+from pipeline.train.cards import (
+    CARDS,
+    Card,
+    card_of_device,
+    find_card,
+)
 from pipeline.train.curves import (
     Curves,
 )
@@ -13,6 +19,11 @@ from pipeline.train.engine import (
     import_deepspeed,
     make_engine,
     take_step,
+)
+from pipeline.train.flops import (
+    LeastTime,
+    least_time,
+    micro_batch,
 )
 from pipeline.train.initial import (
     LEAST_STEPS,
@@ -51,11 +62,14 @@ from pipeline.train.stop import (
 )
 
 __all__ = [
+    "CARDS",
     "LEAST_STEPS",
     "LOOK_SECONDS",
     "MAY_DIFFER",
     "SAMPLING_MODULES",
+    "Card",
     "Curves",
+    "LeastTime",
     "Replayed",
     "ReplayedPart",
     "Run",
@@ -63,21 +77,25 @@ __all__ = [
     "StoppedError",
     "TrainJob",
     "WeightAverage",
+    "card_of_device",
     "check_init",
     "decay_after",
     "dropout_seed",
     "end_of",
     "engine_config",
+    "find_card",
     "find_checkpoint",
     "group_of",
     "hindrance",
     "import_deepspeed",
     "is_path",
+    "least_time",
     "lr_factor",
     "make_average",
     "make_engine",
     "make_model",
     "make_optimizer",
+    "micro_batch",
     "parameter_groups",
     "resume_point",
     "set_learning_rates",

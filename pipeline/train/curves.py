@@ -1,7 +1,7 @@
 """The training curves, as a run writes them down and tells them."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +11,9 @@ from pipeline.config.sections import TrainSection
 from pipeline.errors import UserError
 from pipeline.log import get_logger
 from pipeline.tracking.spool import Spool
+
+Canvases = Sequence[tuple[int, ...]]
+"""Heights and widths in pixels."""
 
 logger = get_logger(__name__)
 
@@ -26,16 +29,24 @@ class Curves:
         total: steps of the schedule.
         epochs: gives the epochs that so many steps make.
         first: step that training begins or goes on with.
+        least: gives the least time in which this rank could compute micro-batches on canvases, where that is known.
 
     Raises:
         UserError: the spool cannot be opened.
     """
 
     def __init__(
-        self, spool: Path | None, train: TrainSection, total: int, epochs: Callable[[int], float], first: int
+        self,
+        spool: Path | None,
+        train: TrainSection,
+        total: int,
+        epochs: Callable[[int], float],
+        first: int,
+        least: Callable[[Canvases], float] | None = None,
     ) -> None:
         self._train, self._total, self._epochs = train, total, epochs
         self._spool = Spool(spool) if spool is not None else None
+        self._least, self._computed = least, 0.0
         self._done, self._since, self._waited = first, time.perf_counter(), 0.0
         self.error: Exception | None = None
 
@@ -46,9 +57,20 @@ class Curves:
         yield
         self._waited += time.perf_counter() - began
 
-    def step_done(self, step: int, values: dict[str, float], optimizer: torch.optim.Optimizer) -> None:
-        """Write a point after `step` if one is due: every `log_steps`, and after the first and the last step."""
+    def step_done(
+        self, step: int, values: dict[str, float], optimizer: torch.optim.Optimizer, canvases: Canvases = ()
+    ) -> None:
+        """Write a point after `step` if one is due: every `log_steps`, and after the first and the last step.
+
+        Args:
+            step: its number.
+            values: its losses and what else there is of it.
+            optimizer: has the learning rates.
+            canvases: of this rank's micro-batches.
+        """
         done = step + 1
+        if self._least is not None:
+            self._computed += self._least(canvases)
         if self._spool is None or not (done % self._train.log_steps == 0 or done in (1, self._total)):
             return
         now = time.perf_counter()
@@ -56,9 +78,11 @@ class Curves:
         rate = self._train.global_batch / per_step
         point = {**values, "epoch": self._epochs(done), "images_per_second": rate}
         point |= {"data_wait": self._waited / (now - self._since), "hours_left": (self._total - done) * per_step / 3600}
+        if self._least is not None:
+            point["model_flop_utilisation"] = self._computed / (now - self._since)
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             point["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self._done, self._since, self._waited = done, now, 0.0
+        self._done, self._since, self._waited, self._computed = done, now, 0.0, 0.0
         point |= {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
         try:
             self._spool.write_once(done, {f"train/{name}": value for name, value in point.items()}, "train/loss")

@@ -40,6 +40,7 @@ from pipeline.mirror import Mirror, worker_mirror
 from pipeline.train.curves import Curves
 from pipeline.train.ema import WeightAverage, make_average
 from pipeline.train.engine import make_engine, take_step
+from pipeline.train.flops import least_time
 from pipeline.train.optim import set_learning_rates
 from pipeline.train.profile import StepProfile
 from pipeline.train.run import Run, TrainJob, find_checkpoint
@@ -93,7 +94,8 @@ def _train(job: TrainJob, world: World, stop: StopRequest, watch: Watch, mirror:
     criterion = Criterion(job.train.criterion, job.model.class_loss)
     copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None  # type: ignore[no-untyped-call]
     spool = job.out.train_spool if world.rank == 0 else None
-    curves = together(world, lambda: Curves(spool, job.train, run.total, run.epochs, first))
+    least = least_time(job.model, job.train, world.device) if world.rank == 0 else None
+    curves = together(world, lambda: Curves(spool, job.train, run.total, run.epochs, first, least))
     keep = job.train.keep_checkpoints
     writer = CheckpointWriter(world, job.out.checkpoints, keep, run.best_scored, spool, mirror.send_patiently)
     asked = any(gather_objects(world, stop.asked()))
@@ -114,7 +116,8 @@ def _train(job: TrainJob, world: World, stop: StopRequest, watch: Watch, mirror:
             if average is not None:
                 average.update(step.step + 1)
             skipped += unreadable
-            curves.step_done(step.step, {**values, "skipped": skipped}, engine.basic_optimizer)
+            canvases = [tuple(micro.batch.mask.shape[1:]) for micro in step.micro_batches]
+            curves.step_done(step.step, {**values, "skipped": skipped}, engine.basic_optimizer, canvases)
             watch.step_done()
             done = step.step + 1
             if run.saves_after(step.step):

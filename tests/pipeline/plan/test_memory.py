@@ -16,9 +16,9 @@ from pipeline.checkpoint.save import CheckpointWriter
 from pipeline.data.manifest import Manifest
 from pipeline.distributed import World
 from pipeline.plan.memory import Layout, layout_of, memory_of_rank
-from pipeline.plan.profile import micro_batch
 from pipeline.train.ema import make_average
 from pipeline.train.engine import make_engine, take_step
+from pipeline.train.flops import micro_batch
 from pipeline.train.run import Run, TrainJob
 from tests.builders import make_batch, make_target, make_varied_manifest
 from tests.pipeline.train.runs import make_job

@@ -10,8 +10,9 @@ import torch
 from model.config import Denoising, DetrConfig, OneToMany
 from pipeline.config.sections import TrainSection
 from pipeline.errors import UserError
-from pipeline.plan.profile import Point, Profile, measure_profile, micro_batch, profile_settings, read_profile
+from pipeline.plan.profile import Point, Profile, measure_profile, profile_settings, read_profile
 from pipeline.run_folder import RunFolder
+from pipeline.train.flops import micro_batch
 from pipeline.train.run import TrainJob
 from tests.pipeline.train.runs import MODEL, SETTINGS
 

@@ -9,10 +9,11 @@ import pytest
 from model.config import DetrConfig
 from pipeline.config.sections import AugmentSection, TrainSection
 from pipeline.distributed import World
-from pipeline.plan.cards import find_card
 from pipeline.plan.data import PlannedData
-from pipeline.plan.profile import Point, Profile, micro_batch
+from pipeline.plan.profile import Point, Profile
 from pipeline.plan.table import NETWORK, Plan, profile_canvases
+from pipeline.train.cards import find_card
+from pipeline.train.flops import micro_batch
 from pipeline.train.run import Run
 from tests.builders import make_varied_manifest
 from tests.pipeline.train.runs import MODEL, make_job

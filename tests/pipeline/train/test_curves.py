@@ -68,6 +68,18 @@ def test_a_step_that_is_done_again_has_one_point(tmp_path: Path, loss: float, st
     assert [record.step for record in SpoolReader(tmp_path / "train.jsonl").read()] == steps
 
 
+def test_the_part_of_the_time_that_a_card_would_need(tmp_path: Path) -> None:
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "name": "main", "lr": 0.5}])
+    seconds = iter([0.0, 4.0, 5.0, 6.0])
+    with patch("pipeline.train.curves.time.perf_counter", lambda: next(seconds)):
+        curves = Curves(tmp_path / "train.jsonl", TRAIN, 4, float, 0, lambda canvases: sum(h * w for h, w in canvases))
+        for step in range(4):
+            curves.step_done(step, {"loss": 1.0, "grad_norm": 2.0}, optimizer, [(0.1, 1), (0.1, 2)])  # type: ignore[list-item]
+    curves.close()
+    records = SpoolReader(tmp_path / "train.jsonl").read()
+    assert [record.metrics["train/model_flop_utilisation"] for record in records] == pytest.approx([0.3 / 4, 0.6, 0.3])
+
+
 def test_another_rank_writes_nothing(tmp_path: Path) -> None:
     write_steps(None, 0, 8)
     assert not list(tmp_path.iterdir())

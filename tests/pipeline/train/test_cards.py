@@ -1,10 +1,10 @@
-"""pipeline/plan/cards.py: data sheets."""
+"""pipeline/train/cards.py: data sheets."""
 
 import pytest
 
 from model.complexity import Work
 from pipeline.errors import UserError
-from pipeline.plan.cards import CARDS, card_of_device, find_card
+from pipeline.train.cards import CARDS, card_of_device, find_card
 
 
 def test_a_card_by_its_name() -> None:
@@ -48,5 +48,7 @@ def test_no_card_is_faster_in_fp32_than_with_fewer_bits() -> None:
 
 
 def test_a_v100_has_no_bf16() -> None:
+    assert not find_card("V100").has("bf16")
+    assert find_card("V100").has("fp32")
     with pytest.raises(UserError, match=r"train\.precision: a V100 has no bf16"):
         find_card("V100").seconds(Work(1, 0, 0), "bf16", 1)

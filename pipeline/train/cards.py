@@ -1,9 +1,9 @@
-"""Graphics cards that a plan knows, by their data sheets: NVIDIA's of the SXM form, without sparsity."""
+"""Graphics cards whose most is known, by their data sheets: NVIDIA's of the SXM form, without sparsity."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from model.complexity import Work
+from pipeline.config.sections import Precision
 from pipeline.errors import UserError, shown
 
 
@@ -25,7 +25,11 @@ class Card:
     link: float
     """Bytes a second to the other cards of its machine, in one direction."""
 
-    def seconds(self, work: Work, precision: Literal["fp32", "bf16"], utilisation: float) -> float:
+    def has(self, precision: Precision) -> bool:
+        """Whether it computes in a precision."""
+        return precision != "bf16" or self.bf16 is not None
+
+    def seconds(self, work: Work, precision: Precision, utilisation: float) -> float:
         """Time of what is computed, and then of what is moved.
 
         Args:
