@@ -102,8 +102,8 @@ class MicroBatch:
     """Height and width of its canvas."""
     frozen: Frozen = "stem_and_layer1"
     """The part of the backbone that is not trained."""
-    bf16: bool = False
-    """Under autocast to bf16."""
+    autocast: torch.dtype | None = None
+    """Type of autocast; None without."""
     recompute: bool = False
     """Activations are computed again."""
 
@@ -149,7 +149,7 @@ class MicroBatch:
         if self.model.denoising:
             draws = np.zeros((self.images, self.model.denoising.queries, DRAWS))
             noised = add_noise(targets, self.model.denoising, self.model.num_classes, draws)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
             outputs = model(batch) if noised is None else model(batch, noised)
         groups = groups_of(outputs, targets, self.model.one_to_many, noised)
         groups = [replace(group, matching=_first_pairs(group)) for group in groups]

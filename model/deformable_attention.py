@@ -24,7 +24,7 @@ class Levels(NamedTuple):
 
 
 def make_levels(shapes: Sequence[tuple[int, int]], like: Tensor) -> Levels:
-    """Levels of the shapes; the sizes have the type of `like` and are filled on its device, not copied from the host."""
+    """Levels of the shapes; the sizes are of the type of `like` and filled on its device, not copied from the host."""
     sides = [like.new_full((), side) for height, width in shapes for side in (width, height)]
     return Levels(shapes, torch.stack(sides).view(-1, 2))
 

@@ -99,8 +99,9 @@ def gather_moments(engine: Any, world: World) -> dict[str, torch.Tensor]:
                         moments[f"{name}/{key}"] = state[parameter][key]
         return moments
     for flat in _flat_groups(engine, world):
+        entry = state.get(flat.partition) or _no_moments(flat.partition)  # none where every step has overflowed
         for key in MOMENTS:
-            own = state[flat.partition][key]
+            own = entry[key]
             parts = [torch.empty_like(own) for _ in range(world.size)]
             dist.all_gather(parts, own)
             if world.rank == 0:
@@ -110,8 +111,13 @@ def gather_moments(engine: Any, world: World) -> dict[str, torch.Tensor]:
                     moments[f"{member.name}/{key}"] = on_host(whole.view(member.shape))
         if world.rank == 0:
             for member in flat.members:
-                moments[f"{member.name}/step"] = state[flat.partition]["step"].clone()
+                moments[f"{member.name}/step"] = entry["step"].clone()
     return moments
+
+
+def _no_moments(partition: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What AdamW begins with."""
+    return {key: torch.zeros_like(partition, requires_grad=False) for key in MOMENTS} | {"step": torch.tensor(0.0)}
 
 
 def restore_optimizer(engine: Any, world: World, path: Path, state: State) -> None:
@@ -122,7 +128,7 @@ def restore_optimizer(engine: Any, world: World, path: Path, state: State) -> No
     Raises:
         UserError: the file is missing or damaged, or not that of this model; it names the file and what differs.
     """
-    saved = _Saved(path / OPTIMIZER, state.step)
+    saved = _Saved(path / OPTIMIZER, state.updates)
     if engine.zero_optimization_stage() == 0:
         _restore_whole(engine, saved)
     else:

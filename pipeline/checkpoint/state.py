@@ -56,6 +56,18 @@ class DamagedError(UserError):
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """Where the scale of the loss of fp16 training stands."""
+
+    factor: Annotated[float, Field(ge=1)] = 2.0**16
+    """What the loss is multiplied by."""
+    steady: Count = 0
+    """Steps since it changed."""
+    overflows: Count = 0
+    """Steps that were left out since the gradient overflowed; the optimizer has not counted them."""
+
+
+@dataclass(frozen=True)
 class State:
     """Where a training run stands, and what it was made with: the content of state.json."""
 
@@ -81,10 +93,17 @@ class State:
     """Digest of the manifest of the training split."""
     groups: tuple[dict[str, Any], ...]
     """Settings of the optimizer's groups at the last step: name, lr, weight_decay, betas, eps."""
+    scaling: Scaling | None = None
+    """Of the loss; None but in fp16."""
     files: dict[str, str] = field(default_factory=dict)
     """sha256 of the other files by name; empty in a checkpoint from before they were kept."""
     format: int = FORMAT
     """Version of the layout."""
+
+    @property
+    def updates(self) -> int:
+        """Steps that the optimizer has done."""
+        return self.step - (self.scaling.overflows if self.scaling else 0)
 
     @property
     def weights(self) -> str:

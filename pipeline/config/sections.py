@@ -211,7 +211,7 @@ class ProfileSection(Section):
         return self
 
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 """Arithmetic of a network in training."""
 
 
@@ -259,7 +259,9 @@ class TrainSection(Section):
     what follows from other settings is refused. DeepSpeed passes over a key at the top that it does not know. `raydetr
     config --deepspeed` prints what it gets."""
     precision: Precision = "fp32"
-    """Arithmetic of the network: fp32, or bf16 autocast with fp32 parameters."""
+    """Arithmetic of the network: fp32, or autocast to bf16 or fp16 with fp32 parameters. fp16, for cards without bf16,
+    multiplies the loss by a scale that halves when the gradient overflows, whose step is left out, and doubles after
+    1,000 steps without."""
     activation_checkpointing: Annotated[bool, Role.MAY_DIFFER] = False
     """Keep only the inputs of the layers and of a ResNet's stages or a Swin's blocks for the backward pass, and compute
     the rest again: less memory, a third more computation, the same numbers."""
@@ -314,6 +316,11 @@ class TrainSection(Section):
         """What the stated learning rates are multiplied by at this batch."""
         power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[self.scale_lr]
         return float((self.global_batch / self.lr_batch) ** power)
+
+    @property
+    def autocast(self) -> str | None:
+        """Torch's name of the type of autocast; None in fp32."""
+        return {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}[self.precision]
 
     @property
     def micro_batches(self) -> int:

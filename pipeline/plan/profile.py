@@ -152,8 +152,10 @@ def _measured(
         draws = np.random.default_rng(0).random((images, job.model.denoising.queries, DRAWS))
         noised = add_noise(targets, job.model.denoising, job.model.num_classes, draws)
 
+    kind = micro_batch(job.model, train, canvas).autocast
+
     def loss() -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+        with torch.autocast(device.type, kind, enabled=kind is not None):
             outputs = model(batch) if noised is None else model(batch, noised)
         groups = groups_of(outputs, targets, job.model.one_to_many, noised)
         return criterion(groups, float(OBJECTS * images), train.global_batch).total()

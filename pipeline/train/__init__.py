@@ -35,6 +35,10 @@ from pipeline.train.initial import (
 from pipeline.train.loop import (
     dropout_seed,
 )
+from pipeline.train.loss_scale import (
+    LossScale,
+    loss_scale_of,
+)
 from pipeline.train.optim import (
     SAMPLING_MODULES,
     group_of,
@@ -70,6 +74,7 @@ __all__ = [
     "Card",
     "Curves",
     "LeastTime",
+    "LossScale",
     "Replayed",
     "ReplayedPart",
     "Run",
@@ -90,6 +95,7 @@ __all__ = [
     "import_deepspeed",
     "is_path",
     "least_time",
+    "loss_scale_of",
     "lr_factor",
     "make_average",
     "make_engine",

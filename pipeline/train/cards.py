@@ -20,14 +20,16 @@ class Card:
     """FLOP a second of matrix products in fp32."""
     tf32: float
     """FLOP a second of convolutions in fp32, which torch gives to the tensor cores where they take TF32."""
-    bf16: float | None
-    """FLOP a second in bf16; None where it has none."""
+    fp16: float
+    """FLOP a second in fp16."""
+    has_bf16: bool
+    """Whether it computes in bf16, too, as fast."""
     link: float
     """Bytes a second to the other cards of its machine, in one direction."""
 
     def has(self, precision: Precision) -> bool:
         """Whether it computes in a precision."""
-        return precision != "bf16" or self.bf16 is not None
+        return precision != "bf16" or self.has_bf16
 
     def seconds(self, work: Work, precision: Precision, utilisation: float) -> float:
         """Time of what is computed, and then of what is moved.
@@ -40,22 +42,22 @@ class Card:
         Raises:
             UserError: the card does not have the precision.
         """
-        if precision == "bf16":
-            if self.bf16 is None:
-                raise UserError(f"train.precision: a {self.name} has no bf16; use fp32, or plan for another --gpu")
-            computes = work.flops / self.bf16
-        else:
+        if not self.has(precision):
+            raise UserError(f"train.precision: a {self.name} has no bf16; use fp16, or plan for another --gpu")
+        if precision == "fp32":
             computes = work.conv_flops / self.tf32 + (work.flops - work.conv_flops) / self.fp32
+        else:
+            computes = work.flops / self.fp16
         return (computes + work.moved / self.memory_bandwidth) / utilisation
 
 
 _T, _G = 1e12, 1e9
 CARDS = (
-    Card("V100", 32 * _G, 900 * _G, fp32=15.7 * _T, tf32=15.7 * _T, bf16=None, link=150 * _G),
-    Card("A100", 80 * _G, 2039 * _G, fp32=19.5 * _T, tf32=156 * _T, bf16=312 * _T, link=300 * _G),
-    Card("H100", 80 * _G, 3350 * _G, fp32=67 * _T, tf32=494.5 * _T, bf16=989.5 * _T, link=450 * _G),
-    Card("H200", 141 * _G, 4800 * _G, fp32=67 * _T, tf32=494.5 * _T, bf16=989.5 * _T, link=450 * _G),
-    Card("B200", 180 * _G, 8000 * _G, fp32=75 * _T, tf32=1125 * _T, bf16=2250 * _T, link=900 * _G),
+    Card("V100", 32 * _G, 900 * _G, fp32=15.7 * _T, tf32=15.7 * _T, fp16=125 * _T, has_bf16=False, link=150 * _G),
+    Card("A100", 80 * _G, 2039 * _G, fp32=19.5 * _T, tf32=156 * _T, fp16=312 * _T, has_bf16=True, link=300 * _G),
+    Card("H100", 80 * _G, 3350 * _G, fp32=67 * _T, tf32=494.5 * _T, fp16=989.5 * _T, has_bf16=True, link=450 * _G),
+    Card("H200", 141 * _G, 4800 * _G, fp32=67 * _T, tf32=494.5 * _T, fp16=989.5 * _T, has_bf16=True, link=450 * _G),
+    Card("B200", 180 * _G, 8000 * _G, fp32=75 * _T, tf32=1125 * _T, fp16=2250 * _T, has_bf16=True, link=900 * _G),
 )
 
 

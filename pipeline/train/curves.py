@@ -1,5 +1,6 @@
 """The training curves, as a run writes them down and tells them."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -76,7 +77,10 @@ class Curves:
         now = time.perf_counter()
         per_step = (now - self._since) / (done - self._done)
         rate = self._train.global_batch / per_step
-        point = {**values, "epoch": self._epochs(done), "images_per_second": rate}
+        known = {
+            name: value for name, value in values.items() if math.isfinite(value)
+        }  # the norm of an overflow is not
+        point = {**known, "epoch": self._epochs(done), "images_per_second": rate}
         point |= {"data_wait": self._waited / (now - self._since), "hours_left": (self._total - done) * per_step / 3600}
         if self._least is not None:
             point["model_flop_utilisation"] = self._computed / (now - self._since)

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from pipeline.checkpoint.optimizer import restore_optimizer
-from pipeline.checkpoint.state import State
+from pipeline.checkpoint.state import Scaling, State
 from pipeline.config.deepspeed import merged
 from pipeline.config.sections import TrainSection
 from pipeline.distributed import World, together
 from pipeline.log import get_logger
 from pipeline.train.initial import make_model
+from pipeline.train.loss_scale import install, loss_scale_of
 from pipeline.train.optim import make_optimizer, parameter_groups, set_learning_rates
 from pipeline.train.run import Run
 
@@ -25,16 +26,22 @@ def take_step(engine: Any, clip: float) -> torch.Tensor:
 
     Returns:
         The norm before clipping, the same on every rank; computed once: DeepSpeed's own clipping at stage 0 would
-        compute it again, parameter by parameter. Where it is not finite, the weights are spoilt or as they were.
+        compute it again, parameter by parameter. Where it is not finite, the weights are as they were in fp16, else
+        spoilt or as they were.
     """
     if engine.zero_optimization_stage() > 0:
         engine.step()
         return torch.as_tensor(engine.get_global_grad_norm())
     gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    scale = loss_scale_of(engine)
+    if scale is not None:
+        torch._foreach_div_(gradients, scale.cur_scale)
     # Operation by operation as DeepSpeed's, so that the bits are the same as when it clips.
     norm = torch.stack(torch._foreach_norm(gradients)).square().sum().sqrt()
     if clip > 0:
         torch._foreach_mul_(gradients, (torch.full_like(norm, clip) / (norm + 1e-6)).clamp(max=1))
+    if scale is not None:
+        engine.basic_optimizer.found_inf = (~torch.isfinite(norm)).float()  # leaves out the step; nothing is read
     engine.step()
     return norm
 
@@ -42,7 +49,7 @@ def take_step(engine: Any, clip: float) -> torch.Tensor:
 def engine_config(train: TrainSection, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration: what follows from the settings, and `train.deepspeed`.
 
-    Parameters and gradients are fp32 at every precision; bf16 is torch's autocast.
+    Parameters and gradients are fp32 at every precision; bf16 and fp16 are torch's autocast.
     """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch,
@@ -54,9 +61,9 @@ def engine_config(train: TrainSection, world_size: int) -> dict[str, Any]:
         # It synchronises the device in every forward pass.
         "timers": {"throughput": {"enabled": False}},
     }
-    if train.precision == "bf16":
+    if train.autocast is not None:
         # Parameters of "safe" modules would have their gradients reduced in bf16: none are.
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        config["torch_autocast"] = {"enabled": True, "dtype": train.autocast, "lower_precision_safe_modules": []}
     return merged(config, train.deepspeed)
 
 
@@ -68,6 +75,8 @@ def make_engine(run: Run, found: tuple[Path, State] | None) -> Any:
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=engine_config(job.train, world.size), dist_init_required=False
     )
+    if job.train.precision == "fp16":
+        install(engine, (found[1].scaling if found else None) or Scaling(), world.size)
     if found is not None:
         path, state = found
         set_learning_rates(engine.basic_optimizer, run.factor(state.step - 1))

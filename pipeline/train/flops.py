@@ -22,7 +22,7 @@ def micro_batch(architecture: DetrConfig, train: TrainSection, canvas: tuple[int
         train.micro_batch,
         canvas,
         frozen=train.freeze_backbone,
-        bf16=train.precision == "bf16",
+        autocast=getattr(torch, train.autocast) if train.autocast else None,
         recompute=train.activation_checkpointing,
     )
 

@@ -41,6 +41,7 @@ from pipeline.train.curves import Curves
 from pipeline.train.ema import WeightAverage, make_average
 from pipeline.train.engine import make_engine, take_step
 from pipeline.train.flops import least_time
+from pipeline.train.loss_scale import LossScale, loss_scale_of
 from pipeline.train.optim import set_learning_rates
 from pipeline.train.profile import StepProfile
 from pipeline.train.run import Run, TrainJob, find_checkpoint
@@ -112,7 +113,7 @@ def _train(job: TrainJob, world: World, stop: StopRequest, watch: Watch, mirror:
             shared = _begin_to_share(losses, run, stop.asked(), error)
             writer.wait_copied()
             norm = take_step(engine, job.train.clip_grad_norm)
-            values, asked = _agree(losses, shared, norm, step, run, error, writer)
+            values, asked = _agree(losses, shared, norm, step, run, error, writer, loss_scale_of(engine))
             if average is not None:
                 average.update(step.step + 1)
             skipped += unreadable
@@ -141,7 +142,8 @@ def _begin_checkpoint(
     writer: CheckpointWriter, engine: Any, average: WeightAverage | None, run: Run, done: int, skipped: int
 ) -> Path:
     """Begin a checkpoint after `done` steps."""
-    state = run.state(done, skipped, engine.basic_optimizer)
+    scale = loss_scale_of(engine)
+    state = run.state(done, skipped, engine.basic_optimizer, scale.scaling if scale else None)
     return writer.begin(engine, state, average.weights if average else None)
 
 
@@ -290,11 +292,13 @@ def _agree(
     run: Run,
     error: Exception | None,
     writer: CheckpointWriter,
+    scale: LossScale | None = None,
 ) -> tuple[dict[str, float], bool]:
     """The losses of the global batch with the gradient's norm, and whether a rank was asked to end; alike on all ranks.
 
     Where one of the numbers is not finite, or a rank has met an error, every rank raises before a checkpoint is
-    written. These are the only numbers of a step that are read from the device, beside the costs of the matching.
+    written; a gradient that a smaller loss scale may mend is no error, as its step was left out. These are the only
+    numbers of a step that are read from the device, beside the costs of the matching.
     """
     world, names = run.world, list(losses)
     sums = shared()
@@ -302,6 +306,9 @@ def _agree(
     if any_error:
         raise_together(world, error)
     values = dict(zip([*names, "grad_norm"], [*numbers, grad_norm], strict=True))
+    if scale is not None and all(map(math.isfinite, numbers)) and (math.isfinite(grad_norm) or scale.mends(grad_norm)):
+        values |= {"loss_scale": scale.scaling.factor, "overflows": scale.follow(step.step, grad_norm).overflows}
+        return values, any_asked > 0
     if all(math.isfinite(value) for value in values.values()):
         return values, any_asked > 0
     is_mine = not torch.isfinite(torch.stack(list(losses.values()))).all()

@@ -24,6 +24,7 @@ from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.train.engine import make_engine, take_step
 from pipeline.train.loop import backward_each, summed
+from pipeline.train.loss_scale import loss_scale_of
 from pipeline.train.optim import set_learning_rates
 from pipeline.train.run import Run, TrainJob
 
@@ -88,7 +89,7 @@ def replay(
     order = SampleOrder(run.manifest.digest, run.manifest.shard_sizes, job.train.seed, job.train.window)
     steps = TrainLoader(run.manifest, order, job.train, world.rank, world.size, first, number + 1, job.on_error)
     engine = make_engine(run, found)
-    criterion = Criterion(job.train.criterion, job.model.class_loss)
+    criterion, scale = Criterion(job.train.criterion, job.model.class_loss), loss_scale_of(engine)
     try:
         for step in steps:
             set_learning_rates(engine.basic_optimizer, run.factor(step.step))
@@ -96,7 +97,9 @@ def replay(
                 return _told(engine, criterion, step, number - first, run)
             on_step(step.step)
             summed(losses for _, losses in backward_each(engine, criterion, step, _boxes(step), run))
-            take_step(engine, job.train.clip_grad_norm)
+            norm = take_step(engine, job.train.clip_grad_norm)
+            if scale is not None:
+                scale.follow(step.step, float(norm))
     finally:
         engine.destroy()
     raise AssertionError("the loader ends with the wanted step")
@@ -106,8 +109,9 @@ def _told(engine: Any, criterion: Criterion, step: Step, redone: int, run: Run) 
     not_finite: list[str] = []
     with _watched(engine.module, not_finite):
         parts = list(backward_each(engine, criterion, step, _boxes(step), run))
+    scale = loss_scale_of(engine)
     gradients = {
-        name: float(parameter.grad.float().norm())
+        name: float(parameter.grad.float().norm()) / (scale.cur_scale if scale else 1.0)
         for name, parameter in engine.module.named_parameters()
         if parameter.grad is not None
     }

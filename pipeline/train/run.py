@@ -16,7 +16,7 @@ from model.config import DetrConfig
 from pipeline.checkpoint.find import newest_whole
 from pipeline.checkpoint.optimizer import group_settings
 from pipeline.checkpoint.save import clean
-from pipeline.checkpoint.state import STATE, State, checkpoints
+from pipeline.checkpoint.state import STATE, Scaling, State, checkpoints
 from pipeline.config.sections import Metric, OnError, Role, TrainSection, settings_with
 from pipeline.config.values import differences, plain
 from pipeline.data.cache import DEFAULT_CACHE, Cache
@@ -116,7 +116,7 @@ class Run:
         scores = scored(self.job.out, self.job.metric, self.job.subset)
         return best_of({name: value for name, value in scores.items() if name in there})
 
-    def state(self, step: int, skipped: int, optimizer: torch.optim.Optimizer) -> State:
+    def state(self, step: int, skipped: int, optimizer: torch.optim.Optimizer, scaling: Scaling | None = None) -> State:
         """What a checkpoint after `step` steps says."""
         train = self.job.train
         return State(
@@ -131,6 +131,7 @@ class Run:
             labels=self.manifest.labels.to_json(),
             data_digest=self.manifest.digest,
             groups=group_settings(optimizer),
+            scaling=scaling,
         )
 
 

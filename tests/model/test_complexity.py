@@ -158,9 +158,9 @@ def test_memory_of_training_is_that_of_real_tensors(settings: dict[str, Any], re
 
 def test_bf16_keeps_less() -> None:
     batch = MicroBatch(DetrConfig(), 2, (640, 640))  # of a small one the copies of the weights are most
-    assert replace(batch, bf16=True).memory()[0] < 0.7 * batch.memory()[0]
-    assert replace(batch, bf16=True).work().flops == batch.work().flops
-    assert replace(batch, bf16=True).work().moved < 0.8 * batch.work().moved
+    assert replace(batch, autocast=torch.bfloat16).memory()[0] < 0.7 * batch.memory()[0]
+    assert replace(batch, autocast=torch.bfloat16).work().flops == batch.work().flops
+    assert replace(batch, autocast=torch.bfloat16).work().moved < 0.8 * batch.work().moved
 
 
 def test_plain_torch_counts_as_much_as_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pipeline import checkpoint
-from pipeline.checkpoint.state import State
+from pipeline.checkpoint.state import Scaling, State
 from pipeline.config.sections import TrainSection
 from pipeline.distributed import World
 from pipeline.train.engine import engine_config, import_deepspeed, take_step
+from pipeline.train.loss_scale import install, loss_scale_of
 from pipeline.train.optim import make_optimizer, parameter_groups, set_learning_rates
 
 STEPS = 3
@@ -37,10 +38,12 @@ class Net(nn.Module):
         return self.again(self.head(self.reference_points(self.backbone(x)))) + self.statistics
 
 
-def make_engine(world: World, stage: int, path: Path | None = None) -> Any:
+def make_engine(world: World, stage: int, path: Path | None = None, scaling: Scaling | None = None) -> Any:
+    """In fp32, or in fp16 with a scale of the loss."""
     train = TrainSection(
-        global_batch=2, micro_batch=1, zero_stage=stage, lr=1e-2, lr_backbone=1e-3, clip_grad_norm=CLIP, deepspeed=CUT
-    )
+        global_batch=2, micro_batch=1, zero_stage=stage, lr=1e-2, lr_backbone=1e-3, clip_grad_norm=CLIP, deepspeed=CUT,
+        precision="fp32" if scaling is None else "fp16",
+    )  # fmt: skip
     deepspeed = import_deepspeed(world)
     torch.manual_seed(0)
     model = Net()
@@ -49,6 +52,8 @@ def make_engine(world: World, stage: int, path: Path | None = None) -> Any:
     optimizer = make_optimizer(parameter_groups(model, train))
     config = engine_config(train, world.size)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+    if scaling is not None:
+        install(engine, scaling, world.size)
     set_learning_rates(engine.basic_optimizer, 0.5)
     if path is not None:
         checkpoint.restore_optimizer(engine, world, path, checkpoint.read_state(path))
@@ -61,7 +66,9 @@ def step(engine: Any, world: World, number: int) -> None:
         torch.manual_seed(10 * number + j)
         engine.set_gradient_accumulation_boundary(j + world.size >= 2)
         engine.backward(engine(torch.randn(1, 3)).square().sum())
-    take_step(engine, CLIP)
+    norm, scale = take_step(engine, CLIP), loss_scale_of(engine)
+    if scale is not None:
+        scale.follow(number, float(norm))
 
 
 def make_state(step: int, engine: Any = None, **changes: Any) -> State:

@@ -127,6 +127,7 @@ def sealed(old: Path) -> Path:
             r"labels\.categories\.0\.id: ",
         ),
         ({"data_digest": 7}, "data_digest: "),
+        ({"scaling": {"factor": 0.5}}, r"scaling\.factor: "),
         ({"groups": None}, "groups: "),
         ({"groups": [None]}, r"groups\.0: "),
         ({"step": None, "epoch": None}, "step: .*; epoch: "),
@@ -139,7 +140,9 @@ def test_a_field_of_another_type_is_told_by_name(old: Path, change: dict[str, An
         checkpoint.read_state(old)
 
 
-@pytest.mark.parametrize("field", [name for name in State.__dataclass_fields__ if name not in ("files", "format")])
+@pytest.mark.parametrize(
+    "field", [name for name in State.__dataclass_fields__ if name not in ("scaling", "files", "format")]
+)
 def test_a_missing_field_is_told_by_name(old: Path, field: str) -> None:
     change_state(old, lambda values: values.pop(field))
     with pytest.raises(DamagedError, match=rf"checkpoint-5/state\.json: lacks {field}; "):

@@ -23,11 +23,11 @@ def test_the_engine_gets_batches_of_a_rank(size: int) -> None:
     assert config["gradient_clipping"] == 0.1
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_bf16_trains_fp32_weights(
-    manifest: Manifest, straight: tuple[TrainJob, Path], world: World, tmp_path: Path, stage: int
+@pytest.mark.parametrize(("precision", "stage"), [("bf16", 0), ("bf16", 1), ("fp16", 0), ("fp16", 1)])
+def test_fewer_bits_train_fp32_weights(
+    manifest: Manifest, straight: tuple[TrainJob, Path], world: World, tmp_path: Path, precision: str, stage: int
 ) -> None:
-    job = make_job(manifest, tmp_path, precision="bf16", zero_stage=stage, max_steps=2)
+    job = make_job(manifest, tmp_path, precision=precision, zero_stage=stage, max_steps=2)
     weights = checkpoint.load_model_weights(train(job, world))
     assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float32}
     assert losses(job.out)[1] == pytest.approx(losses(straight[0].out)[1], rel=0.05)

@@ -19,6 +19,7 @@ import torch
 from model import build_model
 from model.config import Denoising, OneToMany
 from pipeline import checkpoint
+from pipeline.checkpoint.state import Scaling
 from pipeline.data.loader import MicroBatch, Step
 from pipeline.data.manifest import Manifest, UnreadableSampleError, read_image_bytes, read_manifest
 from pipeline.distributed import World, close, init_world
@@ -26,6 +27,7 @@ from pipeline.errors import UserError
 from pipeline.predict.detector import Detector
 from pipeline.run_folder import RunFolder
 from pipeline.train.loop import _agree, _begin_to_share, _on_device, dropout_seed, noise_draws, train
+from pipeline.train.loss_scale import LossScale
 from pipeline.train.run import Run, TrainJob
 from pipeline.train.stop import StoppedError
 from tests.builders import spoil
@@ -290,6 +292,24 @@ def test_what_one_rank_sees_is_raised_on_all(
 ) -> None:
     outcomes = ranks.outcomes(disagree, make_job(manifest, tmp_path), manifest, bad, norm)
     assert all(isinstance(outcome, UserError) and message in str(outcome) for outcome in outcomes)
+
+
+@pytest.mark.parametrize(
+    ("loss", "factor", "message"),
+    [(math.nan, 8.0, "not finite: loss nan, grad_norm inf"), (1.0, 1.0, "not finite: grad_norm inf")],
+    ids=["the loss itself", "the least scale"],
+)
+def test_what_a_smaller_loss_scale_does_not_mend_is_raised(
+    manifest: Manifest, world: World, tmp_path: Path, loss: float, factor: float, message: str
+) -> None:
+    run = Run(make_job(manifest, tmp_path, precision="fp16"), world, manifest)
+    mine, scale = {"loss": torch.tensor(loss, dtype=torch.float64)}, LossScale(Scaling(factor), 1)
+    shared = _begin_to_share(mine, run, False, None)
+    with (
+        closing(checkpoint.CheckpointWriter(world, run.job.out.checkpoints, None)) as writer,
+        pytest.raises(UserError, match=message),
+    ):
+        _agree(mine, shared, torch.tensor(math.inf), Step(3, 0, []), run, None, writer, scale)
 
 
 def test_finite_losses_are_summed_over_ranks(manifest: Manifest, ranks: Ranks, tmp_path: Path) -> None:
