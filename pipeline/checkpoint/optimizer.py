@@ -101,7 +101,7 @@ def gather_moments(engine: Any, world: World) -> dict[str, torch.Tensor]:
     for flat in _flat_groups(engine, world):
         entry = state.get(flat.partition) or _no_moments(flat.partition)  # none where every step has overflowed
         for key in MOMENTS:
-            own = entry[key]
+            own = entry[key].to(world.device)  # from the host, with train.offload
             parts = [torch.empty_like(own) for _ in range(world.size)]
             dist.all_gather(parts, own)
             if world.rank == 0:
@@ -223,7 +223,9 @@ def _check_weights(engine: Any, world: World, path: Path) -> None:
 def _check_masters(engine: Any, world: World) -> None:
     """What would go wrong in silence: a master that is not the model."""
     for index, flat in enumerate(_flat_groups(engine, world)):
-        assert torch.equal(flat.model.float(), flat.partition), f"the master of group {index} is not the model"
+        assert torch.equal(flat.model.float().to(flat.partition.device), flat.partition), (
+            f"the master of group {index} is not the model"
+        )
 
 
 def group_settings(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], ...]:

@@ -11,6 +11,7 @@ OWNED = {
     "gradient_accumulation_steps": "follows from train.global_batch",
     "managed_gradient_accumulation": "a step is a whole global batch",
     "gradient_clipping": "follows from train.clip_grad_norm",
+    "zero_force_ds_cpu_optimizer": "follows from train.offload",
     "optimizer": "follows from train.lr and train.weight_decay",
     "scheduler": "follows from train.lr_drop_epochs and train.warmup_steps",
     "fp16": "follows from train.precision",
@@ -20,7 +21,7 @@ OWNED = {
     "data_types": "gradients are added up in fp32",
     "zero_optimization.stage": "follows from train.zero_stage",
     "zero_optimization.round_robin_gradients": "permutes the optimizer's state, which checkpoints have by name",
-    "zero_optimization.offload_optimizer": "checkpoints do not find the optimizer's state there",
+    "zero_optimization.offload_optimizer": "follows from train.offload",
     "zero_optimization.offload_param": "checkpoints do not find the weights there",
 }
 """Keys that are not the user's, or all below them, and why."""

@@ -254,6 +254,9 @@ class TrainSection(Section):
     zero_stage: Annotated[Literal[0, 1, 2, 3], Role.MAY_DIFFER] = 0
     """DeepSpeed ZeRO stage: what is sharded over the workers, 1 the optimizer's state, 2 also the gradients, 3 also the
     weights, which are gathered layer by layer when they are used."""
+    offload: Annotated[Literal["none", "cpu"], Role.MAY_DIFFER] = "none"
+    """Where the optimizer's state lies and its step is done: with cpu on the host, from ZeRO stage 1 on. It leaves room
+    on the GPU and costs the way of the gradients there and of the weights back. AdamW is torch's as ever."""
     deepspeed: dict[str, Any] = {}
     """More of DeepSpeed's own JSON, such as `{zero_optimization: {overlap_comm: true}}`, in place of what stands here;
     what follows from other settings is refused. DeepSpeed passes over a key at the top that it does not know. `raydetr
@@ -302,6 +305,8 @@ class TrainSection(Section):
     def _check(self) -> "TrainSection":
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
+        if self.offload == "cpu" and self.zero_stage == 0:
+            raise ValueError("offload cpu is of the part of the optimizer that a rank has: it needs zero_stage 1 to 3")
         return self
 
     @field_validator("deepspeed")

@@ -86,7 +86,15 @@ class Memory:
 
 
 def memory_of_rank(
-    layout: Layout, stage: int, ranks: int, *, activations: int, peak: int, bucket: int, average: bool
+    layout: Layout,
+    stage: int,
+    ranks: int,
+    *,
+    activations: int,
+    peak: int,
+    bucket: int,
+    average: bool,
+    offload: bool = False,
 ) -> Memory:
     """What a rank holds.
 
@@ -98,6 +106,7 @@ def memory_of_rank(
         peak: bytes at a time of a micro-batch at most.
         bucket: elements of DeepSpeed's buffers of reductions.
         average: whether there is a moving average of the weights.
+        offload: whether the optimizer's state lies on the host, from stage 1 on. Gradients count as without.
     """
     whole = layout.trained
     if stage == 0:
@@ -112,6 +121,8 @@ def memory_of_rank(
         parameters = part + sum(-(-size // ranks) for size in layout.frozen) + part
         gradients, buffers = part, bucket + layout.parameters
     own_average = (part if stage == 3 else whole) if average else 0
+    if offload and stage > 0:
+        parameters, part = parameters - part, 0
     return Memory(
         parameters=FLOAT * parameters,
         gradients=FLOAT * gradients,

@@ -187,8 +187,8 @@ class Plan:
         kept, peak = self.activations
         zero = self._zero
         bucket = int(zero["reduce_bucket_size"]) * (2 if zero.get("overlap_comm") else 1)
-        average = self.train.ema is not None
-        return memory_of_rank(self.layout, stage, gpus, activations=kept, peak=peak, bucket=bucket, average=average)
+        own = {"average": self.train.ema is not None, "offload": self.train.offload == "cpu"}
+        return memory_of_rank(self.layout, stage, gpus, activations=kept, peak=peak, bucket=bucket, **own)
 
 
 def profile_canvases(plan: Plan) -> Sequence[tuple[int, int]]:

@@ -61,6 +61,9 @@ def engine_config(train: TrainSection, world_size: int) -> dict[str, Any]:
         # It synchronises the device in every forward pass.
         "timers": {"throughput": {"enabled": False}},
     }
+    if train.offload == "cpu":
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        config["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own would be compiled first
     if train.autocast is not None:
         # Parameters of "safe" modules would have their gradients reduced in bf16: none are.
         config["torch_autocast"] = {"enabled": True, "dtype": train.autocast, "lower_precision_safe_modules": []}
@@ -75,8 +78,8 @@ def make_engine(run: Run, found: tuple[Path, State] | None) -> Any:
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=engine_config(job.train, world.size), dist_init_required=False
     )
-    if job.train.precision == "fp16":
-        install(engine, (found[1].scaling if found else None) or Scaling(), world.size)
+    scaling = (found[1].scaling if found else None) or Scaling()
+    install(engine, scaling if job.train.precision == "fp16" else None, world.size)
     if found is not None:
         path, state = found
         set_learning_rates(engine.basic_optimizer, run.factor(state.step - 1))

@@ -80,14 +80,18 @@ class LossScale:
         return not math.isfinite(norm) and self.scaling.factor > LEAST
 
 
-def install(engine: Any, scaling: Scaling, ranks: int) -> None:
-    """Have a DeepSpeed engine of fp16 autocast scale its losses so, in place of its scalers."""
-    scale = LossScale(scaling, ranks)
+def install(engine: Any, scaling: Scaling | None, ranks: int) -> None:
+    """Have a DeepSpeed engine scale its losses so, or not at all.
+
+    Its own scalers go: it makes them for every engine of a process that has had one in fp16.
+    """
+    scale = LossScale(scaling, ranks) if scaling is not None else None
     if engine.zero_optimization_stage() == 0:
         engine.torch_autocast_z0_gradscaler = scale
     else:
         engine.optimizer.torch_autocast_gradscaler = None
-        engine.optimizer.loss_scaler = scale
+        if scale is not None:
+            engine.optimizer.loss_scaler = scale
 
 
 def loss_scale_of(engine: Any) -> LossScale | None:

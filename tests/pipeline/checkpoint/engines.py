@@ -38,11 +38,13 @@ class Net(nn.Module):
         return self.again(self.head(self.reference_points(self.backbone(x)))) + self.statistics
 
 
-def make_engine(world: World, stage: int, path: Path | None = None, scaling: Scaling | None = None) -> Any:
+def make_engine(
+    world: World, stage: int, path: Path | None = None, scaling: Scaling | None = None, **settings: Any
+) -> Any:
     """In fp32, or in fp16 with a scale of the loss."""
     train = TrainSection(
         global_batch=2, micro_batch=1, zero_stage=stage, lr=1e-2, lr_backbone=1e-3, clip_grad_norm=CLIP, deepspeed=CUT,
-        precision="fp32" if scaling is None else "fp16",
+        precision="fp32" if scaling is None else "fp16", **settings,
     )  # fmt: skip
     deepspeed = import_deepspeed(world)
     torch.manual_seed(0)
@@ -52,8 +54,7 @@ def make_engine(world: World, stage: int, path: Path | None = None, scaling: Sca
     optimizer = make_optimizer(parameter_groups(model, train))
     config = engine_config(train, world.size)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
-    if scaling is not None:
-        install(engine, scaling, world.size)
+    install(engine, scaling, world.size)
     set_learning_rates(engine.basic_optimizer, 0.5)
     if path is not None:
         checkpoint.restore_optimizer(engine, world, path, checkpoint.read_state(path))
@@ -99,9 +100,9 @@ def save_after_steps(world: World, stage: int, folder: Path) -> Path:
     return save(engine, world, folder, make_state(STEPS, engine), None)
 
 
-def go_on(world: World, stage: int, path: Path, folder: Path) -> Path:
+def go_on(world: World, stage: int, path: Path, folder: Path, offload: str = "none") -> Path:
     """Restore, write what was restored, and what two more steps make of it."""
-    engine = make_engine(world, stage, path)
+    engine = make_engine(world, stage, path, offload=offload)
     again = save(engine, world, folder / "again", make_state(STEPS, engine), None)
     for number in (STEPS, STEPS + 1):
         step(engine, world, number)

@@ -48,6 +48,16 @@ def test_it_loads_at_any_world_size_and_stage(
     assert_close(tmp_path / "later" / f"checkpoint-{STEPS + 2}", later, 1e-6)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_it_loads_where_the_optimizer_lies_on_the_host_and_back(
+    ranks: Ranks, saved: Path, later: Path, stage: int, tmp_path: Path
+) -> None:
+    again = ranks.run(go_on, stage, saved, tmp_path / "there", "cpu")[0]
+    assert_close(again, saved, 0)
+    assert_close(tmp_path / "there" / "later" / f"checkpoint-{STEPS + 2}", later, 1e-6)
+    assert_close(ranks.run(go_on, stage, again, tmp_path / "back")[0], saved, 0)
+
+
 def test_other_group_settings_are_found(world: World, saved: Path) -> None:
     engine = make_engine(world, 0, saved)
     groups = tuple({**group, "weight_decay": 0.0} for group in checkpoint.group_settings(engine.basic_optimizer))

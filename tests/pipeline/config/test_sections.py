@@ -245,7 +245,7 @@ def test_the_tracking_server_is_embedded_unless_one_is_named(tmp_path: Path) -> 
             TrainSection,
             Role.MAY_DIFFER,
             (
-                *("epochs", "max_steps", "zero_stage", "activation_checkpointing", "loader_workers"),
+                *("epochs", "max_steps", "zero_stage", "offload", "activation_checkpointing", "loader_workers"),
                 *(
                     "checkpoint_epochs",
                     "keep_checkpoints",

@@ -132,3 +132,14 @@ def test_parts_are_padded() -> None:
     assert second.gradients == 4 * (7 + 2), "the second rank has the end of one parameter and the beginning of another"
     assert third.parameters == 4 * ((2 + 1 + 1) + 2 + (2 + 1 + 1))
     assert third.buffers == 4 * (3 + 15)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_the_optimizer_may_lie_on_the_host(stage: int) -> None:
+    layout = Layout(groups=((7, 2), (1,)), frozen=(5,), buffers=3, saved=20)
+    sizes = {"activations": 10, "peak": 20, "bucket": 8}
+    here, there = (
+        memory_of_rank(layout, stage, 4, average=True, offload=offload, **sizes) for offload in (False, True)
+    )
+    assert there.moments == (0 if stage else here.moments)
+    assert here.total - there.total == (here.moments * 3 // 2 if stage else 0), "two moments and a copy of the weights"

@@ -23,6 +23,13 @@ def test_the_engine_gets_batches_of_a_rank(size: int) -> None:
     assert config["gradient_clipping"] == 0.1
 
 
+def test_the_optimizer_may_lie_on_the_host() -> None:
+    config = engine_config(TrainSection(zero_stage=2, offload="cpu"), 1)
+    assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    with pytest.raises(ValueError, match="it needs zero_stage 1 to 3"):
+        TrainSection(offload="cpu")
+
+
 @pytest.mark.parametrize(("precision", "stage"), [("bf16", 0), ("bf16", 1), ("fp16", 0), ("fp16", 1)])
 def test_fewer_bits_train_fp32_weights(
     manifest: Manifest, straight: tuple[TrainJob, Path], world: World, tmp_path: Path, precision: str, stage: int

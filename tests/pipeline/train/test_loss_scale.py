@@ -39,13 +39,15 @@ def test_an_overflow_halves_it_and_steps_without_double_it() -> None:
     assert not scale.mends(math.inf)
 
 
-def steps_of_net(world: World, stage: int, folder: Path, stop: int | None = None) -> tuple[Path, Scaling]:
+def steps_of_net(
+    world: World, stage: int, folder: Path, offload: str = "none", stop: int | None = None
+) -> tuple[Path, Scaling]:
     """Five steps of a small engine from a scale that overflows at first; written and read again after `stop`."""
-    engine, done = make_engine(world, stage, scaling=Scaling(2.0**18)), 0
+    engine, done = make_engine(world, stage, scaling=Scaling(2.0**18), offload=offload), 0
     for number in range(5):
         if number == stop:
             path, scaling = _saved(engine, world, folder / "before", number)
-            engine = make_engine(world, stage, path, scaling)
+            engine = make_engine(world, stage, path, scaling, offload=offload)
         step(engine, world, number)
         done = number + 1
     return _saved(engine, world, folder, done)
@@ -57,18 +59,20 @@ def _saved(engine: Any, world: World, folder: Path, done: int) -> tuple[Path, Sc
     return save(engine, world, folder, make_state(done, engine, scaling=scale.scaling), None), scale.scaling
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "offload"), [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "cpu"), (3, "cpu")]
+)
 def test_overflows_are_left_out_at_every_stage_and_the_scale_goes_on(
-    ranks: Ranks, world: World, tmp_path: Path, stage: int
+    ranks: Ranks, world: World, tmp_path: Path, stage: int, offload: str
 ) -> None:
     alone, scaling = steps_of_net(world, 0, tmp_path / "alone")
     assert 1 <= scaling.overflows < 5
-    straight, of_ranks = ranks.run(steps_of_net, stage, tmp_path / "straight")[0]
+    straight, of_ranks = ranks.run(steps_of_net, stage, tmp_path / "straight", offload)[0]
     assert of_ranks == scaling, "alike at any number of ranks"
     assert_close(straight, alone, 1e-3)
     steps = {float(tensor) for name, tensor in load_file(straight / OPTIMIZER).items() if name.endswith("/step")}
     assert steps == {5 - scaling.overflows}
-    again, after = ranks.run(steps_of_net, stage, tmp_path / "again", 1)[0]
+    again, after = ranks.run(steps_of_net, stage, tmp_path / "again", offload, 1)[0]
     assert after == scaling
     assert_close(again, straight, 0)
 
