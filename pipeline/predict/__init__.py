@@ -1,9 +1,11 @@
 """A detector that answers, pictures of its answers, and the detector as a file that runs elsewhere."""
 
+from pipeline.predict.answers import (
+    answer,
+)
 from pipeline.predict.detector import (
     Detection,
     Detector,
-    answer,
     detector_in,
     read_picture,
 )

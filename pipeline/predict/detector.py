@@ -4,12 +4,10 @@
     detector(Path("street.jpg").read_bytes())
     # [{"category_id": 3, "category": "car", "score": 0.91, "bbox": [x, y, width, height]}, ...]
 
-`Detector.save` writes the folder that a registered model carries (weights as safetensors, the rest as JSON), and
-`answer` is what the registered model's `predict` does. `predict` draws the detections of a model on pictures.
+`Detector.save` writes the folder that a registered model carries (weights as safetensors, the rest as JSON).
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -242,11 +240,6 @@ def read_picture(content: bytes) -> NDArray[np.uint8]:
         return decode_image(content, *shown_size(content))
     except BadImageError as error:
         raise UserError(f"these bytes are not a picture that can be used: {error}") from error
-
-
-def answer(detector: Detector, images: Sequence[bytes], score_threshold: float) -> list[str]:
-    """Return one JSON list of detections an image: the answer of the registered model."""
-    return [json.dumps(detector(bytes(image), score_threshold)) for image in images]
 
 
 def detector_in(folder: Path, evaluate: EvaluateSection | None = None, device: torch.device | str = "cpu") -> Detector:

@@ -19,6 +19,7 @@ from PIL import Image
 import model
 import pipeline
 from pipeline.config.sections import EvaluateSection
+from pipeline.predict.answers import THRESHOLD
 from pipeline.predict.detector import Detector
 from pipeline.registry.gate import VAL_TAG
 from pipeline.registry.versions import KEY_TAG
@@ -56,8 +57,9 @@ SERVED = (
     "data/philox.py",
     "checkpoint/state.py",
     "predict/detector.py",
+    "predict/answers.py",
 )
-"""The files of `pipeline` that a registered model carries: `predict/detector.py` and all that it imports."""
+"""The files of `pipeline` that a registered model carries: `predict/answers.py` and all that it imports."""
 
 
 def write_model(detector: Detector, folder: Path, card: Any) -> None:
@@ -69,15 +71,8 @@ def write_model(detector: Detector, folder: Path, card: Any) -> None:
         card: the `mlflow.models.Model` to fill in.
     """
     import pandas  # type: ignore[import-untyped]
-    from mlflow.models import ModelSignature
     from mlflow.pyfunc import save_model
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-    signature = ModelSignature(
-        inputs=Schema([ColSpec(DataType.binary, "image")]),
-        outputs=Schema([ColSpec(DataType.string)]),
-        params=ParamSchema([ParamSpec("score_threshold", DataType.double, 0.0)]),
-    )
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
         draft = Path(temporary)
         detector.save(draft / "detector")
@@ -88,11 +83,31 @@ def write_model(detector: Detector, folder: Path, card: Any) -> None:
             python_model=str(Path(__file__).with_name("entry.py")),
             artifacts={"detector": str(draft / "detector")},
             code_paths=[str(draft / "raydetr")],
-            signature=signature,
-            input_example=(pandas.DataFrame({"image": [_example_picture()]}), {"score_threshold": 0.4}),
+            signature=_signature(),
+            input_example=(pandas.DataFrame({"image": [_example_picture()]}), {"score_threshold": THRESHOLD}),
             pip_requirements=requirements(),
             mlflow_model=card,
         )
+
+
+def _signature() -> Any:
+    """MLflow's schema of what goes in and out; a picture has several forms, of which base64 alone is text."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import AnyType, Array, Object, Property
+
+    of_detection = {
+        "category_id": DataType.long,
+        "category": DataType.string,
+        "score": DataType.double,
+        "bbox": Array(DataType.double),
+    }
+    detection = Object([Property(name, kind) for name, kind in of_detection.items()])
+    return ModelSignature(
+        inputs=Schema([ColSpec(AnyType(), "image")]),
+        outputs=Schema([ColSpec(Array(detection), "detections"), ColSpec(DataType.string, "error", required=False)]),
+        params=ParamSchema([ParamSpec("score_threshold", DataType.double, THRESHOLD)]),
+    )
 
 
 def requirements() -> list[str]:

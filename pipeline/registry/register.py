@@ -3,7 +3,7 @@
 A version answers wherever MLflow is:
 
     detector = mlflow.pyfunc.load_model("models:/raydetr@champion")
-    detector.predict(pandas.DataFrame({"image": [Path("street.jpg").read_bytes()]}), params={"score_threshold": 0.4})
+    detector.predict(pandas.DataFrame({"image": [Path("street.jpg")]}), params={"score_threshold": 0.4})
 
 A registration is an operation of the run's outbox. It may be cut after any request: each of its steps first looks
 whether it was done, by the key of what is registered.
@@ -23,6 +23,7 @@ from pipeline.config.sections import METRICS, EvaluateSection, GateSection, Regi
 from pipeline.config.values import digest, plain
 from pipeline.evaluate.results import weights_digest
 from pipeline.registry.aliases import CHAMPION, after_registration, record, settled
+from pipeline.registry.description import description_of
 from pipeline.registry.gate import METRIC_TAG, VAL_TAG, category_tags, decide
 from pipeline.registry.lock import registry_lock
 from pipeline.registry.package import log_model, own_models
@@ -137,7 +138,9 @@ def register_version(tracker: Tracker, operation: Operation) -> Registration:
         version = find_version(tracker, name, key)
         is_new = version is None
         if version is None:
-            number = make_version(tracker, name, model_id or upload(), _tags(key, metadata))
+            model_id = model_id or upload()
+            text = description_of(name, model_id, metadata)
+            number = make_version(tracker, name, model_id, _tags(key, metadata), text)
             version = tracker.client.get_model_version(name, str(number))
         gate = GateSection(**body.get("gate", {}))
         note = _settle_champion(tracker, name, version, metadata, body["metric"], gate)

@@ -28,8 +28,8 @@ def find_version(tracker: Tracker, name: str, key: str) -> Any | None:
     return min(found, key=lambda version: int(version.version), default=None)
 
 
-def make_version(tracker: Tracker, name: str, model_id: str, tags: Mapping[str, str]) -> int:
-    """Make a version of a logged model, with its tags at once, and the registered model where it is the first.
+def make_version(tracker: Tracker, name: str, model_id: str, tags: Mapping[str, str], description: str) -> int:
+    """Make a version of a logged model, with all that it says, and the registered model where it is the first.
 
     Returns:
         The number of the version.
@@ -40,7 +40,13 @@ def make_version(tracker: Tracker, name: str, model_id: str, tags: Mapping[str, 
         if error_code(error) != "RESOURCE_ALREADY_EXISTS":
             raise
     made = tracker.client.create_model_version(
-        name, f"models:/{model_id}", tracker.run_id, tags=dict(tags), model_id=model_id, await_creation_for=0
+        name,
+        f"models:/{model_id}",
+        tracker.run_id,
+        tags=dict(tags),
+        description=description,
+        model_id=model_id,
+        await_creation_for=0,
     )
     return int(made.version)
 

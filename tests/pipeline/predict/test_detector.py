@@ -15,7 +15,7 @@ from pipeline.config.sections import EvaluateSection
 from pipeline.data.labels import Category, LabelMap
 from pipeline.errors import UserError
 from pipeline.evaluate.detect import detect
-from pipeline.predict.detector import Detector, answer, detector_in, read_picture
+from pipeline.predict.detector import Detector, detector_in, read_picture
 from tests.builders import make_image, make_manifest, write_checkpoint, write_image
 
 LABELS = LabelMap("coco91", (Category(1, "cat"), Category(3, "dog"), Category(90, "toothbrush")))
@@ -67,7 +67,6 @@ class TestDetector:
         everything = detector(make_image())
         middle = everything[len(everything) // 2]["score"]
         assert detector(make_image(), middle) == [d for d in everything if d["score"] >= middle]
-        assert [json.loads(text) for text in answer(detector, [encoded(make_image())], 1.1)] == [[]]
 
     def test_equals_the_evaluation(self, tmp_path: Path) -> None:
         manifest = make_manifest(tmp_path, [{"id": 7, "width": 50, "height": 40, "file_name": "a.png"}])

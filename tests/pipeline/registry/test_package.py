@@ -13,7 +13,7 @@ from tests.pipeline.registry.registered import LABELS, files_of
 
 PROJECT = Path(__file__).resolve().parents[3]
 OWN = ("model", "pipeline")
-ENTRY = "pipeline/predict/detector.py"
+ENTRY = "pipeline/predict/answers.py"
 
 
 def imports(node: ast.AST, *, later: bool = False) -> Iterator[tuple[str, bool]]:
@@ -48,7 +48,7 @@ def imports_of(file: str) -> list[tuple[str, bool]]:
     return list(imports(ast.parse((PROJECT / file).read_text(encoding="utf-8"))))
 
 
-def test_served_is_all_that_the_detector_imports() -> None:
+def test_served_is_all_that_the_answers_import() -> None:
     found, waiting = set(), [ENTRY]
     while waiting:
         file = waiting.pop()
@@ -86,7 +86,9 @@ def test_what_it_carries(tracker: Tracker, version: Registration, tmp_path: Path
     assert card.metadata["config"]["train"] == {"lr": 0.1}
     assert (card.metadata["data_digest"], card.metadata["val_digest"]) == ("0123456789abcdef", "val")
     assert (card.metadata["metrics"]["AP"], card.metadata["source_run"]) == (0.5, tracker.run_id)
-    assert str(card.signature.inputs) == "['image': binary (required)]"
+    assert str(card.signature.inputs) == "['image': Any (required)]"
+    assert str(card.signature.params) == "['score_threshold': double (default: 0.4)]"
+    assert card.signature.outputs.input_names() == ["detections", "error"]
     assert card.saved_input_example_info is not None
     assert (folder / "requirements.txt").read_text().split() == requirements()
 

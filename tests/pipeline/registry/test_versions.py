@@ -34,8 +34,9 @@ def test_the_logged_model_names_its_version(tracker: Tracker, version: Registrat
 
 def test_versions_of_a_name_are_counted(tracker: Tracker, version: Registration) -> None:
     model_id = logged_model(tracker).model_id
-    assert [make_version(tracker, "counted", model_id, {"number": str(number)}) for number in (1, 2)] == [1, 2]
-    assert tracker.client.get_model_version("counted", "2").tags["number"] == "2"
+    assert [make_version(tracker, "counted", model_id, {"n": str(n)}, f"the {n}") for n in (1, 2)] == [1, 2]
+    second = tracker.client.get_model_version("counted", "2")
+    assert (second.tags["n"], second.description) == ("2", "the 2")
 
 
 def test_the_champion_is_found_where_there_is_one(tracker: Tracker, version: Registration) -> None:
@@ -43,7 +44,7 @@ def test_the_champion_is_found_where_there_is_one(tracker: Tracker, version: Reg
     found = find_alias(tracker.client, "shown", "champion")
     assert found is not None
     assert (found.name, int(found.version)) == ("shown", 1)
-    make_version(tracker, "leaderless", logged_model(tracker).model_id, {})
+    make_version(tracker, "leaderless", logged_model(tracker).model_id, {}, "")
     assert find_alias(tracker.client, "leaderless", "champion") is None
 
 
