@@ -33,8 +33,8 @@ The answer, a record a picture; boxes are left, top, width and height in pixels,
 "bbox": [12.0, 8.5, 96.0, 40.0]}}], "error": null}}]}}
 ```
 
-A picture that cannot be used has no detections, and its `error` says why. A request that is wrong (no picture, another \
-column or parameter) is answered with status 400.
+A picture that cannot be used has no detections, and its `error` says why. A request that is wrong (no picture, \
+another column or parameter) is answered with status 400.
 """
 
 
