@@ -1,10 +1,11 @@
 """What an exported detector costs and whether it is as good: size, time of an image on the CPU, and AP.
 
-    python tests/benchmarks/export.py [--threads 2] [--repeats 3] [--epochs 2]
+    python tests/benchmarks/export.py [--threads 2] [--repeats 3] [--epochs 2] [--size 800x1066]
 
-`coco_r50` with initial weights, one image of 800 x 1066: the network in torch with the compiled operator, the ONNX
-model in onnxruntime, and the program of torch.export. Then the demo is trained for a few epochs, and its validation
-split is scored with the detector and with its ONNX model, which takes images of any size.
+Each variant of the family with a ResNet-50 and initial weights, one image: the network in torch with the
+compiled operator, the ONNX model in onnxruntime, and of `coco_r50` also the program of torch.export. Then the demo is
+trained for a few epochs, and its validation split is scored with the detector and with its ONNX model, which takes
+images of any size.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,20 @@ from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.data.truth import ground_truth
 from pipeline.evaluate.score import score
 from pipeline.predict.detector import Detector
-from pipeline.predict.export import NAMES, export_detector
+from pipeline.predict.export import NAMES, SUFFIXES, Kind, export_detector
 from pipeline.run_folder import METRICS_FILE
 
 PROJECT = Path(__file__).resolve().parents[2]
-DEMO, COCO = (PROJECT / "jobs" / "configs" / name for name in ("demo.yaml", "coco_r50.yaml"))
-SIZE = (800, 1066)
+CONFIGS = PROJECT / "jobs" / "configs"
+DEMO = CONFIGS / "demo.yaml"
+VARIANTS: dict[str, tuple[str, tuple[Kind, ...]]] = {
+    "single-scale": ("coco_r50_single_scale", ("onnx",)),
+    "multi-scale": ("coco_r50", ("onnx", "torch")),
+    "refined": ("coco_r50_refine", ("onnx",)),
+    "two-stage": ("coco_r50_two_stage", ("onnx",)),
+    "DETR": ("coco_r50_detr", ("onnx",)),
+}
+"""Configuration of each, and what it is exported to."""
 MOST_AP = 0.001
 """Most that the AP of the ONNX model may differ."""
 
@@ -47,27 +57,39 @@ def session_of(file: Path, threads: int) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
-def time_r50(folder: Path, threads: int, repeats: int) -> None:
-    """Print size and time of the published configuration."""
-    config = load_config(COCO, ())
+def initial(config: Config) -> Detector:
+    """The detector of a configuration before it is trained."""
     labels = LabelMap("coco91", tuple(Category(number, f"{number}") for number in range(1, 91)))
     architecture = config.model_for(labels.num_classes)
     model = build_model(architecture, torch.Generator().manual_seed(0))
-    detector = Detector(model, architecture, labels, config.evaluate)
-    for kind, name in (("onnx", "r50.onnx"), ("torch", "r50.pt2")):
-        print(f"{kind}: {export_detector(detector, folder / name, kind, SIZE)}", flush=True)  # type: ignore[arg-type]
-    images = torch.randint(0, 256, (1, 3, *SIZE), dtype=torch.uint8)
-    batch = PixelBatch(images, torch.zeros(1, *SIZE, dtype=torch.bool)).to("cpu")
-    session = session_of(folder / "r50.onnx", threads)
-    program = torch.export.load(folder / "r50.pt2").module()
-    calls = [
-        lambda: detector.results(batch, torch.tensor([SIZE]), 100),
-        lambda: session.run(NAMES, {"images": images.numpy()}),
-        torch.no_grad()(lambda: program(images)),
-    ]
-    files = [0, *((folder / name).stat().st_size for name in ("r50.onnx", "r50.pt2"))]
-    for what, size, took in zip(("torch", "onnxruntime", "torch.export"), files, seconds(calls, repeats), strict=True):
-        print(f"{what:14} {took:6.2f} s an image of {SIZE[0]} x {SIZE[1]}   {size / 1e6:6.1f} MB", flush=True)
+    return Detector(model, architecture, labels, config.evaluate)
+
+
+def time_variant(name: str, folder: Path, size: tuple[int, int], threads: int, repeats: int) -> None:
+    """Print a variant's lines of the table."""
+    config, kinds = VARIANTS[name]
+    detector = initial(load_config(CONFIGS / f"{config}.yaml", ()))
+    images = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8)
+    batch = PixelBatch(images, torch.zeros(1, *size, dtype=torch.bool)).to("cpu")
+    files = [folder / f"{config}{SUFFIXES[kind]}" for kind in kinds]
+    exported = [export_detector(detector, file, kind, size) for file, kind in zip(files, kinds, strict=True)]
+    calls: list[Callable[[], object]] = [lambda: detector.results(batch, torch.tensor([size]), 100)]
+    calls += [runner_of(file, kind, images, threads) for file, kind in zip(files, kinds, strict=True)]
+    own, *others = seconds(calls, repeats)
+    for file, kind, took, apart in zip(files, kinds, others, exported, strict=True):
+        megabytes = file.stat().st_size / 1e6
+        figures = f"{megabytes:6.1f} {own:7.2f} {took:7.2f} {took / own:6.2f} {apart.boxes:9.0e} {apart.scores:9.0e}"
+        print(f"{name:14} {kind:6} {figures}", flush=True)
+        file.unlink()
+
+
+def runner_of(file: Path, kind: Kind, images: torch.Tensor, threads: int) -> Callable[[], object]:
+    """What runs an exported file on images."""
+    if kind == "onnx":
+        session = session_of(file, threads)
+        return lambda: session.run(NAMES, {"images": images.numpy()})
+    program = torch.export.load(file).module()
+    return torch.no_grad()(lambda: program(images))
 
 
 def run_demo(folder: Path, epochs: int) -> Config:
@@ -112,11 +134,16 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--size", default="800x1066", help="height and width of the image")
     options = parser.parse_args()
+    height, width = map(int, options.size.split("x"))
     torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        time_r50(folder, options.threads, options.repeats)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        print(f"one image of {options.size}, {options.threads} threads; differences of boxes, scores")
+        print(f"{'':21} {'MB':>6} {'torch s':>7} {'file s':>7} {'ratio':>6} {'boxes':>9} {'scores':>9}", flush=True)
+        for name in VARIANTS:
+            time_variant(name, folder, (height, width), options.threads, options.repeats)
         own, other = score_demo(folder, options.threads, options.epochs)
     print(f"demo after {options.epochs} epochs: AP {own:.4f} in torch, {other:.4f} in onnxruntime")
     return 1 if abs(own - other) > MOST_AP else 0
