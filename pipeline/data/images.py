@@ -40,7 +40,7 @@ EXIF_IGNORED = "exif_rotation_ignored"
 
 
 class BadImageError(Exception):
-    """Bytes that are no usable image. `rule` is the one of `pipeline.shard.coco.RULES` that they break."""
+    """Bytes that are no usable image. `rule` is the one of `pipeline.shard.findings.RULES` that they break."""
 
     def __init__(self, rule: str, message: str) -> None:
         super().__init__(message)

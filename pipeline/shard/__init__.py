@@ -3,12 +3,14 @@
 from pipeline.shard.coco import (
     CocoImage,
     CocoSplit,
-    Findings,
     Source,
     clean,
     open_source,
     open_split,
     source_digest,
+)
+from pipeline.shard.findings import (
+    Findings,
 )
 from pipeline.shard.foreign import (
     Packed,

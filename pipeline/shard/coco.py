@@ -1,14 +1,13 @@
 """Reads COCO JSON, and refuses or cleans what is wrong with it.
 
 `clean(open_source(annotations, images), on_error)` gives a `CocoSplit`: images sorted by id, each with its annotations.
-What a rule of `RULES` finds stops the reading with one `UserError` (on_error="fail"), or is cleaned and counted
-("skip"). What is not COCO at all is always an error.
+What a rule of `findings.RULES` finds stops the reading with one `UserError` (on_error="fail"), or is cleaned, counted
+and listed ("skip"). What is not COCO at all is always an error.
 """
 
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +15,7 @@ from itertools import count
 from typing import Any, NamedTuple
 
 from pipeline.config.sections import DatasetSection, OnError, SplitSection
-from pipeline.data.images import EXIF_ASSUMED, EXIF_IGNORED, BadImageError
+from pipeline.data.images import BadImageError
 from pipeline.data.labels import Category
 from pipeline.errors import UserError, shown
 from pipeline.shard.document import (
@@ -32,43 +31,12 @@ from pipeline.shard.document import (
     text,
     whole,
 )
+from pipeline.shard.findings import Findings, Where
 from pipeline.shard.origin import Images, open_images
 from pipeline.store import Place
 
-EXAMPLES = 3
-"""Problems of each rule whose messages are kept where they are cleaned."""
-
 BORDER_SLACK = 1.0
 """Pixels that a box may stick out of its image, as rounding makes it: training clips it, nothing is reported."""
-
-
-RULES: dict[str, str] = {
-    "image_missing": "leave the image out",
-    "image_truncated": "leave the image out",
-    "image_unreadable": "leave the image out",
-    "image_size_mismatch": "leave the image out",
-    "duplicate_image_id": "keep the first one",
-    "image_under_two_ids": "give its objects to the first id",
-    "annotation_id_missing": "give it a new id",
-    "duplicate_annotation_id": "give it a new id",
-    "annotation_of_unknown_image": "leave the annotation out",
-    "annotation_of_unknown_category": "leave the annotation out",
-    "box_malformed": "leave the annotation out",
-    "box_not_finite": "leave the annotation out",
-    "box_without_area": "leave the annotation out",
-    "box_outside_image": "leave the annotation out",
-    "box_partly_outside_image": "clip the box",
-    "area_not_finite": "use the area of the box",
-    "crowd_unclear": "leave the annotation out",
-    "segmentation_malformed": "leave the segmentation out",
-}
-"""Every rule for input that is wrong and can be cleaned, with what `dataset.on_error: skip` does."""
-
-NOTES: dict[str, str] = {
-    EXIF_ASSUMED: "EXIF turns them and the size cannot tell: taken as turned, as viewers show them",
-    EXIF_IGNORED: "EXIF turns them and the annotation file has the stored size: taken as stored",
-}
-"""What is counted and told, whatever `dataset.on_error` says: the input may be right."""
 
 NEEDS = {
     "images": {"id": image_id, "file_name": text, "width": pixels, "height": pixels},
@@ -76,29 +44,6 @@ NEEDS = {
     "categories": {"id": whole, "name": text},
 }
 """What an entry must have; the annotations' ids have rules of their own."""
-
-
-class Findings:
-    """Applies `on_error` to what the rules find: raises, or counts."""
-
-    def __init__(self, on_error: OnError) -> None:
-        self.on_error = on_error
-        self.counts: Counter[str] = Counter()
-        self.examples: dict[str, list[str]] = {}
-
-    def report(self, rule: str, message: str) -> None:
-        """Raises `UserError` when on_error is "fail"; otherwise counts, and the caller cleans."""
-        if self.on_error == "fail":
-            raise UserError(f"{message}. Mend the data, or set dataset.on_error: skip to {RULES[rule]}.")
-        self.counts[rule] += 1
-        examples = self.examples.setdefault(rule, [])
-        if len(examples) < EXAMPLES:
-            examples.append(message)
-
-    def note(self, note: str | None) -> None:
-        """Counts one of `NOTES`."""
-        if note is not None:
-            self.counts[note] += 1
 
 
 class CocoImage(NamedTuple):
@@ -131,6 +76,8 @@ class CocoSplit:
     problems: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     """Messages of the first problems of each rule."""
+    packed: bytes = b""
+    """The problems one by one, of `Findings`."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +168,8 @@ def clean(source: Source, on_error: OnError, *, segmentations: bool = True) -> C
     if not split:
         raise UserError(f"{source.path}: none of its {len(declared)} images is in {source.files}; check the folder")
     problems = dict(sorted(findings.counts.items()))
-    return CocoSplit(source.path, source.files, source.digest, categories, split, problems, findings.examples)
+    return CocoSplit(source.path, source.files, source.digest, categories, split, problems, findings.examples,
+                     findings.packed)  # fmt: skip
 
 
 def _categories(source: Source) -> tuple[Category, ...]:
@@ -245,7 +193,8 @@ def _declared(source: Source, findings: Findings) -> dict[int, Any]:
         number = int(image["id"])
         if number in declared:
             names = f"{shown(declared[number]['file_name'])}, {shown(image['file_name'])}"
-            findings.report("duplicate_image_id", f"{source.path}: image id {number} is given twice ({names})")
+            where = Where(source.path, image["file_name"], number)
+            findings.report("duplicate_image_id", where, f"its id is given twice ({names})")
             continue
         declared[number] = image
     return declared
@@ -260,7 +209,8 @@ def _merged(source: Source, declared: Mapping[int, Any], findings: Findings) -> 
         if same != number:
             findings.report(
                 "image_under_two_ids",
-                f"{source.path}: {shown(image['file_name'])} is given under the image ids {same} and {number}",
+                Where(source.path, image["file_name"], number),
+                f"{shown(image['file_name'])} is given under the image ids {same} and {number}",
             )
             merged[number] = same
     return merged
@@ -277,7 +227,7 @@ def _present(
             continue
         if source.sizes[name] is None:
             rule, told = _missing(source.files, name)
-            findings.report(rule, f"{shown(source.files.where(name), 400)}: image {number} of {source.path} {told}")
+            findings.report(rule, Where(source.files.where(name), name, number), told)
             continue
         present[number] = image
     return present
@@ -288,10 +238,10 @@ def _missing(images: Images, name: str) -> tuple[str, str]:
     try:
         images.read(name)
     except BadImageError as error:
-        return error.rule, f"cannot be read: {error}"
+        return error.rule, f"it cannot be read: {error}"
     except (OSError, ValueError):
         pass
-    return "image_missing", "is missing"
+    return "image_missing", "it is missing"
 
 
 def _annotations(
@@ -313,12 +263,12 @@ def _annotations(
         number = int(entry["image_id"])
         own = entry.get("id")
         image = images.get(number)
-        where = _Where(source.path, position, own, number, image)
+        where = Where(source.path, image and image["file_name"], number, position, own)
         if image is None:
-            findings.report("annotation_of_unknown_image", f"{where}: there is no image with this id")
+            findings.report("annotation_of_unknown_image", where, "there is no image with this id")
             continue
         if int(entry["category_id"]) not in category_ids:
-            findings.report("annotation_of_unknown_category", f"{where}: there is no category {entry['category_id']}")
+            findings.report("annotation_of_unknown_category", where, f"there is no category {entry['category_id']}")
             continue
         annotation = _annotation(entry, int(image["width"]), int(image["height"]), where, findings)
         if annotation is not None:
@@ -347,21 +297,6 @@ def to_json(value: dict[str, Any]) -> bytes:
 _json = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 
-class _Where(NamedTuple):
-    """Which annotation a message is about; a text only where there is one."""
-
-    path: Place
-    position: int
-    own_id: Any
-    image_id: int
-    image: Mapping[str, Any] | None
-
-    def __str__(self) -> str:
-        name = f"annotation {int(self.own_id)}" if is_whole(self.own_id) else f"annotations[{self.position}]"
-        file = f" ({shown(self.image['file_name'])})" if self.image is not None else ""
-        return f"{self.path}: {name} of image {self.image_id}{file}"
-
-
 class _AnnotationIds:
     """Keeps annotations' ids unique: an object whose id is missing or taken is an object all the same."""
 
@@ -375,21 +310,21 @@ class _AnnotationIds:
         known = [int(entry["id"]) for entry in self._annotations if is_whole(entry.get("id"))]
         return count(max(known, default=0) + 1)
 
-    def unique(self, value: Any, where: _Where) -> int:
+    def unique(self, value: Any, where: Where) -> int:
         """The id, or a new one."""
         if not is_whole(value):
             told = "it has no id" if value is None else f"its id is {shown(repr(value))}, not a whole number"
-            self._findings.report("annotation_id_missing", f"{where}: {told}")
+            self._findings.report("annotation_id_missing", where, told)
             return next(self._new)
         if int(value) in self._taken:
-            self._findings.report("duplicate_annotation_id", f"{where}: its id is given twice")
+            self._findings.report("duplicate_annotation_id", where, "its id is given twice")
             return next(self._new)
         self._taken.add(int(value))
         return int(value)
 
 
 def _annotation(
-    entry: Mapping[str, Any], width: int, height: int, where: _Where, findings: Findings
+    entry: Mapping[str, Any], width: int, height: int, where: Where, findings: Findings
 ) -> dict[str, Any] | None:
     """What an annotation holds but its ids; None when it has to go."""
     box = _box(entry["bbox"], width, height, where, findings)
@@ -398,13 +333,13 @@ def _annotation(
     is_crowd = crowd(entry.get("iscrowd"))
     if is_crowd is None:
         told = shown(repr(entry["iscrowd"]))
-        findings.report("crowd_unclear", f"{where}: its iscrowd is {told}, it must be 0 or 1")
+        findings.report("crowd_unclear", where, f"its iscrowd is {told}, it must be 0 or 1")
         return None
     clipped = box != entry["bbox"]
     box_area = box[2] * box[3]
     area = entry.get("area", box_area)
     if not is_finite(area) or area < 0:
-        findings.report("area_not_finite", f"{where}: its area is {shown(repr(area))}")
+        findings.report("area_not_finite", where, f"its area is {shown(repr(area))}")
         area = box_area
     annotation = {
         "category_id": int(entry["category_id"]),
@@ -417,28 +352,28 @@ def _annotation(
     return annotation
 
 
-def _box(box: Any, width: int, height: int, where: _Where, findings: Findings) -> list[Any] | None:
+def _box(box: Any, width: int, height: int, where: Where, findings: Findings) -> list[Any] | None:
     """The box xywh, clipped to the image when it sticks out by more than the slack; None when it has to go."""
     if not isinstance(box, list) or len(box) != 4 or not all(map(is_finite, box)):
         if isinstance(box, list) and len(box) == 4 and all(map(is_number, box)):
-            findings.report("box_not_finite", f"{where}: its bbox {shown(box)} is not finite")
+            findings.report("box_not_finite", where, f"its bbox {shown(box)} is not finite")
         else:
             told = f"its bbox {shown(repr(box))} is not [x, y, width, height] in pixels"
-            findings.report("box_malformed", f"{where}: {told}")
+            findings.report("box_malformed", where, told)
         return None
     x, y, box_width, box_height = box
     if box_width <= 0 or box_height <= 0:
-        findings.report("box_without_area", f"{where}: its bbox {shown(box)} has no area")
+        findings.report("box_without_area", where, f"its bbox {shown(box)} has no area")
         return None
     left, top = max(x, 0), max(y, 0)
     right, bottom = min(x + box_width, width), min(y + box_height, height)
     if right <= left or bottom <= top:
-        findings.report("box_outside_image", f"{where}: its bbox {shown(box)} is outside the image of {width}x{height}")
+        findings.report("box_outside_image", where, f"its bbox {shown(box)} is outside the image of {width}x{height}")
         return None
     overhang = max(-x, -y, x + box_width - width, y + box_height - height)
     if overhang <= BORDER_SLACK:
         return box
     findings.report(
-        "box_partly_outside_image", f"{where}: its bbox {shown(box)} sticks out of the image of {width}x{height}"
+        "box_partly_outside_image", where, f"its bbox {shown(box)} sticks out of the image of {width}x{height}"
     )
     return [left, top, right - left, bottom - top]

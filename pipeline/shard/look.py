@@ -21,7 +21,8 @@ from pipeline.data.images import BadImageError, Pixels, decode_image, inspect_im
 from pipeline.data.samples import xyxy
 from pipeline.errors import shown
 from pipeline.files import write_whole
-from pipeline.shard.coco import NOTES, RULES, CocoImage, CocoSplit, Findings, Source, clean
+from pipeline.shard.coco import CocoImage, CocoSplit, Source, clean
+from pipeline.shard.findings import NOTES, RULES, Findings, Where
 
 PICTURES = 12
 """Images of a split that are shown, spread over it."""
@@ -133,15 +134,13 @@ def _check_files(split: CocoSplit) -> tuple[int, Findings]:
     findings = Findings("skip")
     images = _spread(split.images, CHECKED)
     for image in images:
+        where = Where(split.files.where(image.file_name), image.file_name, image.id)
         try:
-            findings.note(inspect_image(split.files.read(image.file_name), image.width, image.height).note)
+            findings.note(inspect_image(split.files.read(image.file_name), image.width, image.height).note, where)
         except BadImageError as error:
-            findings.report(error.rule, f"{shown(split.files.where(image.file_name), 400)}: image {image.id}: {error}")
+            findings.report(error.rule, where, str(error))
         except OSError as error:
-            findings.report(
-                "image_unreadable",
-                f"{shown(split.files.where(image.file_name), 400)}: image {image.id}: {error.strerror}",
-            )
+            findings.report("image_unreadable", where, str(error.strerror))
     return len(images), findings
 
 
@@ -149,7 +148,7 @@ def _problems(split: CocoSplit, checked: int, findings: Findings) -> str:
     rows: list[tuple[object, ...]] = []
     for counts, examples in ((split.problems, split.examples), (findings.counts, findings.examples)):
         for rule, count in counts.items():
-            does = f"dataset.on_error: skip would {RULES[rule]}" if rule in RULES else NOTES[rule]
+            does = f"dataset.on_error: skip would {RULES[rule].does}" if rule in RULES else NOTES[rule]
             rows.append((rule, count, does, " ".join(f"{example}." for example in examples.get(rule, ()))))
     told = f"<p>The headers of {checked} of {len(split.images)} image files were read.</p>"
     return told + (_table(rows) if rows else "<p>None was found.</p>")

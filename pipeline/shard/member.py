@@ -2,8 +2,8 @@
 
 from pipeline.data.images import BadImageError, decode_image, inspect_image
 from pipeline.data.manifest import ORIGINAL_SIZE
-from pipeline.errors import shown
-from pipeline.shard.coco import CocoImage, Findings, to_json
+from pipeline.shard.coco import CocoImage, to_json
+from pipeline.shard.findings import Findings, Where
 from pipeline.shard.origin import Images
 from pipeline.shard.smaller import Smaller
 
@@ -31,26 +31,26 @@ def image_member(
         verify: decode it fully.
         smaller: which images are copied smaller, and how.
     """
-    where = shown(files.where(image.file_name), 400)
+    where = Where(files.where(image.file_name), image.file_name, image.id)
     try:
         content = files.read(image.file_name)
         header = inspect_image(content, image.width, image.height)
         is_copied = smaller is not None and smaller.takes(image)
         pixels = decode_image(content, image.width, image.height) if verify or is_copied else None
     except FileNotFoundError:
-        rule, told = "image_missing", " is missing"
+        rule, told = "image_missing", "it is missing"
     except OSError as error:
-        rule, told = "image_unreadable", f" cannot be read: {error.strerror}"
+        rule, told = "image_unreadable", f"it cannot be read: {error.strerror}"
     except BadImageError as error:
-        rule, told = error.rule, f": {error}"
+        rule, told = error.rule, str(error)
     else:
-        findings.note(header.note)
+        findings.note(header.note, where)
         if smaller is None or pixels is None or not is_copied:
             return image, content, header.extension
 
         def report(what: str) -> None:
-            findings.report("segmentation_malformed", f"{where}: image {image.id}: {what}")
+            findings.report("segmentation_malformed", where, what)
 
         return *smaller.copy(image, pixels, report), "jpg"
-    findings.report(rule, f"{where}: image {image.id}{told}")
+    findings.report(rule, where, told)
     return None

@@ -7,6 +7,7 @@ writes them; each shard is one task. The manifest is written last: a folder that
 leaves a record, with which the next command goes on where this one was ended.
 """
 
+import base64
 import hashlib
 import io
 import json
@@ -40,7 +41,7 @@ from pipeline.data.manifest import (
 from pipeline.errors import FullDiskError, StoreError, UserError, shown
 from pipeline.files import disk_error, sha256_of, sync, write_whole
 from pipeline.log import get_logger, outcome
-from pipeline.shard.coco import NOTES, CocoImage, CocoSplit, Findings, Source, clean
+from pipeline.shard.coco import CocoImage, CocoSplit, Source, clean
 from pipeline.shard.destination import (
     alone,
     begin,
@@ -53,6 +54,7 @@ from pipeline.shard.destination import (
     scratch,
     unfinished_of,
 )
+from pipeline.shard.findings import NOTES, PROBLEMS_NAME, Findings, unpacked
 from pipeline.shard.member import image_member, json_member
 from pipeline.shard.origin import Images
 from pipeline.shard.smaller import Smaller, smaller_of
@@ -88,6 +90,8 @@ class WrittenShard:
     number: int
     shard: Shard
     problems: dict[str, int]
+    packed_problems: str
+    """In base64."""
     rows_sha256: str | None
 
 
@@ -202,7 +206,8 @@ def write_shard(
                 move(temporary, path)
         rows_sha256 = _write_rows(_rows_path(path), samples) if samples else None
         shard = Shard(plan.name, len(samples), tar.size, tar.sha256)
-        written = WrittenShard(plan.number, shard, dict(findings.counts), rows_sha256)
+        packed = base64.b64encode(findings.packed).decode()
+        written = WrittenShard(plan.number, shard, dict(findings.counts), packed, rows_sha256)
         write_whole(_record_path(path), json.dumps(asdict(written)).encode())
     except OSError as error:
         raise disk_error(path, error, key) from error
@@ -213,15 +218,19 @@ def finish(
     folder: Place, split: str, labels: LabelMap, source: CocoSplit, settings: dict[str, Any],
     written: Iterable[WrittenShard], cache: Cache = DEFAULT_CACHE,
 ) -> Manifest:  # fmt: skip
-    """Writes the index and the manifest of a folder whose shards are all written, and removes what led to them.
+    """Writes the index, the list of problems and the manifest of a folder whose shards are all written.
+
+    What led to them is removed.
 
     Raises:
         UserError: every image was left out.
     """
     problems = Counter(source.problems)
+    listed = [source.packed]
     shards: list[Shard] = []
     for result in sorted(written, key=lambda result: result.number):
         problems.update(result.problems)
+        listed.append(base64.b64decode(result.packed_problems))
         if result.shard.samples:
             shards.append(result.shard)
     if not shards:
@@ -231,8 +240,11 @@ def finish(
         write_rows(temporary, parts, sum(shard.samples for shard in shards))
         sync(temporary)
         move(temporary, folder / INDEX_NAME)
-    manifest = write_manifest(folder, split, labels, source.digest, settings, shards, problems, cache)
     kept = {MANIFEST_NAME, SUM_NAME, INDEX_NAME, *(shard.name for shard in shards)}
+    if problems:
+        _write_problems(folder / PROBLEMS_NAME, listed)
+        kept.add(PROBLEMS_NAME)
+    manifest = write_manifest(folder, split, labels, source.digest, settings, shards, problems, cache)
     remove(folder, [name for name in names_in(folder) if name not in kept])
     return manifest
 
@@ -284,6 +296,8 @@ def report_problems(split: str, manifest: Manifest) -> None:
     for note, meaning in NOTES.items():
         if note in manifest.problems:
             logger.warning("%s: %d images: %s (%s)", split, manifest.problems[note], meaning, note)
+    if manifest.problems:
+        logger.info("%s: each is a line of %s", split, manifest.folder / PROBLEMS_NAME)
 
 
 def _write_split(
@@ -360,6 +374,15 @@ def _write_rows(path: Place, samples: list[Sample]) -> str:
     np.save(content, to_rows(samples), allow_pickle=False)
     write_whole(path, content.getvalue())
     return hashlib.sha256(content.getvalue()).hexdigest()
+
+
+def _write_problems(path: Place, listed: list[bytes]) -> None:
+    with scratch(path) as temporary:
+        with temporary.open("wb") as file:
+            for packed in listed:
+                file.writelines(unpacked(packed))
+        sync(temporary)
+        move(temporary, path)
 
 
 def _write_samples(

@@ -107,6 +107,8 @@ class TestBadInput:
         assert manifests["train"].problems == {"image_truncated": 1}
         assert len(manifests["train"].samples) == 8
         assert "train: cleaned: 1 image_truncated" in caplog.text
+        (problem,) = (manifests["train"].folder / "problems.jsonl").read_text().splitlines()
+        assert '"image": "000000000006.jpg", "image_id": 6' in problem
 
     def test_splits_of_different_categories(self, tmp_path: Path) -> None:
         write_splits(tmp_path / "pets")

@@ -155,7 +155,7 @@ class TestImages:
     def test_missing_file(self, tmp_path: Path) -> None:
         files = write_coco(tmp_path, annotations=[make_annotation(1, 2), make_annotation(2, 3)])
         (files.images / "000000000002.jpg").unlink()
-        with pytest.raises(UserError, match=r"000000000002\.jpg: image 2 of .* is missing"):
+        with pytest.raises(UserError, match=r"000000000002\.jpg: image 2: it is missing"):
             read_coco(*files, "fail")
         split = read_coco(*files, "skip")
         assert [image.id for image in split.images] == [1, 3]
@@ -163,7 +163,7 @@ class TestImages:
 
     def test_duplicate_id(self, tmp_path: Path) -> None:
         files = write_coco(tmp_path, [1, {"id": 1, "file_name": "other.jpg"}])
-        with pytest.raises(UserError, match=r"image id 1 is given twice \(000000000001\.jpg, other\.jpg\)"):
+        with pytest.raises(UserError, match=r"image 1: its id is given twice \(000000000001\.jpg, other\.jpg\)"):
             read_coco(*files, "fail")
         split = read_coco(*files, "skip")
         assert [image.file_name for image in split.images] == ["000000000001.jpg"]
@@ -445,7 +445,7 @@ class TestFileNames:
         else:
             path.unlink()
             os.mkfifo(path) if kind == "pipe" else path.mkdir()
-        with pytest.raises(UserError, match=r"000000000001\.jpg: image 1 of .* cannot be read"):
+        with pytest.raises(UserError, match=r"000000000001\.jpg: image 1: it cannot be read"):
             read_coco(*files, "fail")
         assert read_coco(*files, "skip").problems == {"image_unreadable": 1}
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.shard.coco import CocoImage, Findings
+from pipeline.shard.coco import CocoImage
+from pipeline.shard.findings import Findings
 from pipeline.shard.member import image_member, json_member
 from pipeline.shard.origin import open_images
 from pipeline.shard.smaller import Smaller

@@ -290,7 +290,7 @@ class TestBadImages:
         assert [sample.shard for sample in manifest.samples] == [0, 1]
         assert manifest.problems == {rule: 1}
         assert f"train: cleaned: 1 {rule}" in caplog.text
-        metadata = {"index.npy", "manifest.json", "manifest.sha256"}
+        metadata = {"index.npy", "manifest.json", "manifest.sha256", "problems.jsonl"}
         assert left_in(manifest.folder) == {*metadata, "shard-000001.tar", "shard-000002.tar"}
         assert read_manifest(manifest.folder) == manifest
 
