@@ -36,9 +36,7 @@ class TestFindings:
         assert findings.packed == b""
 
     def test_fail_raises_and_names_the_rule(self) -> None:
-        with pytest.raises(
-            UserError, match=r"a\.json: annotation 7 of image 1 \(a\.jpg\): bad\. .* to clip the box"
-        ):
+        with pytest.raises(UserError, match=r"a\.json: annotation 7 of image 1 \(a\.jpg\): bad\. .* to clip the box"):
             Findings("fail").report("box_partly_outside_image", Where("a.json", "a.jpg", 1, 3, 7), "bad")
 
     def test_a_fault_and_a_note(self) -> None:
