@@ -1,6 +1,7 @@
 """Does a detector learn a few hundred photos from scratch? AP on its 160 training images, and on others.
 
     python tests/benchmarks/small.py [--sets drawn crops] [--bccd ../shared/data/bccd] [--set train.epochs=60 ...]
+        [--beside OUT]
 
 All by `jobs/configs/small.yaml`, in one process, on 160 training images each:
 
@@ -12,6 +13,8 @@ All by `jobs/configs/small.yaml`, in one process, on 160 training images each:
 
 AP on the training images tells whether they are learnt by heart, and the constant box (`pipeline.evaluate.baseline`)
 what is scored without looking. What is done is kept in --out: the same command goes on from where it was stopped.
+With --beside, the --out of another run, it also tells how far the best boxes of both overlap, and those of each with
+the annotations: where two networks agree with each other more than with the annotations, these scatter.
 """
 
 import argparse
@@ -27,6 +30,7 @@ import cv2
 import numpy as np
 import torch
 
+from model.boxes import iou
 from pipeline.config.load import load_config
 from pipeline.config.sections import Config
 from pipeline.data.images import Pixels
@@ -197,6 +201,29 @@ def learn(config: Config, world: World) -> tuple[dict[str, dict[str, Any]], floa
     return metrics, minutes
 
 
+def best_boxes(out: Path, name: str, split: str) -> dict[int, Box]:
+    """The box of the highest score in each image of a data set of one object each."""
+    detections = json.loads((out / name / "evaluate" / split / "detections.json").read_text(encoding="utf-8"))
+    return {each["image_id"]: each["bbox"] for each in sorted(detections, key=lambda each: float(each["score"]))}
+
+
+def overlap(some: dict[int, Box], others: dict[int, Box]) -> float:
+    """Mean IoU of the boxes of the same images."""
+    first, second = (torch.tensor([boxes[image] for image in sorted(some)]) for boxes in (some, others))
+    corners = (torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1) for boxes in (first, second))
+    return float(iou(*corners).mean())
+
+
+def print_overlaps(name: str, out: Path, beside: Path) -> None:
+    """A line a split: the boxes of a run, of another one, and of the annotations."""
+    for split in COUNTS:
+        document = json.loads((out / "data" / name / "annotations" / f"{split}.json").read_text(encoding="utf-8"))
+        truth = {annotation["image_id"]: annotation["bbox"] for annotation in document["annotations"]}
+        own, other = (best_boxes(folder, name, split) for folder in (out, beside))
+        numbers = f"{overlap(truth, own):.3f}, {overlap(truth, other):.3f}; of both {overlap(own, other):.3f}"
+        print(f"{name} {split}: mean IoU of the best boxes with the annotations {numbers}", flush=True)
+
+
 def main() -> int:
     """Print a row a data set; the exit code is 1 where one is not learnt."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -204,6 +231,7 @@ def main() -> int:
                         help="data sets; bccd's many cells an image take longer")  # fmt: skip
     parser.add_argument("--bccd", type=Path, default=Path("../shared/data/bccd"), help="folder of BCCD")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting")
+    parser.add_argument("--beside", type=Path, help="--out of another run, whose boxes are compared; not for bccd")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch threads")
     parser.add_argument("--out", type=Path, default=Path("runs/small"), help="folder of the data and the runs")
     options = parser.parse_args()
@@ -222,6 +250,8 @@ def main() -> int:
             numbers = (*(part[key] for part in (train, val, constant) for key in ("AP", "AP50")),)
             row = "".join(f"{value:>15.3f}" for value in numbers)
             print(f"{name:8}{row}{minutes:>15.1f}", flush=True)
+            if options.beside and name != "bccd":
+                print_overlaps(name, options.out, options.beside)
             is_learnt &= train["AP"] >= BY_HEART and val["AP"] >= BETTER * constant["AP"]
     finally:
         close(world)
