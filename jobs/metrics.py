@@ -18,12 +18,14 @@ class RunMetrics:
     def __init__(self, run: str) -> None:
         self._step = _gauge("raydetr_step", "Optimizer steps that the run has made.", run)
         self._speed = _gauge("raydetr_images_per_second", "Images that the run trains on in a second.", run)
+        self._data_wait = _gauge("raydetr_data_wait", "Part of the time that the first worker waits for data.", run)
         self._waiting = _gauge("raydetr_uploads_waiting", "Uploads that wait for the tracking server.", run)
 
     def trained(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the newest point of the training curves."""
         self._step.set(step)
         self._speed.set(metrics["train/images_per_second"])
+        self._data_wait.set(metrics["train/data_wait"])
 
     def uploaded(self, waiting: int) -> None:
         """Show how much could not be uploaded."""

@@ -24,18 +24,23 @@ def test_the_gauges_are_on_the_nodes_port(monkeypatch: pytest.MonkeyPatch) -> No
     )  # fmt: skip
     try:
         metrics = RunMetrics("cells")
-        metrics.trained(70, {"train/images_per_second": 12.5})
+        metrics.trained(70, {"train/images_per_second": 12.5, "train/data_wait": 0.25})
         metrics.uploaded(3)
-        assert shown(port) == {"raydetr_step": 70, "raydetr_images_per_second": 12.5, "raydetr_uploads_waiting": 3}
+        assert shown(port) == {
+            "raydetr_step": 70,
+            "raydetr_images_per_second": 12.5,
+            "raydetr_data_wait": 0.25,
+            "raydetr_uploads_waiting": 3,
+        }
     finally:
         ray.shutdown()
 
 
 def shown(port: int) -> dict[str, float]:
-    """The gauges of the run, once all three are there."""
+    """The gauges of the run, once all four are there."""
     found: dict[str, float] = {}
     end = time.monotonic() + WAIT_SECONDS
-    while len(found) < 3 and time.monotonic() < end:
+    while len(found) < 4 and time.monotonic() < end:
         with suppress(urllib.error.URLError, OSError):
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
                 lines = answer.read().decode().splitlines()
