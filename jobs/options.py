@@ -5,6 +5,8 @@ from typing import Annotated, Literal, get_args
 
 import typer
 
+from pipeline.errors import UserError
+
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The pipeline's YAML file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
@@ -18,3 +20,15 @@ Step = Literal["shard", "train", "evaluate", "register"]
 """What a pipeline does."""
 STEPS: tuple[Step, ...] = get_args(Step)
 """In their order."""
+
+
+def steps_between(first: Step, last: Step) -> tuple[Step, ...]:
+    """The steps from `first` to `last`.
+
+    Raises:
+        UserError: `last` comes before `first`.
+    """
+    steps = STEPS[STEPS.index(first) : STEPS.index(last) + 1]
+    if not steps:
+        raise UserError(f"--from {first} --until {last}: the steps are {', '.join(STEPS)}, in this order")
+    return steps

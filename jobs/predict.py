@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import UserError
+from pipeline.predict.answers import THRESHOLD
 from pipeline.predict.draw import Drawn, draw_pictures, find_pictures
 from pipeline.registry.versions import open_detector
 
@@ -16,7 +17,7 @@ def predict(
     out: Path,
     *,
     tracking_uri: str,
-    score_threshold: float = 0.4,
+    score_threshold: float = THRESHOLD,
     show_attention: int = 0,
     queries: Sequence[int] = (),
     table: Path | None = None,

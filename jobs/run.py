@@ -16,7 +16,7 @@ from jobs.cluster import connected
 from jobs.console import ProgressDisplay, make_console
 from jobs.interrupt import Interrupted, at_first_signal
 from jobs.metrics import RunMetrics
-from jobs.options import STEPS, Step
+from jobs.options import Step, steps_between
 from pipeline.checkpoint.find import newest_whole
 from pipeline.checkpoint.state import latest
 from pipeline.config.load import dump_config
@@ -294,9 +294,7 @@ def run_pipeline(config: Config, *, first: Step = "shard", last: Step = "registe
     Raises:
         UserError: `last` comes before `first`; or a step needs what one before `first` makes, and it is not there.
     """
-    steps = STEPS[STEPS.index(first) : STEPS.index(last) + 1]
-    if not steps:
-        raise UserError(f"--from {first} --until {last}: the steps are {', '.join(STEPS)}, in this order")
+    steps = steps_between(first, last)
     with Pipeline(config, wait=wait) as pipeline:
         done = {step: getattr(pipeline, step)() for step in steps}
         if last != "shard":

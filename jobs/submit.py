@@ -15,7 +15,7 @@ from ray.job_submission import JobDetails
 
 from jobs.interpreter import HOOK, entry_point
 from jobs.job_client import JobClient, TakenError
-from jobs.options import STEPS, Step, Submitted
+from jobs.options import STEPS, Step, Submitted, steps_between
 from jobs.package import Package, pack
 from pipeline.config.address import SQLITE, without_secrets
 from pipeline.config.load import dump_config, parse_config
@@ -98,8 +98,7 @@ def steps_options(command: Submitted, first: Step | None, last: Step | None) -> 
     options = [word for option, step in given.items() if step is not None for word in (option, step)]
     if options and command != "run":
         raise UserError(f"{' '.join(options)}: a part of the steps of `run`, and `{command}` is one step; remove it")
-    if STEPS.index(first or STEPS[0]) > STEPS.index(last or STEPS[-1]):
-        raise UserError(f"{' '.join(options)}: the steps are {', '.join(STEPS)}, in this order")
+    steps_between(first or STEPS[0], last or STEPS[-1])
     return options
 
 

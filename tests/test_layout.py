@@ -22,7 +22,6 @@ LAZY_FACE = Path("model/__init__.py")
 BUILD_NETWORKS = {"pipeline/train/initial.py", "pipeline/predict/detector.py"}
 WITHOUT_A_TEST_FILE = {
     "jobs/__main__.py": "test_cli.py runs every command through it",
-    "jobs/options.py": "names types of the command line",
     "model/heads.py": "layers of detectors, which test_detr.py and test_deformable_detr.py build",
     "model/losses/groups.py": "what the criterion takes: test_criterion.py and test_matcher.py",
     "model/ops/reference.py": "test_operator.py computes it anew, and test_kernels.py compares the kernels with it",

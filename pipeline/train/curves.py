@@ -77,9 +77,7 @@ class Curves:
         now = time.perf_counter()
         per_step = (now - self._since) / (done - self._done)
         rate = self._train.global_batch / per_step
-        known = {
-            name: value for name, value in values.items() if math.isfinite(value)
-        }  # the norm of an overflow is not
+        known = {name: value for name, value in values.items() if math.isfinite(value)}  # no norm of an overflow
         point = {**known, "epoch": self._epochs(done), "images_per_second": rate}
         point |= {"data_wait": self._waited / (now - self._since), "hours_left": (self._total - done) * per_step / 3600}
         if self._least is not None:

@@ -79,12 +79,8 @@ def replay(
     Raises:
         UserError: the schedule has no such step, or its data cannot be read.
     """
-    alone = {
-        "zero_stage": 0,
-        "offload": "none",
-        "deepspeed": {},
-        "compile": False,
-    }  # what is cut, or not seen from outside, tells less
+    # What is cut, or not seen from outside, tells less.
+    alone = {"zero_stage": 0, "offload": "none", "deepspeed": {}, "compile": False}
     job = replace(job, train=job.train.model_copy(update=alone))
     run = Run(job, world, read_manifest(job.shards, job.cache))
     if not 0 <= number < run.total:

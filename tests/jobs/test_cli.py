@@ -1,5 +1,6 @@
 """jobs/cli.py: exit codes, one clear line for wrong input, help with examples."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from jobs.cli import predict
+from pipeline.predict.answers import THRESHOLD
 from tests.builders import make_annotation, make_manifest
 from tests.pipeline.shard.test_foreign import yolo_ultralytics
 
@@ -190,3 +193,7 @@ def test_a_query_is_for_the_attention(tmp_path: Path) -> None:
     result = raydetr("predict", "-m", str(tmp_path), "--out", str(tmp_path / "out"), "--query", "3", "a.jpg")
     assert result.returncode == 2
     assert "--show-attention" in result.stderr
+
+
+def test_predict_takes_the_threshold_of_a_served_model() -> None:
+    assert inspect.signature(predict).parameters["score_threshold"].default == THRESHOLD
