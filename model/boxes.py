@@ -5,6 +5,9 @@ right, bottom); the unit is whatever the caller uses. Nothing here reads a value
 not finite give results that are not finite, which the training loop reduces over the ranks and then raises on all.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -67,3 +70,8 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
 def at_least_float32(x: Tensor) -> Tensor:
     """`x` in fp32, or in fp64 where it is that already: what coordinates and losses are computed in."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast turned off where it is on: a context that changes nothing would stand in exported graphs."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()

@@ -58,18 +58,19 @@ class DetrConfig:
     """Which detector: sampled points of several levels, or DETR's attention to every cell of C5."""
     backbone: Literal[
         "resnet18", "resnet34", "resnet50", "resnet101", "resnext101_64x4d", "resnet_tiny",
-        "swin_tiny", "swin_small", "swin_base", "swin_large", "swin_nano",
+        "swin_tiny", "swin_small", "swin_base", "swin_large", "swin_base_384", "swin_large_384", "swin_nano",
+        "vit_small", "vit_base", "vit_large", "vit_nano",
     ] = "resnet50"  # fmt: skip
-    """Feature extractor; `resnet_tiny` and `swin_nano` (0.5 and 0.6 M parameters, strides 8, 16, 32) are for demos on a
-    CPU."""
+    """Feature extractor; `resnet_tiny`, `swin_nano` and `vit_nano` (0.5, 0.6 and 0.3 M parameters, strides 8, 16, 32)
+    are for demos on a CPU."""
     backbone_norm: Literal["frozen_batch_norm", "group_norm"] = "frozen_batch_norm"
-    """Frozen batch norm for pretrained weights, group norm when the backbone is trained from scratch. A Swin has layer
-    norms: leave it alone."""
+    """Frozen batch norm for pretrained weights, group norm when the backbone is trained from scratch. Swin and
+    ViT have layer norms: leave it alone."""
     dilation: bool = False
     """Dilate the last stage of a ResNet instead of striding it (DC5)."""
     drop_path: float = 0.0
-    """Probability that an image skips a branch of a Swin's last block in training, such as 0.2 (swin_tiny) to 0.5
-    (swin_large); from the first block on it rises evenly from 0."""
+    """Probability that an image skips a branch of the last block of a Swin or ViT in training, such as 0.2 (swin_tiny)
+    to 0.5 (swin_large); from the first block on it rises evenly from 0."""
     num_classes: int = 91
     """Logits of a query. In a pipeline it follows from the label map of the data."""
     num_queries: int = 300
@@ -128,13 +129,13 @@ class DetrConfig:
             raise ValueError(f"dropout is {self.dropout}, it must be in [0, 1)")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path is {self.drop_path}, it must be in [0, 1)")
-        if self.has_swin and (self.dilation or self.backbone_norm != "frozen_batch_norm"):
+        if self.has_vision_transformer and (self.dilation or self.backbone_norm != "frozen_batch_norm"):
             raise ValueError(
                 f"backbone {self.backbone} has layer norms and no convolutions to dilate: leave out backbone_norm and "
                 "dilation"
             )
-        if self.drop_path and not self.has_swin:
-            raise ValueError(f"drop_path is of a Swin, and backbone is {self.backbone}: leave it out")
+        if self.drop_path and not self.has_vision_transformer:
+            raise ValueError(f"drop_path is of a Swin or ViT, and backbone is {self.backbone}: leave it out")
         if self.two_stage and not self.with_box_refine:
             raise ValueError("two_stage needs with_box_refine: the proposals are refined boxes")
         if self.look_forward_twice and not self.with_box_refine:
@@ -167,9 +168,9 @@ class DetrConfig:
         return replace(self, one_to_many=None, denoising=None)
 
     @property
-    def has_swin(self) -> bool:
-        """Whether the backbone is a Swin transformer."""
-        return self.backbone.startswith("swin_")
+    def has_vision_transformer(self) -> bool:
+        """Whether the backbone is a transformer, too: a Swin or a ViT."""
+        return self.backbone.startswith(("swin_", "vit_"))
 
     @property
     def num_logits(self) -> int:

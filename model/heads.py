@@ -1,13 +1,12 @@
 """What stands on a decoder's hidden states, in both detectors."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.boxes import at_least_float32
+from model.boxes import at_least_float32, without_autocast
 
 Outputs = dict[str, Any]
 """`pred_logits`, `pred_boxes` and, where the config has them, `aux_outputs` and `enc_outputs`."""
@@ -32,8 +31,7 @@ def in_full_precision(head: nn.Module, x: Tensor) -> Tensor:
     """`head(x)` in fp32, whatever the type of its weights: coordinates and logits are few and want their digits."""
     weights = dict(head.named_parameters())
     exact = {name: at_least_float32(weight) for name, weight in weights.items()}
-    autocast = torch.is_autocast_enabled(x.device.type)  # a context that changes nothing would stand in exported graphs
-    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+    with without_autocast(x.device.type):
         if all(exact[name] is weight for name, weight in weights.items()):
             output: Tensor = head(at_least_float32(x))
         else:

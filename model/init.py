@@ -5,8 +5,10 @@ Of both detectors:
 | what                                           | weight                         | bias                       |
 |------------------------------------------------|--------------------------------|----------------------------|
 | convolutions of a ResNet                       | Kaiming normal, fan out, ReLU  | none                       |
-| a Swin's linear layers, tables of biases       | N(0, 0.02)                     | 0                          |
-| a Swin's patch_embed.proj                      | U(+-1 / sqrt(inputs))          | U(+-1 / sqrt(inputs))      |
+| a Swin's and a ViT's linear layers             | N(0, 0.02)                     | 0                          |
+| ... their tables of biases, pos_embed          | N(0, 0.02)                     |                            |
+| ... their convolutions                         | U(+-1 / sqrt(inputs))          | U(+-1 / sqrt(inputs))      |
+| a ViT's scales of branches, ls1 and ls2        | 1                              |                            |
 | frozen batch norm                              | 1 (mean 0, variance 1)         | 0                          |
 | group norm, layer norm                         | 1                              | 0                          |
 | query_embed, one_to_many_embed                 | N(0, 1)                        |                            |
@@ -48,7 +50,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from model.backbones.swin import Swin, WindowAttention
+from model.backbones.backbone import Backbone
+from model.backbones.resnet import ResNet
+from model.backbones.swin import WindowAttention
+from model.backbones.vit import LayerScale, ViT
 from model.deformable_attention import MSDeformAttn
 from model.deformable_detr import DeformableDetr
 from model.detr import Detr
@@ -64,12 +69,12 @@ def init_weights(model: DeformableDetr | Detr, generator: torch.Generator | None
         generator: source of the draws, on the CPU; torch's global one when None.
     """
     with torch.no_grad():
-        if isinstance(model.backbone, Swin):
-            _init_swin(model.backbone, generator)
-        else:
+        if isinstance(model.backbone, ResNet):
             for module in model.backbone.modules():
                 if isinstance(module, nn.Conv2d):
                     nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+        else:
+            _init_vision_transformer(model.backbone, generator)
         for module in model.modules():
             if isinstance(module, nn.GroupNorm | nn.LayerNorm):
                 module.reset_parameters()
@@ -79,10 +84,15 @@ def init_weights(model: DeformableDetr | Detr, generator: torch.Generator | None
             _init_deformable_detr(model, generator)
 
 
-def _init_swin(backbone: Swin, generator: torch.Generator | None) -> None:
-    _init_uniform_layer(backbone.patch_embed.proj, generator)
+def _init_vision_transformer(backbone: Backbone, generator: torch.Generator | None) -> None:
     for module in backbone.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            _init_uniform_layer(module, generator)
+        elif isinstance(module, ViT):
+            nn.init.trunc_normal_(module.pos_embed, std=0.02, generator=generator)
+        elif isinstance(module, LayerScale):
+            nn.init.ones_(module.gamma)
+        elif isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -172,7 +182,7 @@ def _init_xavier(module: nn.Linear | nn.Conv2d, generator: torch.Generator | Non
         nn.init.zeros_(module.bias)
 
 
-def _init_uniform_layer(module: nn.Linear | nn.Conv2d, generator: torch.Generator | None) -> None:
+def _init_uniform_layer(module: nn.Linear | nn.Conv2d | nn.ConvTranspose2d, generator: torch.Generator | None) -> None:
     """As torch does by default."""
     inputs = module.weight[0].numel()
     _init_uniform(module.weight, inputs, generator)

@@ -22,7 +22,7 @@ class Recomputing(nn.Module):
 
 def recompute_activations(model: nn.Module, on: bool = True) -> None:
     """Keep only what goes into the layers of encoder and decoder and into the stages of a ResNet or the blocks of a
-    Swin, or everything.
+    Swin or ViT, or everything.
 
     The results are the same; a training step computes the forward pass of these blocks twice.
     """

@@ -1,4 +1,4 @@
-"""Feature extractors: backbone (what all have), resnet, swin, and make (by name)."""
+"""Feature extractors: backbone (what all have), resnet, transformer (which these share), swin, vit, make (by name)."""
 
 from model.backbones.backbone import Backbone, Frozen
 from model.backbones.make import BACKBONES, make_backbone
@@ -13,6 +13,7 @@ from model.backbones.resnet import (
     ResNet,
 )
 from model.backbones.swin import Swin
+from model.backbones.vit import ViT
 
 __all__ = [
     "BACKBONES",
@@ -27,5 +28,6 @@ __all__ = [
     "Norm",
     "ResNet",
     "Swin",
+    "ViT",
     "make_backbone",
 ]

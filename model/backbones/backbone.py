@@ -12,8 +12,10 @@ class Backbone(Recomputing):
     the strides 8, 16 and 32, or of the last alone.
     """
 
-    early: ClassVar[tuple[str, ...]]
+    early: tuple[str, ...]
     """What the names of the parameters of the stem and of the first stage begin with."""
+    late: ClassVar[tuple[str, ...]] = ("norm",)
+    """What those of the parameters after the last block begin with."""
     name: str
     """As `DetrConfig.backbone` has it."""
     channels: tuple[int, ...]
@@ -34,11 +36,11 @@ class Backbone(Recomputing):
     def blocks_above(self, name: str) -> int:
         """How many blocks a feature passes after the parameter of that name on its way to the last map.
 
-        What stands between two stages counts as the block before it, and the norm of a map as the last block.
+        What stands between two stages counts as the block before it, and what follows the last block as that one.
         """
         place = self._place(name)
         if place is None:
-            return 0 if name.startswith("norm") else sum(self.depths)
+            return 0 if name.startswith(self.late) else sum(self.depths)
         stage, block = place
         return sum(self.depths[stage:]) - 1 - block
 

@@ -1,11 +1,12 @@
 """A backbone by its name."""
 
-from model.backbones import resnet, swin
+from model.backbones import resnet, swin, vit
 from model.backbones.backbone import Backbone
 from model.backbones.resnet import Norm, ResNet
 from model.backbones.swin import Swin
+from model.backbones.vit import ViT
 
-BACKBONES = (*resnet.NAMES, *swin.NAMES)
+BACKBONES = (*resnet.NAMES, *swin.NAMES, *vit.NAMES)
 """Names that `DetrConfig.backbone` may have."""
 
 
@@ -16,10 +17,10 @@ def make_backbone(
 
     Args:
         name: one of `BACKBONES`.
-        norm: the norm of every convolution of a ResNet; a Swin transformer has layer norms.
+        norm: the norm of every convolution of a ResNet; transformers have layer norms.
         dilation: double the resolution of a ResNet's C5 (DC5).
         only_last: give C5 alone instead of C3, C4 and C5.
-        drop_path: stochastic depth of a Swin transformer.
+        drop_path: stochastic depth of a transformer.
 
     Raises:
         ValueError: there is none of that name.
@@ -28,4 +29,6 @@ def make_backbone(
         return ResNet(name, norm, dilation, only_last)
     if name in swin.NAMES:
         return Swin(name, drop_path, only_last)
+    if name in vit.NAMES:
+        return ViT(name, drop_path, only_last)
     raise ValueError(f'backbone is "{name}", it must be one of {", ".join(BACKBONES)}')

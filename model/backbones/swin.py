@@ -10,16 +10,14 @@ import re
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.backbones.backbone import Backbone
+from model.backbones.transformer import Mlp, from_windows, padded, round_up, to_windows
 from model.dropout import DropPath
 
 PATCH = 4
 """Side of the patches of pixels that become the cells of the first map."""
-WINDOW = 7
-"""Side of a window, in cells."""
 
 
 class Architecture(NamedTuple):
@@ -31,6 +29,8 @@ class Architecture(NamedTuple):
     """Blocks of each stage."""
     heads: tuple[int, int, int, int]
     """Attention heads of each stage."""
+    window: int = 7
+    """Side of a window, in cells."""
 
 
 _ARCHITECTURES = {
@@ -38,6 +38,8 @@ _ARCHITECTURES = {
     "swin_small": Architecture(96, (2, 2, 18, 2), (3, 6, 12, 24)),
     "swin_base": Architecture(128, (2, 2, 18, 2), (4, 8, 16, 32)),
     "swin_large": Architecture(192, (2, 2, 18, 2), (6, 12, 24, 48)),
+    "swin_base_384": Architecture(128, (2, 2, 18, 2), (4, 8, 16, 32), window=12),
+    "swin_large_384": Architecture(192, (2, 2, 18, 2), (6, 12, 24, 48), window=12),
     "swin_nano": Architecture(16, (2, 2, 2, 2), (1, 2, 4, 8)),
 }
 NAMES = tuple(_ARCHITECTURES)
@@ -46,10 +48,10 @@ NAMES = tuple(_ARCHITECTURES)
 class WindowAttention(nn.Module):
     """The cells of a window attend to each other, with a learned bias for each head and offset (section 3.2)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, window: int) -> None:
         super().__init__()
         self.heads = heads
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * WINDOW - 1) ** 2, heads))
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -71,35 +73,23 @@ class WindowAttention(nn.Module):
         return attended
 
 
-class Mlp(nn.Module):
-    """The feed-forward block."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., C]` to the same shape."""
-        output: Tensor = self.fc2(F.gelu(self.fc1(x)))
-        return output
-
-
 class Block(nn.Module):
     """Attention in windows and a feed-forward block, each after a norm and around a shortcut.
 
     Args:
         width: channels.
         heads: attention heads.
-        shift: cells that the windows are moved by, down and to the right.
+        window: side of a window, in cells.
+        moved: whether the windows are moved by half of their side, down and to the right.
         drop_path: probability that an image skips a branch in training.
     """
 
-    def __init__(self, width: int, heads: int, shift: int, drop_path: float) -> None:
+    def __init__(self, width: int, heads: int, window: int, moved: bool, drop_path: float) -> None:
         super().__init__()
-        self.shift = shift
+        self.window = window
+        self.shift = window // 2 if moved else 0
         self.norm1 = nn.LayerNorm(width)
-        self.attn = WindowAttention(width, heads)
+        self.attn = WindowAttention(width, heads, window)
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = Mlp(width)
@@ -112,10 +102,11 @@ class Block(nn.Module):
 
     def _attended(self, x: Tensor, offsets: Tensor, apart: Tensor) -> Tensor:
         height, width = x.shape[1:3]
-        x = _padded(x, WINDOW)
+        x = padded(x, self.window)
         if self.shift:
             x = x.roll((-self.shift, -self.shift), (1, 2))
-        x = _from_windows(self.attn(_to_windows(x), offsets, apart if self.shift else None))
+        x = to_windows(x, self.window)
+        x = from_windows(self.attn(x, offsets, apart if self.shift else None), self.window)
         if self.shift:
             x = x.roll((self.shift, self.shift), (1, 2))
         return x[:, :height, :width]
@@ -131,7 +122,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """`[B, 3, height, width]` to `[B, H, W, C]`."""
-        pixels = _padded(pixels.permute(0, 2, 3, 1), PATCH).permute(0, 3, 1, 2)
+        pixels = padded(pixels.permute(0, 2, 3, 1), PATCH).permute(0, 3, 1, 2)
         cells: Tensor = self.norm(self.proj(pixels).permute(0, 2, 3, 1))
         return cells
 
@@ -146,7 +137,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H / 2, W / 2, 2 C]`, rounded up."""
-        x = _padded(x, 2)
+        x = padded(x, 2)
         merged = torch.cat([x[:, row::2, column::2] for column in range(2) for row in range(2)], dim=-1)
         output: Tensor = self.reduction(self.norm(merged))
         return output
@@ -158,14 +149,15 @@ class Stage(nn.Module):
     Args:
         width: channels.
         heads: attention heads.
+        window: side of a window, in cells.
         drop_path: of each block.
         last: no stage follows, for which cells would be merged.
     """
 
-    def __init__(self, width: int, heads: int, drop_path: list[float], last: bool) -> None:
+    def __init__(self, width: int, heads: int, window: int, drop_path: list[float], last: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            Block(width, heads, WINDOW // 2 if number % 2 else 0, p) for number, p in enumerate(drop_path)
+            Block(width, heads, window, moved=number % 2 == 1, drop_path=p) for number, p in enumerate(drop_path)
         )
         self.downsample = None if last else PatchMerging(width)
 
@@ -174,8 +166,9 @@ class Swin(Backbone):
     """The stages of a Swin transformer whose outputs a detector uses.
 
     Args:
-        name: `swin_tiny`, `swin_small`, `swin_base`, `swin_large`, with windows of 7 x 7 cells, or `swin_nano` (0.6 M
-            parameters, for tests and demos on a CPU).
+        name: `swin_tiny`, `swin_small`, `swin_base`, `swin_large`, with windows of 7 x 7 cells; `swin_base_384`,
+            `swin_large_384`, with the windows of 12 x 12 of the releases for 384 x 384; or `swin_nano` (0.6 M
+            parameters, windows of 7, for tests and demos on a CPU).
         drop_path: probability that an image skips a branch of the last block in training; from the first on it rises
             evenly from 0 (stochastic depth, arXiv 1603.09382).
         only_last: give C5 alone instead of C3, C4 and C5.
@@ -185,14 +178,14 @@ class Swin(Backbone):
 
     def __init__(self, name: str, drop_path: float = 0.0, only_last: bool = False) -> None:
         super().__init__()
-        width, self.depths, heads = _ARCHITECTURES[name]
+        width, self.depths, heads, self.window = _ARCHITECTURES[name]
         self.name = name
         self.patch_embed = PatchEmbed(width)
         rates = [drop_path * block / (sum(self.depths) - 1) for block in range(sum(self.depths))]
         widths = [width * 2**stage for stage in range(4)]
         self.layers = nn.ModuleList()
         for stage, depth in enumerate(self.depths):
-            self.layers.append(Stage(widths[stage], heads[stage], rates[:depth], last=stage == 3))
+            self.layers.append(Stage(widths[stage], heads[stage], self.window, rates[:depth], last=stage == 3))
             del rates[:depth]
         self.outputs = (3,) if only_last else (1, 2, 3)
         """Stages whose maps are given."""
@@ -205,10 +198,10 @@ class Swin(Backbone):
         32.
         """
         x = self.patch_embed(pixels.to(self.patch_embed.proj.weight.dtype))
-        offsets = bias_rows(x.device)
+        offsets = bias_rows(self.window, x.device)
         features = []
         for number, stage in enumerate(self.layers):
-            apart = cells_apart(x.shape[1], x.shape[2], x.device)
+            apart = cells_apart(x.shape[1], x.shape[2], self.window, x.device)
             for block in stage.get_submodule("blocks").children():
                 x = self.run_block(block, x, offsets, apart)
             if number in self.outputs:
@@ -225,51 +218,26 @@ class Swin(Backbone):
         return stage, self.depths[stage] - 1 if match[2] is None else int(match[2])
 
 
-def bias_rows(device: torch.device) -> Tensor:
+def bias_rows(window: int, device: torch.device) -> Tensor:
     """The row of the bias table for each pair of cells of a window `[N, N]`: by how far the first is below and to the
     right of the second.
     """
-    steps = torch.arange(WINDOW, device=device)
-    steps = steps[:, None] - steps + WINDOW - 1  # [WINDOW, WINDOW] in 0..2 * WINDOW - 2
-    rows = steps[:, None, :, None] * (2 * WINDOW - 1) + steps[:, None]
-    return rows.reshape(WINDOW**2, WINDOW**2)
+    steps = torch.arange(window, device=device)
+    steps = steps[:, None] - steps + window - 1  # [window, window] in 0..2 * window - 2
+    rows = steps[:, None, :, None] * (2 * window - 1) + steps[:, None]
+    return rows.reshape(window**2, window**2)
 
 
-def cells_apart(height: int, width: int, device: torch.device) -> Tensor:
+def cells_apart(height: int, width: int, window: int, device: torch.device) -> Tensor:
     """Which pairs of cells of the moved windows do not see each other `[R, S, 1, N, N]`.
 
     The windows of the last row and column hold what was moved out of the map on the other side, too.
     """
 
     def parts(side: int) -> Tensor:
-        cells = torch.arange(side, device=device).view(-1, WINDOW)  # [R or S, WINDOW]
-        return (cells >= side - WINDOW).int() + (cells >= side - WINDOW // 2).int()
+        cells = torch.arange(side, device=device).view(-1, window)  # [R or S, window]
+        return (cells >= side - window).int() + (cells >= side - window // 2).int()
 
-    down, across = (parts(_up(side, WINDOW)) for side in (height, width))
+    down, across = (parts(round_up(side, window)) for side in (height, width))
     windows = (3 * down[:, None, :, None] + across[:, None]).flatten(2)  # [R, S, N]
     return (windows[..., None] != windows[..., None, :])[:, :, None]
-
-
-def _up(side: int, multiple: int) -> int:
-    """The next multiple."""
-    return -(-side // multiple) * multiple
-
-
-def _padded(x: Tensor, multiple: int) -> Tensor:
-    """`[B, H, W, C]` with zeros below and to the right, so that H and W are multiples."""
-    height, width = x.shape[1:3]
-    return F.pad(x, (0, 0, 0, _up(width, multiple) - width, 0, _up(height, multiple) - height))
-
-
-def _to_windows(x: Tensor) -> Tensor:
-    """`[B, H, W, C]` to `[B, R, S, N, C]`."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // WINDOW, WINDOW, width // WINDOW, WINDOW, channels)
-    return x.transpose(2, 3).flatten(3, 4)
-
-
-def _from_windows(x: Tensor) -> Tensor:
-    """`[B, R, S, N, C]` to `[B, H, W, C]`."""
-    batch, rows, columns, _, channels = x.shape
-    x = x.reshape(batch, rows, columns, WINDOW, WINDOW, channels)
-    return x.transpose(2, 3).reshape(batch, rows * WINDOW, columns * WINDOW, channels)

@@ -90,7 +90,7 @@ def _refines(tensors: Mapping[str, Tensor]) -> bool:
 
 def _backbone(tensors: Mapping[str, Tensor], only_last: bool) -> dict[str, Any]:
     own = {name.removeprefix("backbone."): t.shape for name, t in tensors.items() if name.startswith("backbone.")}
-    frozen = "bn1.running_mean" in own or "patch_embed.proj.weight" in own  # a Swin's configuration has the default
+    frozen = "bn1.running_mean" in own or "patch_embed.proj.weight" in own  # that of a Swin or ViT has the default
     norm: Any = "frozen_batch_norm" if frozen else "group_norm"
     for name in BACKBONES:
         with torch.device("meta"):
@@ -216,7 +216,7 @@ def _hf_deformable(config: DetrConfig) -> dict[str, Any]:
 def check_original(config: DetrConfig) -> None:
     """Raise a ValueError where the original (or facebookresearch/detr) would compute something else."""
     lacks = _unknown(config)
-    if config.has_swin:
+    if config.has_vision_transformer:
         lacks.append(f"the backbone {config.backbone}")
     elif config.backbone == "resnet_tiny" or config.backbone_norm != "frozen_batch_norm":
         lacks.append(f"the backbone {config.backbone} with {config.backbone_norm}")

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from model.backbones.backbone import Backbone
 from model.backbones.swin import Swin
+from model.backbones.vit import ViT
 from model.config import DetrConfig
 from model.weights.architecture import check_original, hf_config, notes_of_args, notes_of_hf
+from model.weights.backbones import BACKBONE_FORMATS, recognise_backbone
 from model.weights.fit import (
-    BACKBONE_KINDS,
     IGNORED,
     TRAINING_ONLY,
     LoadReport,
@@ -40,7 +41,7 @@ from model.weights.fit import (
     some,
     unique_tensors,
 )
-from model.weights.names import FORMATS, recognise, recognise_backbone, to_foreign, to_own
+from model.weights.names import FORMATS, recognise, to_foreign, to_own
 
 FOLDER_FILE = "model.safetensors"
 FOLDER_FILES = (FOLDER_FILE, f"{FOLDER_FILE}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -56,6 +57,11 @@ IMAGENET_FILES = {
 }
 """torchvision's IMAGENET1K_V1, which the original trained from; a name ends in the first digits of its sha256."""
 
+_RELEASES: dict[type[nn.Module], str] = {
+    Swin: "https://github.com/microsoft/Swin-Transformer",
+    ViT: "https://github.com/facebookresearch/dinov2",
+}
+"""Where published files are that no digest is known of."""
 _HASHED_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")
 
 
@@ -155,8 +161,8 @@ def load_weights(
 
 
 def load_backbone(model: nn.Module, source: str | Path) -> LoadReport:
-    """Set the weights of a detector's backbone from torchvision's state dict, or a Swin's of the official release or of
-    transformers.
+    """Set the weights of a detector's backbone from torchvision's state dict, or a Swin's or ViT's (DINOv2) of the
+    official release or of transformers.
 
     Args:
         model: the detector.
@@ -170,10 +176,10 @@ def load_backbone(model: nn.Module, source: str | Path) -> LoadReport:
     assert isinstance(backbone, Backbone)
     source = str(source)
     if source == "imagenet":
-        if isinstance(backbone, Swin) and backbone.name != "swin_nano":
+        if type(backbone) in _RELEASES and not backbone.name.endswith("_nano"):
             raise ValueError(
                 f"imagenet: the sha256 of {backbone.name}'s published weights is not known here: get its .pth file "
-                "from https://github.com/microsoft/Swin-Transformer and give the path"
+                f"from {_RELEASES[type(backbone)]} and give the path"
             )
         if backbone.name not in IMAGENET_FILES:
             raise ValueError(f"there are no published ImageNet weights of {backbone.name}: train it from scratch")
@@ -186,7 +192,8 @@ def load_backbone(model: nn.Module, source: str | Path) -> LoadReport:
     tensors = read_tensors(path)
     if recognise_backbone(tensors) is None:
         raise ValueError(
-            f"{source}: not a state dict of a torchvision ResNet or a Swin; its tensors are {some(tensors) or 'none'}"
+            f"{source}: not a state dict of a torchvision ResNet, a Swin or a ViT of DINOv2; its tensors are "
+            f"{some(tensors) or 'none'}"
         )
     return fit_backbone(backbone, tensors, source)
 
@@ -205,7 +212,7 @@ def read_weights(source: str | Path | Mapping[str, Tensor]) -> Weights:
     """
     name, tensors, notes = _read(source)
     if format := recognise_backbone(tensors):
-        raise BackboneOnlyError(f"{name}: {BACKBONE_KINDS[format]}, not a detector")
+        raise BackboneOnlyError(f"{name}: {BACKBONE_FORMATS[format].whose}, not a detector")
     return _weights(name, tensors, notes)
 
 
@@ -297,7 +304,7 @@ def _hf_notes(path: Path) -> dict[str, Any]:
         return {}
     config = _read_json(path)
     kind = config.get("model_type")
-    if kind == "swin":
+    if kind in ("swin", "dinov2", "dinov2_with_registers"):
         return {}
     if kind not in ("detr", "deformable_detr"):
         raise ValueError(f"{path}: is of a model of the type {kind}, and only detr and deformable_detr are read")

@@ -11,25 +11,18 @@ from torch import Tensor, nn
 
 from model.backbones.backbone import Backbone
 from model.backbones.resnet import FrozenBatchNorm2d
-from model.backbones.swin import Swin
 from model.config import DetrConfig
 from model.weights.architecture import differences, infer_config
-from model.weights.names import backbone_to_own, foreign_name, recognise_backbone
+from model.weights.backbones import BACKBONE_FORMATS, backbone_to_own, recognise_backbone
+from model.weights.names import foreign_name
 
 # Counters that batch norm keeps while training, leftovers of a FLOP counter in published files, and what follows from
 # the size of a window.
 IGNORED = re.compile(r"(^|\.)(num_batches_tracked|total_ops|total_params|relative_position_index|attn_mask)$")
-# The classifier, the norm before it, and the token of masked training.
-_CLASSIFIER = re.compile(r"(fc|head|classifier|norm|(swin\.)?layernorm)\.(weight|bias)|(swin\.)?embeddings\.mask_token")
-_NORM_OF_MAP = re.compile(r"norm\d\.(weight|bias)")
+# What makes a Swin's and a ViT's maps, which published files of the backbone alone lack.
+_OF_MAPS = re.compile(r"norm\d\.(weight|bias)|pyramid\..+")
 TRAINING_ONLY = re.compile(r"(one_to_many_embed|transformer\.label_embed)\.")
 """Tensors of queries that training alone has: files are written without them."""
-BACKBONE_KINDS = {
-    "torchvision": "a torchvision ResNet",
-    "swin": "an official Swin",
-    "transformers": "a Swin of transformers",
-}
-"""What a backbone of each of `names.BACKBONE_FORMATS` is called."""
 _CLASS_HEAD = re.compile(r"(^|\.)class_embed\.(\d+\.)?(weight|bias)$")  # DETR has one without a number
 _ATTENTION = ("heads", "points")
 """Settings that change what the same tensors compute, without a shape that tells."""
@@ -42,7 +35,7 @@ class LoadReport:
     source: str
     """File, URL, or "state dict"."""
     format: str
-    """`raydetr`, `original` or `hf`; of a backbone `torchvision`, `swin` or `transformers`."""
+    """`raydetr`, `original` or `hf`; of a backbone one of `backbones.BACKBONE_FORMATS`."""
     loaded: tuple[str, ...]
     """Tensors of the model that were set."""
     reset: tuple[str, ...] = ()
@@ -52,7 +45,7 @@ class LoadReport:
     unlike: tuple[str, ...] = ()
     """Settings that the file says it was made with and the model does not have, as `name: value`."""
     initial: tuple[str, ...] = ()
-    """Tensors of a Swin's maps, which files of ImageNet lack, that keep their initial weights."""
+    """Tensors of a Swin's or ViT's maps, which published files lack, that keep their initial weights."""
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} tensors from {self.source} ({self.format})"]
@@ -151,27 +144,29 @@ def _mend(weights: Weights, config: DetrConfig) -> str:
 
 
 def fit_backbone(backbone: nn.Module, tensors: Mapping[str, Tensor], source: str) -> LoadReport:
-    """Set a backbone's weights from a state dict of `names.BACKBONE_FORMATS`."""
+    """Set a backbone's weights from a state dict of `backbones.BACKBONE_FORMATS`."""
     format = recognise_backbone(tensors)
     assert isinstance(backbone, Backbone)
     assert format is not None
-    if isinstance(backbone, Swin) != (format != "torchvision"):
-        raise ValueError(f"{source}: is of {BACKBONE_KINDS[format]}, and the backbone is {backbone.name}")
+    about = BACKBONE_FORMATS[format]
+    if not isinstance(backbone, about.kind):
+        raise ValueError(f"{source}: is of {about.whose}, and the backbone is {backbone.name}")
     frozen = any(isinstance(module, FrozenBatchNorm2d) for module in backbone.modules())
     if "bn1.running_mean" in tensors and not frozen:
         raise ValueError(f"{source}: has batch norm statistics; to use them, set backbone_norm: frozen_batch_norm")
-    ignored = {name for name in tensors if IGNORED.search(name) or _CLASSIFIER.fullmatch(name)}
-    given, unknown = backbone_to_own({name: t for name, t in tensors.items() if name not in ignored})
-    norms = {name for name in backbone.state_dict() if _NORM_OF_MAP.fullmatch(name)}
-    spare = {name for name in given if _NORM_OF_MAP.fullmatch(name)} - norms  # of maps that this detector does not use
-    copies, problems = _match(backbone, {n: t for n, t in given.items() if n not in spare}, keep=norms - given.keys())
+    ignored = {name for name in tensors if IGNORED.search(name) or about.unused.fullmatch(name)}
+    given, unknown = backbone_to_own({name: t for name, t in tensors.items() if name not in ignored}, format)
+    of_maps = {name for name in backbone.state_dict() if _OF_MAPS.fullmatch(name)}
+    spare = {name for name in given if _OF_MAPS.fullmatch(name)} - of_maps  # of maps that this detector does not use
+    initial = of_maps - given.keys()
+    copies, problems = _match(backbone, {n: t for n, t in given.items() if n not in spare}, keep=initial)
     if unknown:
         problems.append(f"{len(unknown)} tensors are not the model's: {some(unknown)}")
     if problems:
         raise ValueError(_does_not_fit(source, problems))
     _copy(backbone, copies)
-    loaded, initial = (tuple(f"backbone.{name}" for name in names) for names in (copies, sorted(norms - given.keys())))
-    return LoadReport(source, format, loaded, ignored=(*sorted(ignored), *sorted(spare)), initial=initial)
+    loaded, anew = (tuple(f"backbone.{name}" for name in names) for names in (copies, sorted(initial)))
+    return LoadReport(source, format, loaded, ignored=(*sorted(ignored), *sorted(spare)), initial=anew)
 
 
 def _class_heads_to_reset(model: nn.Module, weights: Weights, reset_heads: bool) -> tuple[str, ...]:

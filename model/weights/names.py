@@ -6,15 +6,12 @@
 | `original` | fundamentalvision/Deformable-DETR, facebookresearch/detr: `.pth`  | `backbone.0.body.`, likewise       |
 | `hf`       | transformers, as `save_pretrained` writes: `model.safetensors`    | names of its own                   |
 
-Of a backbone alone, `torchvision` is its ResNet, `swin` the official Swin release, both with names that are ours, and
-`transformers` the Swin of transformers (`SwinModel`, `SwinBackbone`, `SwinForImageClassification`).
-
 In the transformer ours are the original's names. HF splits the stacked projections of attention in three, `q_proj`,
 `k_proj`, `v_proj`; that is done to the tensors first, so that the tables are one name to one name.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -119,38 +116,7 @@ _HF: dict[str, Rows] = {
 }
 
 
-_HF_BLOCK = "encoder.layers.{i}.blocks.{j}."
-_HF_SWIN: Rows = [
-    ("patch_embed.proj.{tensor}", "embeddings.patch_embeddings.projection.{tensor}"),
-    ("patch_embed.norm.{tensor}", "embeddings.norm.{tensor}"),
-    *(
-        (f"layers.{{i}}.blocks.{{j}}.{ours}", f"{_HF_BLOCK}{theirs}")
-        for ours, theirs in {
-            "norm1.{tensor}": "layernorm_before.{tensor}",
-            "norm2.{tensor}": "layernorm_after.{tensor}",
-            "attn.relative_position_bias_table": "attention.relative_position_bias.relative_position_bias_table",
-            "attn.{letter}_proj.{tensor}": "attention.{letter}_proj.{tensor}",
-            "attn.proj.{tensor}": "attention.o_proj.{tensor}",
-            "mlp.{rest}": "mlp.{rest}",
-        }.items()
-    ),
-    ("layers.{i}.downsample.{rest}", "encoder.layers.{i}.downsample.{rest}"),
-    *((f"norm{stage}.{{tensor}}", f"hidden_states_norms.stage{stage + 1}.{{tensor}}") for stage in range(4)),
-]
-"""The names in the memory of transformers 5.x."""
-_HF_SWIN_ON_DISK = {
-    "attention.self.query.": "attention.q_proj.",
-    "attention.self.key.": "attention.k_proj.",
-    "attention.self.value.": "attention.v_proj.",
-    "attention.self.relative": "attention.relative_position_bias.relative",
-    "attention.output.dense.": "attention.o_proj.",
-    ".intermediate.dense.": ".mlp.fc1.",
-    ".output.dense.": ".mlp.fc2.",
-}
-"""What stands in their place on the disk."""
-
-
-class _Table:
+class Table:
     """Rows compiled in both directions."""
 
     def __init__(self, rows: Rows) -> None:
@@ -175,11 +141,10 @@ def _pattern(template: str) -> re.Pattern[str]:
     )
 
 
-_TABLES: dict[tuple[str, str], _Table] = {
-    **{("original", arch): _Table(_ORIGINAL) for arch in _HF},
-    **{("hf", arch): _Table(rows) for arch, rows in _HF.items()},
+_TABLES: dict[tuple[str, str], Table] = {
+    **{("original", arch): Table(_ORIGINAL) for arch in _HF},
+    **{("hf", arch): Table(rows) for arch, rows in _HF.items()},
 }
-_SWIN_TABLE = _Table(_HF_SWIN)
 
 
 def foreign_name(name: str, format: str, arch: str) -> str | None:
@@ -223,7 +188,7 @@ def to_own(tensors: Mapping[str, Tensor], format: str, arch: str) -> tuple[dict[
             unknown.append(name)
         else:
             own[known] = tensor
-    return (_with_tied_heads(_join_projections(own)) if format == "hf" else own), unknown
+    return (_with_tied_heads(join_projections(own)) if format == "hf" else own), unknown
 
 
 def recognise(names: Mapping[str, Tensor]) -> tuple[str, str] | None:
@@ -243,39 +208,6 @@ def recognise(names: Mapping[str, Tensor]) -> tuple[str, str] | None:
     return format, "deformable_detr" if deformable else "detr"
 
 
-BACKBONE_FORMATS = {
-    "torchvision": re.compile(r"layer1\.0\.conv1\.weight"),
-    "swin": re.compile(r"layers\.0\.blocks\.0\.attn\.qkv\.weight"),
-    "transformers": re.compile(r"(swin\.)?encoder\.layers\.0\.blocks\.0\.layernorm_before\.weight"),
-}
-"""A name that tells whose tensors of a backbone alone are."""
-
-
-def recognise_backbone(names: Iterable[str]) -> str | None:
-    """Format of a backbone's tensors, by their names; None where they are no backbone's."""
-    names = list(names)
-    return next((format for format, name in BACKBONE_FORMATS.items() if any(map(name.fullmatch, names))), None)
-
-
-def backbone_to_own(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors of a backbone alone under our names, and the names among them that are none of its own."""
-    if recognise_backbone(tensors) != "transformers":
-        return dict(tensors), []
-    own: dict[str, Tensor] = {}
-    unknown: list[str] = []
-    for name, tensor in tensors.items():
-        theirs = name.removeprefix("swin.")
-        for on_disk, in_memory in _HF_SWIN_ON_DISK.items():
-            theirs = theirs.replace(on_disk, in_memory)
-        known = _SWIN_TABLE.translate(theirs, _SWIN_TABLE.inward)
-        if known is None:
-            unknown.append(name)
-        else:
-            own[known] = tensor
-    joined = _join_projections(own).items()
-    return {name.replace("attn.in_proj_", "attn.qkv."): tensor for name, tensor in joined}, unknown
-
-
 _PROJECTION = re.compile(r"(.*)\.in_proj_(weight|bias)")
 _SPLIT_PROJECTION = re.compile(r"(.*)\.([qkv])_proj\.(weight|bias)")
 
@@ -292,7 +224,7 @@ def _split_projections(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return split
 
 
-def _join_projections(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def join_projections(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What `_split_projections` split; a part that lacks the others stays as it is, and is then called unexpected."""
     joined: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

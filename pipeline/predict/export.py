@@ -98,11 +98,11 @@ def export_detector(detector: Detector, out: Path, kind: Kind, size: tuple[int, 
         size: height and width of the one image that the file takes at once; batches of images of any size when None.
 
     Raises:
-        UserError: `out` is there, has another suffix or cannot be written, `size` is too small, or None with a Swin,
-            whose windows depend on it, a package is missing, or the file does not find what the detector finds.
+        UserError: `out` is there, has another suffix or cannot be written, `size` is too small, or None with a Swin
+            or ViT, whose windows depend on it, a package is missing, or the file does not find what the detector finds.
     """
     check_export(out, kind, size)
-    if size is None and detector.config.has_swin:
+    if size is None and detector.config.has_vision_transformer:
         raise UserError(
             f"{out}: a detector with a {detector.config.backbone}, whose windows have to fit, is exported for images "
             "of one size: give --size HEIGHTxWIDTH, not --dynamic"

@@ -119,7 +119,7 @@ def hindrance(model: DetrConfig, train: TrainSection, samples: int) -> str | Non
         mends.append("train.freeze_backbone: none")
     if train.lr_backbone < train.lr / 2:
         mends.append(f"train.lr_backbone: {train.lr:g}")
-    if model.backbone_norm == "frozen_batch_norm" and not model.has_swin:
+    if model.backbone_norm == "frozen_batch_norm" and not model.has_vision_transformer:
         mends.append("model.backbone_norm: group_norm")
     steps = train.total_steps(samples)
     if steps < LEAST_STEPS and train.max_steps is None:

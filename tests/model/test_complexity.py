@@ -101,10 +101,11 @@ def test_training_of_a_small_detr_by_hand() -> None:
     assert two.conv_flops == one.conv_flops, "no convolutions"
 
 
-def test_a_swin_counts_as_real_tensors_do() -> None:
+@pytest.mark.parametrize("backbone", ["swin_nano", "vit_nano"])
+def test_a_transformer_counts_as_real_tensors_do(backbone: str) -> None:
     if not compiled():
         pytest.skip("there are no kernels here")
-    model = make_detector(backbone="swin_nano", backbone_norm="frozen_batch_norm").eval().requires_grad_(False)
+    model = make_detector(backbone=backbone, backbone_norm="frozen_batch_norm").eval().requires_grad_(False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(make_batch([(96, 128)]))
     assert measure(model.config, size=(96, 128)).multiply_adds == counter.get_total_flops() // 2
@@ -130,6 +131,7 @@ def test_what_is_frozen_has_no_backward_pass() -> None:
         pytest.param({"arch": "detr"}, id="detr"),
         pytest.param({"backbone": "resnet18", "backbone_norm": "frozen_batch_norm"}, id="frozen"),
         pytest.param({"backbone": "swin_nano", "backbone_norm": "frozen_batch_norm"}, id="swin"),
+        pytest.param({"backbone": "vit_nano", "backbone_norm": "frozen_batch_norm"}, id="vit"),
     ],
 )
 def test_memory_of_training_is_that_of_real_tensors(settings: dict[str, Any], recompute: bool) -> None:

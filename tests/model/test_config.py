@@ -47,12 +47,13 @@ def test_strides() -> None:
         pytest.param({"dropout": 1.0}, "dropout", id="dropout"),
         pytest.param({"drop_path": 1.0, "backbone": "swin_tiny"}, r"^drop_path is 1\.0", id="drop path"),
         pytest.param(
-            {"drop_path": 0.1}, "drop_path is of a Swin, and backbone is resnet50", id="drop path of a ResNet"
+            {"drop_path": 0.1}, "drop_path is of a Swin or ViT, and backbone is resnet50", id="drop path of a ResNet"
         ),
         pytest.param(
             {"backbone": "swin_large", "dilation": True}, "leave out backbone_norm and dil", id="dilated Swin"
         ),
         pytest.param({"backbone": "swin_tiny", "backbone_norm": "group_norm"}, "leave out backbone_norm", id="norm"),
+        pytest.param({"backbone": "vit_base", "dilation": True}, "vit_base has layer norms", id="dilated ViT"),
         pytest.param({"two_stage": True}, "needs with_box_refine", id="two-stage"),
         pytest.param({"two_stage": "mixd"}, "one of false, true, mixed; did you mean mixed", id="mixd"),
         pytest.param({"two_stage": "mixed"}, "needs with_box_refine", id="mixed"),

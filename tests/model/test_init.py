@@ -17,6 +17,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "softmax": {"class_loss": "softmax"},
     "detr": {"arch": "detr"},
     "swin": {"backbone": "swin_nano", "backbone_norm": "frozen_batch_norm"},
+    "vit": {"backbone": "vit_nano", "backbone_norm": "frozen_batch_norm"},
     "detr with focal loss": {"arch": "detr", "class_loss": "focal"},
 }
 
@@ -120,6 +121,16 @@ def test_swin() -> None:
     assert not block.attn.qkv.bias.any()
     assert block.norm1.weight.eq(1).all()
     check_uniform(backbone.patch_embed.proj.weight, 1 / math.sqrt(48))
+
+
+def test_vit() -> None:
+    backbone = make_detector(**VARIANTS["vit"]).backbone
+    for weight in (backbone.blocks[7].mlp.fc1.weight, backbone.pos_embed):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not backbone.blocks[0].attn.qkv.bias.any()
+    assert backbone.blocks[0].ls1.gamma.eq(1).all()
+    check_uniform(backbone.patch_embed.proj.weight, 1 / math.sqrt(3 * 16**2))
+    check_uniform(backbone.pyramid["8"][3].weight, 1 / math.sqrt(64 * 9))
 
 
 def test_nothing_is_left_out() -> None:

@@ -25,6 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "frozen norms": {"backbone_norm": "frozen_batch_norm"},
     "detr": {"arch": "detr"},
     "swin": {"backbone": "swin_nano", "backbone_norm": "frozen_batch_norm"},
+    "vit": {"backbone": "vit_nano", "backbone_norm": "frozen_batch_norm"},
 }
 PLACES = (
     (transformer, "encode_cells"),

@@ -17,6 +17,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mixed": {"with_box_refine": True, "two_stage": "mixed", "look_forward_twice": True},
     "detr": {"arch": "detr"},
     "swin": {"backbone": "swin_nano", "backbone_norm": "frozen_batch_norm", "drop_path": 0.5},
+    "vit": {"backbone": "vit_nano", "backbone_norm": "frozen_batch_norm", "drop_path": 0.5},
 }
 every_variant = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -97,11 +98,12 @@ def test_an_encoder_layer_keeps_its_input_alone(arch: str) -> None:
     assert kept[1] - kept[0] == 3 * cells[0]
 
 
-def test_each_block_of_a_swin_runs_twice() -> None:
-    model = make_model(**VARIANTS["swin"])
+@pytest.mark.parametrize(("variant", "block"), [("swin", "layers.2.blocks.1"), ("vit", "blocks.5")])
+def test_each_block_of_a_transformer_runs_twice(variant: str, block: str) -> None:
+    model = make_model(**VARIANTS[variant])
     recompute_activations(model)
     runs: list[Any] = []
-    model.backbone.layers[2].blocks[1].register_forward_pre_hook(lambda module, _: runs.append(module))
+    model.backbone.get_submodule(block).register_forward_pre_hook(lambda module, _: runs.append(module))
     step(model)
     assert len(runs) == 2
 

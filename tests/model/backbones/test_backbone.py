@@ -18,6 +18,11 @@ def make(name: str) -> Any:
     [
         ("resnet50", {"conv1", "layer1"}, {"layer2", "layer3", "layer4"}),
         ("swin_tiny", {"patch_embed", "layers.0"}, {"layers.1", "layers.2", "layers.3", "norm1", "norm2", "norm3"}),
+        (
+            "vit_small",
+            {"patch_embed", "pos_embed", "blocks.0", "blocks.1", "blocks.2"},
+            {*(f"blocks.{number}" for number in range(3, 12)), "norm", "pyramid"},
+        ),
     ],
 )
 def test_freeze(name: str, early: set[str], later: set[str]) -> None:
@@ -25,7 +30,7 @@ def test_freeze(name: str, early: set[str], later: set[str]) -> None:
 
     def parts(trained: bool) -> set[str]:
         names = [name.split(".") for name, p in backbone.named_parameters() if p.requires_grad == trained]
-        return {".".join(parts[: 2 if parts[0] == "layers" else 1]) for parts in names}
+        return {".".join(parts[: 2 if parts[0] in ("layers", "blocks") else 1]) for parts in names}
 
     backbone.freeze("stem_and_layer1")
     assert (parts(False), parts(True)) == (early, later)
@@ -58,6 +63,18 @@ def test_freeze(name: str, early: set[str], later: set[str]) -> None:
                 "layers.2.blocks.5.norm1.weight": 2,
                 "layers.0.blocks.0.norm1.weight": 11,
                 "patch_embed.norm.weight": 12,
+            },
+        ),
+        (
+            "vit_small",
+            {
+                "pyramid.8.0.weight": 0,
+                "norm.bias": 0,
+                "blocks.11.ls2.gamma": 0,
+                "blocks.9.attn.qkv.weight": 2,
+                "blocks.0.norm1.weight": 11,
+                "patch_embed.proj.weight": 12,
+                "pos_embed": 12,
             },
         ),
     ],

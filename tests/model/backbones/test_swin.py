@@ -7,12 +7,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SwinBackbone, SwinConfig
 
-from model.backbones.swin import WINDOW, Swin, bias_rows, cells_apart
+from model.backbones.swin import Swin, bias_rows, cells_apart
 from model.build import build_model
 from model.config import DetrConfig
 from model.dropout import DropPath
+from model.weights.backbones import backbone_to_own
 from model.weights.files import load_backbone
-from model.weights.names import backbone_to_own
 
 
 class Pair(NamedTuple):
@@ -26,7 +26,7 @@ class Pair(NamedTuple):
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("theirs")
     settings = SwinConfig(
-        embed_dim=16, depths=[2, 2, 2, 2], num_heads=[1, 2, 4, 8], window_size=WINDOW, drop_path_rate=0.0,
+        embed_dim=16, depths=[2, 2, 2, 2], num_heads=[1, 2, 4, 8], window_size=7, drop_path_rate=0.0,
         out_features=["stage2", "stage3", "stage4"], attn_implementation="sdpa",
     )  # fmt: skip
     torch.manual_seed(0)
@@ -53,7 +53,9 @@ def test_features_and_gradients_are_transformers(pair: Pair, size: tuple[int, in
     towards = [torch.randn_like(feature) for feature in ours]
     pair.theirs.zero_grad()
     torch.autograd.backward(theirs, towards)
-    expected, _ = backbone_to_own({n: p.grad for n, p in pair.theirs.named_parameters() if p.grad is not None})
+    expected, _ = backbone_to_own(
+        {n: p.grad for n, p in pair.theirs.named_parameters() if p.grad is not None}, "transformers"
+    )
     gradients = torch.autograd.grad(ours, list(pair.ours.parameters()), towards)
     for (name, _), gradient in zip(pair.ours.named_parameters(), gradients, strict=True):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-10 * float(gradient.abs().max()))
@@ -61,24 +63,28 @@ def test_features_and_gradients_are_transformers(pair: Pair, size: tuple[int, in
 
 @pytest.mark.parametrize(
     ("name", "millions", "gigaflops", "width"),
-    [  # of the official release, at 224 x 224, with a classifier of 1000 classes
+    [  # of the official release, at 224 x 224 or 384 x 384, with a classifier of 1000 classes
         pytest.param("swin_tiny", 28, 4.5, 96, id="tiny"),
         pytest.param("swin_small", 50, 8.7, 96, id="small"),
         pytest.param("swin_base", 88, 15.4, 128, id="base"),
         pytest.param("swin_large", 197, 34.5, 192, id="large"),
+        pytest.param("swin_base_384", 88, 47.0, 128, id="base at 384"),
+        pytest.param("swin_large_384", 197, 103.9, 192, id="large at 384"),
     ],
 )
 def test_sizes_are_the_published_ones(name: str, millions: int, gigaflops: float, width: int) -> None:
+    side = 384 if name.endswith("_384") else 224
     with torch.device("meta"):
         backbone = Swin(name)
         with FlopCounterMode(display=False) as counter:
-            features = backbone(torch.empty(1, 3, 224, 224))
+            features = backbone(torch.empty(1, 3, side, side))
     classifier = 8 * width * 1001
     assert round((sum(p.numel() for p in backbone.parameters()) + classifier) / 1e6) == millions
     assert (counter.get_total_flops() / 2 + classifier) / 1e9 == pytest.approx(gigaflops, rel=0.015)
     assert backbone.channels == (2 * width, 4 * width, 8 * width)
     assert [tuple(feature.shape) for feature in features] == [
-        (1, channels, side, side) for channels, side in zip(backbone.channels, (28, 14, 7), strict=True)
+        (1, channels, side, side)
+        for channels, side in zip(backbone.channels, (side // 8, side // 16, side // 32), strict=True)
     ]
 
 
@@ -98,7 +104,7 @@ def test_names_are_the_official_release_s() -> None:
 
 
 def test_bias_rows_by_hand() -> None:
-    rows = bias_rows(torch.device("cpu"))
+    rows = bias_rows(7, torch.device("cpu"))
     assert rows[0, 0] == rows[48, 48] == 6 * 13 + 6  # the same cell
     assert rows[8, 0] == 7 * 13 + 7  # one below and one to the right
     assert rows[0, 1] == 6 * 13 + 5  # one to the left
@@ -106,7 +112,7 @@ def test_bias_rows_by_hand() -> None:
 
 
 def test_cells_apart_by_hand() -> None:
-    apart = cells_apart(10, 7, torch.device("cpu"))
+    apart = cells_apart(10, 7, 7, torch.device("cpu"))
     assert apart.shape == (2, 1, 1, 49, 49)
     seen = ~apart[:, 0, 0].view(2, 7, 7, 7, 7)  # window, row, column, row, column
     in_a_corner = seen[1, 0, 0]  # of the last window, whose last 3 rows and columns came from the other side

@@ -16,7 +16,7 @@ SMALL: dict[str, Any] = {
 
 
 @every_variant
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet_tiny", "swin_nano"])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet_tiny", "swin_nano", "vit_nano"])
 def test_told_from_shapes(settings: dict[str, Any], backbone: str) -> None:
     config = DetrConfig(**(SMALL | {"backbone": backbone} | settings))
     model = build_model(config)
@@ -32,7 +32,7 @@ def test_mixed_queries_are_told_from_shapes() -> None:
     assert differences(DetrConfig(**SMALL, with_box_refine=True), config) == ["two_stage: mixed"]
 
 
-@pytest.mark.parametrize("backbone", ["resnet34", "resnet50", "resnet101", "swin_tiny", "swin_large"])
+@pytest.mark.parametrize("backbone", ["resnet34", "resnet50", "resnet101", "swin_tiny", "swin_large_384", "vit_large"])
 def test_backbones(backbone: Any) -> None:
     with torch.device("meta"):
         model = build_model(DetrConfig(**(SMALL | {"backbone": backbone, "with_box_refine": True, "two_stage": True})))
@@ -71,6 +71,7 @@ def test_config_of_transformers_there_and_back(settings: dict[str, Any]) -> None
         ({"backbone": "resnet_tiny"}, "resnet_tiny"),
         ({"backbone_norm": "group_norm"}, "group_norm"),
         ({"backbone": "swin_tiny"}, "swin_tiny"),
+        ({"backbone": "vit_small"}, "vit_small"),
         ({"dilation": True}, "dilated"),
         ({"class_loss": "softmax"}, "class loss softmax"),
         ({"hidden_dim": 32}, "under 64"),

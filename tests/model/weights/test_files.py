@@ -58,6 +58,15 @@ def make_swin(**settings: Any) -> Any:
     return make_detector(**({"backbone": "swin_nano", "feature_levels": 3} | settings))
 
 
+def official_vit(model: Any) -> dict[str, Tensor]:
+    """What DINOv2's file of this backbone would hold."""
+    own = model.backbone.state_dict()
+    state = {name: torch.rand(tensor.shape) for name, tensor in own.items() if not name.startswith("pyramid.")}
+    tokens = {name: torch.rand(1, 1, 32) for name in ("cls_token", "mask_token", "register_tokens")}
+    patches = {"pos_embed": torch.rand(1, 1370, 32), "patch_embed.proj.weight": torch.rand(32, 3, 14, 14)}
+    return state | tokens | patches
+
+
 def official_swin(model: Any) -> dict[str, Tensor]:
     """What the official release's file of this backbone would hold: nothing of the norms of its maps."""
     state = {
@@ -417,6 +426,39 @@ class TestBackbone:
             assert len(report.initial) == 6
             assert torch.equal(model.backbone.layers[2].blocks[1].attn.relative_position_bias_table, table)
 
+    def test_the_official_vit(self, tmp_path: Path) -> None:
+        model = make_swin(backbone="vit_nano")
+        state, before = official_vit(model), copy_of(model)
+        torch.save(state, tmp_path / "vit.pth")
+        report = load_backbone(model, tmp_path / "vit.pth")
+        assert report.format == "dinov2"
+        assert set(report.ignored) == {"cls_token", "mask_token", "register_tokens"}
+        assert {name for name in before if ".pyramid." in name} == set(report.initial)
+        assert torch.equal(model.backbone.pos_embed, state["pos_embed"][:, 1:])
+        same = {"pos_embed", "patch_embed.proj.weight", *(name for name in state if name in report.ignored)}
+        for name in state.keys() - same:
+            assert torch.equal(model.backbone.get_parameter(name), state[name]), name
+
+    @pytest.mark.parametrize(
+        ("changed", "told"),
+        [
+            ({"blocks.0.norm1.weight": torch.ones(9)}, r"blocks\.0\.norm1\.weight is \[9\], the model's is \[32\]"),
+            ({"pos_embed": torch.ones(1, 257, 32)}, r"pos_embed is \[1, 256, 32\], the model's is \[1, 1369, 32\]"),
+            ({"pos_embed": torch.ones(7)}, r"pos_embed is \[7\]"),
+            ({"patch_embed.proj.weight": torch.ones(7)}, r"patch_embed\.proj\.weight is \[7\]"),
+            ({"patch_embed.proj.weight": torch.ones(32, 3, 14, 7)}, r"patch_embed\.proj\.weight is \[32, 3, 14, 7\]"),
+            ({"blocks.0.mlp.w12.weight": torch.ones(4)}, r"1 tensors are not the model's: blocks\.0\.mlp\.w12"),
+        ],
+    )  # fmt: skip
+    def test_what_is_not_of_this_vit(self, changed: dict[str, Tensor], told: str) -> None:
+        model = make_swin(backbone="vit_nano")
+        with pytest.raises(ValueError, match=told):
+            load_weights(model, official_vit(model) | changed)
+
+    def test_a_vit_is_none_of_a_resnet(self) -> None:
+        with pytest.raises(ValueError, match="is of a ViT of DINOv2, and the backbone is resnet_tiny"):
+            load_weights(make_detector(), official_vit(make_swin(backbone="vit_nano")))
+
     def test_what_is_not_of_this_swin(self, tmp_path: Path) -> None:
         model = make_swin()
         state = official_swin(model)
@@ -436,10 +478,12 @@ class TestBackbone:
         with pytest.raises(ValueError, match="tensors of the model are missing"):
             load_backbone(model, tmp_path)
 
-    def test_published_swins_are_given_by_path(self) -> None:
+    @pytest.mark.parametrize(("backbone", "release"), [("swin_tiny", "Swin-Transformer"), ("vit_base", "dinov2")])
+    def test_published_transformers_are_given_by_path(self, backbone: str, release: str) -> None:
         with torch.device("meta"):
-            model = build_model(DetrConfig(backbone="swin_tiny"))
-        with pytest.raises(ValueError, match=r"sha256 of swin_tiny's published weights is not known.*give the path"):
+            model = build_model(DetrConfig(backbone=backbone))  # type: ignore[arg-type]
+        told = rf"sha256 of {backbone}'s published weights is not known.*{release} and give the path"
+        with pytest.raises(ValueError, match=told):
             load_backbone(model, "imagenet")
 
     def test_imagenet_of_a_tiny_backbone_does_not_exist(self) -> None:
@@ -452,5 +496,5 @@ class TestBackbone:
         with pytest.raises(ValueError, match="no such file of backbone weights"):
             load_backbone(model, tmp_path / "none.pth")
         torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
-        with pytest.raises(ValueError, match="not a state dict of a torchvision ResNet or a Swin"):
+        with pytest.raises(ValueError, match="not a state dict of a torchvision ResNet, a Swin or a ViT of DINOv2"):
             load_backbone(model, tmp_path / "other.pth")

@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "two-stage": {"feature_levels": 3, "with_box_refine": True, "two_stage": True, "num_queries": 300},
     "detr": {"arch": "detr"},
     "swin": {"feature_levels": 3, "backbone": "swin_nano", "backbone_norm": "frozen_batch_norm"},
+    "vit": {"feature_levels": 3, "backbone": "vit_nano", "backbone_norm": "frozen_batch_norm"},
 }
 
 
@@ -67,7 +68,7 @@ def assert_found(
     torch.testing.assert_close(found, torch.tensor([entry["bbox"] for entry in wanted]), atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize("variant", ["multi-scale", "refined", "two-stage", "detr", "swin"])
+@pytest.mark.parametrize("variant", ["multi-scale", "refined", "two-stage", "detr", "swin", "vit"])
 def test_onnx_finds_what_the_detector_finds(variant: str, tmp_path: Path) -> None:
     detector, out, size = detector_of(variant), tmp_path / "detector.onnx", (64, 85)
     exported = export_detector(detector, out, "onnx", size)

@@ -61,13 +61,13 @@ def test_rates_follow_the_batch_by_the_rule(rule: str, factor: float) -> None:
 
 
 @pytest.mark.parametrize("freeze", ["none", "stem_and_layer1"])
-@pytest.mark.parametrize("backbone", ["resnet_tiny", "swin_nano"])
+@pytest.mark.parametrize("backbone", ["resnet_tiny", "swin_nano", "vit_nano"])
 def test_rates_decay_from_block_to_block(backbone: str, freeze: str) -> None:
     model = build_model(DetrConfig(**(SMALL | {"backbone": backbone})))
     model.backbone.freeze(freeze)
     groups = parameter_groups(model, TrainSection(layer_decay=0.5, lr_backbone=1e-5))
     rates = {group["name"]: group["lr"] for group in groups}
-    blocks, frozen = {"resnet_tiny": (4, 2), "swin_nano": (8, 3)}[backbone]
+    blocks, frozen = {"resnet_tiny": (4, 2), "swin_nano": (8, 3), "vit_nano": (8, 3)}[backbone]
     names = ["backbone", *(f"backbone-{block}" for block in range(1, blocks + 1))]
     if freeze != "none":
         del names[-frozen:]
