@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CLUSTERS ?= tests/clusters
+WITH_RAY := tests/jobs tests/end_to_end
 
-.PHONY: setup demo test test-clusters check fix sanitize bench clean lock sbom
+.PHONY: setup demo test test-with-ray test-without-ray test-clusters check fix sanitize bench clean lock sbom
 
 setup: $(STAMP)  ## .venv from requirements.lock, and the project in it
 
@@ -21,8 +22,14 @@ $(STAMP): requirements.lock pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*
 demo: setup  ## the main job on drawn images: no network service, no GPU
 	$(BIN)/raydetr run -c jobs/configs/demo.yaml
 
-test: setup
-	$(BIN)/python -m pytest
+test: setup  ## two halves at once: what starts Ray, and the rest
+	$(MAKE) --no-print-directory --jobs=2 test-with-ray test-without-ray
+
+test-with-ray:
+	$(BIN)/python -m pytest $(WITH_RAY)
+
+test-without-ray:
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(WITH_RAY))
 
 test-clusters: setup  ## what takes minutes: runs that are ended, cut and lost; for all of it Debian's slurm-wlm, munge and iproute2, kubectl, and root
 	$(BIN)/python -m pytest $(CLUSTERS)
