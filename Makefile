@@ -31,7 +31,7 @@ test-with-ray:
 test-without-ray:
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(WITH_RAY))
 
-test-clusters: setup  ## what takes minutes: runs that are ended, cut and lost; for all of it Debian's slurm-wlm, munge and iproute2, kubectl, and root
+test-clusters: setup  ## what takes minutes: runs that are ended, cut and lost; for all of it Debian's slurm-wlm, munge, postgresql and iproute2, kubectl, and root
 	$(BIN)/python -m pytest $(CLUSTERS)
 
 check: setup

@@ -9,7 +9,7 @@ import torch
 from pipeline.distributed import World, close, init_world
 from pipeline.store import StorePath
 from tests.ranks import Ranks, ranks_of
-from tests.servers import MlflowServer
+from tests.servers import POSTGRES, MlflowServer, Postgres
 from tests.stores import S3Server
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -47,6 +47,29 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowSe
     server.start()
     yield server
     server.kill()
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """The same on PostgreSQL."""
+    if POSTGRES is None:
+        pytest.skip("needs PostgreSQL in /usr/lib/postgresql (Debian: postgresql)")
+    postgres = Postgres()
+    server = MlflowServer(tmp_path_factory.mktemp("postgres-server"), postgres=postgres)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+        postgres.remove()
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+def outage_server(request: pytest.FixtureRequest) -> MlflowServer:
+    """Each of the two, for tests that kill it."""
+    name = "postgres_server" if request.param == "postgresql" else "mlflow_server"
+    made: MlflowServer = request.getfixturevalue(name)
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,8 @@ REFUSALS = frozenset(
     }
 )
 """Error codes of answers that would be the same the next time."""
+ABOUT_WHAT_WAS_SENT = frozenset({"9h9h", "gkpj", "cd3x"})
+"""SQLAlchemy's numbers of errors about what was sent: data, integrity, a parameter. Others are the database's own."""
 CREDENTIALS = frozenset({"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"})
 """Error codes of a server that wants another user or password."""
 TRY_LATER = (401, 404, 407, 408, 425, 429)
@@ -153,7 +155,13 @@ def is_refusal(error: Exception) -> bool:
     cause = error.__cause__
     if isinstance(cause, SQLAlchemyError) and not isinstance(cause, DataError | IntegrityError):
         return False
-    return error_code(error) in REFUSALS
+    return error_code(error) in REFUSALS and not _is_of_database(error)
+
+
+def _is_of_database(error: Exception) -> bool:
+    """Whether a server's database is out of order: MLflow calls all that it says BAD_REQUEST, and the text tells."""
+    found = re.search(r"sqlalche\.me/e/\d+/(\w+)", str(error))
+    return found is not None and found[1] not in ABOUT_WHAT_WAS_SENT
 
 
 def error_code(error: Exception) -> str:
@@ -167,6 +175,9 @@ def why(error: Exception) -> str:
     database = getattr(cause, "orig", None) or (cause if isinstance(cause, sqlite3.Error) else None)
     if database is not None:
         return f"is out of order ({first_line(database)})"
+    if _is_of_database(error):
+        said = re.search(r"\(\w+\.[\w.]+\) (.+)", str(error))  # by the driver, below what SQLAlchemy says first
+        return f"has a database that is out of order ({without_secrets(said[1]) if said else first_line(error)})"
     retried = re.search(r"too many (\d{3}) error responses", str(error))  # by an HTTP client that gave up
     status = retried[1] if retried else getattr(getattr(error, "response", None), "status_code", None)
     if error_code(error) in CREDENTIALS or status == 401:

@@ -26,9 +26,9 @@ from tests.clusters.test_workers import command
 from tests.compose import FOLDER, composition, queries
 from tests.end_to_end.test_pipeline import PROJECT
 from tests.hosts import CAN_HAVE_HOSTS, NEEDS, Host, hosts
+from tests.servers import POSTGRES
 
 WEED = os.environ.get("WEED") or shutil.which("weed")
-POSTGRES = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
 MISSING = [
     name
     for name, found in {

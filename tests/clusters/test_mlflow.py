@@ -1,5 +1,5 @@
-"""MLflow under outages: a server that dies, requests of which each is cut once, and processes at once. What it holds
-afterwards is everything, and once.
+"""MLflow on SQLite and on PostgreSQL under outages: a server that dies, requests of which each is cut once, and
+processes at once. What it holds afterwards is everything, and once.
 """
 
 import os
@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from pipeline.errors import TrackingError
@@ -21,7 +23,7 @@ from pipeline.tracking import tracker as tracking
 from tests.builders import write_checkpoint
 from tests.pipeline.registry import test_transaction as registration
 from tests.pipeline.tracking.test_outbox import check_all, do_all, open_run, write_points
-from tests.servers import CuttingClient, MlflowServer
+from tests.servers import CuttingClient, MlflowServer, Postgres
 
 PROMOTE = """
 import sys
@@ -51,9 +53,15 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def server(mlflow_server: MlflowServer) -> Iterator[MlflowServer]:
-    yield mlflow_server
-    mlflow_server.start()
+def server(outage_server: MlflowServer) -> Iterator[MlflowServer]:
+    yield outage_server
+    outage_server.start()
+
+
+@pytest.fixture
+def uri(server: MlflowServer, mlflow_uri: str) -> str:
+    """A SQLite database that is opened without a server, and the server on PostgreSQL."""
+    return server.uri if server.postgres else mlflow_uri
 
 
 @pytest.fixture
@@ -97,7 +105,7 @@ def test_a_server_that_dies_gets_everything_once(server: MlflowServer, tmp_path:
 
 @pytest.mark.parametrize("is_done", [False, True], ids=["before", "after"])
 def test_uploads_are_cut_at_every_request(
-    mlflow_uri: str, tmp_path: Path, is_done: bool, monkeypatch: pytest.MonkeyPatch
+    uri: str, tmp_path: Path, is_done: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = tracking.connect
     cut = 0
@@ -112,25 +120,23 @@ def test_uploads_are_cut_at_every_request(
             return clients[-1]
 
         monkeypatch.setattr(tracking, "connect", connect)
-        do_all(open_run(mlflow_uri, run), run)
+        do_all(open_run(uri, run), run)
         if clients[0].requests < cut:
             break
         monkeypatch.setattr(tracking, "connect", real)
-        tracker = open_run(mlflow_uri, run)
+        tracker = open_run(uri, run)
         tracker.settle(patience=0)
         check_all(tracker, run.name)
     assert cut > 10
 
 
 @pytest.mark.parametrize("is_done", [False, True], ids=["before", "after"])
-def test_a_registration_is_cut_at_every_request(
-    mlflow_uri: str, checkpoint: Path, tmp_path: Path, is_done: bool
-) -> None:
+def test_a_registration_is_cut_at_every_request(uri: str, checkpoint: Path, tmp_path: Path, is_done: bool) -> None:
     cut = 0
     while True:
         cut += 1
         name = f"cut-{is_done}-{cut}"
-        tracker = registration.open_run(mlflow_uri, tmp_path / name)
+        tracker = registration.open_run(uri, tmp_path / name)
         client = CuttingClient(tracker.client, cut, is_done=is_done)
         tracker._client = client
         made = registration.make_version(tracker, checkpoint, name)
@@ -139,7 +145,7 @@ def test_a_registration_is_cut_at_every_request(
             break
         assert made is None
         assert tracker.waiting() == 1
-        again = registration.open_run(mlflow_uri, tmp_path / name)
+        again = registration.open_run(uri, tmp_path / name)
         again.settle(patience=0)
         registration.check(again, name)
     assert cut > 12
@@ -158,16 +164,47 @@ def test_a_server_that_dies_at_registration(server: MlflowServer, checkpoint: Pa
     registration.check(again, "outage")
 
 
-def test_two_shells_that_promote_and_roll_back_at_once(mlflow_uri: str, tmp_path: Path) -> None:
+@contextmanager
+def read_only(postgres: Postgres) -> Iterator[None]:
+    """Have PostgreSQL take nothing, as one does that is replaced by another."""
+
+    def restart(state: str) -> None:
+        with psycopg.connect(postgres.uri, autocommit=True) as connection:
+            connection.execute("set default_transaction_read_only = off")
+            connection.execute(f"alter system set default_transaction_read_only = {state}".encode())
+        postgres.kill()
+        postgres.start()
+
+    restart("on")
+    try:
+        yield
+    finally:
+        restart("off")
+
+
+def test_a_database_that_is_read_only(postgres_server: MlflowServer, tmp_path: Path) -> None:
+    """The server answers BAD_REQUEST to all that is written."""
+    assert postgres_server.postgres is not None
+    write_points(tmp_path, 1, 2)
+    tracker = open_run(postgres_server.uri, tmp_path)
+    with read_only(postgres_server.postgres):
+        do_all(tracker, tmp_path)
+        with pytest.raises(TrackingError, match=r"the work is done, and \d+ uploads wait in .*track sync -c FILE"):
+            tracker.settle(patience=0)
+    tracker.settle(patience=0)
+    check_all(tracker, tmp_path.name)
+    assert not (tracker.outbox.folder / "refused.jsonl").exists()
+
+
+def test_two_shells_that_promote_and_roll_back_at_once(uri: str) -> None:
     """Whoever comes first, each promotion is undone by the rollback after it or by the other's: none is lost."""
-    client, name = tracking.connect(mlflow_uri), "shells"
+    client, name = tracking.connect(uri), "shells"
     client.create_registered_model(name)
     for _ in range(3):
-        client.create_model_version(name, str(tmp_path))
+        client.create_model_version(name, "s3://bucket/model")
     client.set_registered_model_alias(name, "champion", "2")
     shells = [
-        subprocess.Popen([sys.executable, "-c", PROMOTE, mlflow_uri, name, version], env=os.environ)
-        for version in ("1", "3")
+        subprocess.Popen([sys.executable, "-c", PROMOTE, uri, name, version], env=os.environ) for version in ("1", "3")
     ]
     assert [shell.wait(300) for shell in shells] == [0, 0]
     after = standing_of(client.get_registered_model(name))

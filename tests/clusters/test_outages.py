@@ -1,28 +1,31 @@
-"""Whole commands whose tracking server is away, which register at once, or which are cut while the database is made.
+"""Whole commands whose tracking server (on SQLite and on PostgreSQL) is away, slow or answers 500, which register at
+once, or which are cut while the database is made.
 
 What MLflow holds afterwards is what it holds of a run that nothing disturbed: everything, and once.
 """
 
+import functools
 import hashlib
 import json
+import re
 import shutil
-import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy
 
 from pipeline.run_folder import RunFolder
 from tests.clusters.test_interrupts import command
 from tests.end_to_end.test_pipeline import PROJECT
-from tests.servers import MlflowServer
+from tests.servers import MlflowServer, detour
 
 AWAY, WAITING, BACK = " is away; ", "the work is done; waiting up to ", " is back"
+NO_DATABASE = " answers 503; "
 SCORES = [0.05 * index for index in (3, 8, 1, 10, 5, 2, 9, 4, 7, 6)]
 CUTS = 10
 
@@ -50,8 +53,8 @@ class Command:
     def until_said(self, words: str) -> None:
         self.until(lambda: words in self.said)
 
-    def succeeds(self) -> None:
-        assert self.process.wait(timeout=300) == 0, self.said
+    def succeeds(self, within: float = 300) -> None:
+        assert self.process.wait(timeout=within) == 0, self.said
 
 
 def words(verb: str, folder: Path, name: str, **settings: object) -> list[str]:
@@ -59,34 +62,44 @@ def words(verb: str, folder: Path, name: str, **settings: object) -> list[str]:
     return [part for each in command(folder, name, **settings) for part in (verb.split() if each == "run" else [each])]
 
 
-def ask(database: Path, question: str, *values: object) -> list[Any]:
-    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=60)) as opened:
-        return opened.execute(question, values).fetchall()
+@functools.cache
+def opened(database: str) -> sqlalchemy.Engine:
+    """A database, by its address; a connection that was cut is made again."""
+    options = {"timeout": 60} if database.startswith("sqlite") else {}
+    return sqlalchemy.create_engine(database, connect_args=options, pool_pre_ping=True)
+
+
+def ask(database: str, question: str, **values: object) -> list[Any]:
+    with opened(database).connect() as connection:
+        return [tuple(row) for row in connection.execute(sqlalchemy.text(question), values)]
 
 
 OF_THE_MOMENT = ("images_per_second", "data_wait", "hours_left")
 """Ends of the names of curves that are other ones each time."""
 
 
+def alike(text: bytes, name: str) -> bytes:
+    """A text of a run of a name, whatever the name, and whatever the port of its server."""
+    return re.sub(rb"127\.0\.0\.1:\d+", b"SERVER", text.replace(name.encode(), b"NAME"))
+
+
 def contents(folder: Path, name: str) -> dict[str, str]:
-    """The files of a folder with digests of what is in them, whatever the name of the run."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    return {
-        file.relative_to(folder).as_posix(): hashlib.sha256(
-            file.read_bytes().replace(name.encode(), b"NAME")
-        ).hexdigest()
-        for file in files
-    }
+    """The files of a folder with digests of what is in them."""
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {place: hashlib.sha256(alike(file.read_bytes(), name)).hexdigest() for place, file in files.items()}
 
 
 def tracked(server: MlflowServer, name: str) -> dict[str, Any]:
     """All that a server holds of the run of a name and of the registered model of that name, but times and ids."""
-    database = server.folder / "mlflow.db"
-    ((run, status, stage),) = ask(database, "select run_uuid, status, lifecycle_stage from runs where name = ?", name)
-    points = ask(database, "select key, step, value from metrics where run_uuid = ?", run)
-    models = ask(database, "select * from logged_models where source_run_id = ? and lifecycle_stage = 'active'", run)
+    database = server.database
+    ((run, status, stage),) = ask(
+        database, "select run_uuid, status, lifecycle_stage from runs where name = :name", name=name
+    )
+    points = ask(database, "select key, step, value from metrics where run_uuid = :run", run=run)
+    question = "select model_id from logged_models where source_run_id = :run and lifecycle_stage = 'active'"
+    models = ask(database, question, run=run)
     ((version, source, state),) = ask(
-        database, "select version, source, status from model_versions where name = ?", name
+        database, "select version, source, status from model_versions where name = :name", name=name
     )
     model = source.removeprefix("models:/")
     (artifacts,) = (server.folder / "artifacts").glob(f"*/{run}/artifacts")
@@ -95,14 +108,17 @@ def tracked(server: MlflowServer, name: str) -> dict[str, Any]:
         "run": (status, stage),
         "points": sorted((key, step, 0 if key.endswith(OF_THE_MOMENT) else value) for key, step, value in points),
         "params": {
-            key: value.replace(name, "NAME")
-            for key, value in ask(database, "select key, value from params where run_uuid = ?", run)
+            key: alike(value.encode(), name).decode()
+            for key, value in ask(database, "select key, value from params where run_uuid = :run", run=run)
         },
-        "tags": sorted(key for (key,) in ask(database, "select key from tags where run_uuid = ?", run)),
+        "tags": sorted(key for (key,) in ask(database, "select key from tags where run_uuid = :run", run=run)),
         "artifacts": contents(artifacts, name),
-        "version": (version, state, ask(database, "select alias from registered_model_aliases where name = ?", name)),
-        "version tags": sorted(ask(database, "select key, value from model_version_tags where name = ?", name)),
-        "models": [model == each[0] for each in models],
+        "version": (version, state),
+        "aliases": ask(database, "select alias, version from registered_model_aliases where name = :name", name=name),
+        "version tags": sorted(
+            ask(database, "select key, value from model_version_tags where name = :name", name=name)
+        ),
+        "models": [model == each for (each,) in models],
         "model outputs": [model == each for (each,) in outputs(database, run)],
         "model metrics": sorted(model_metrics(database, model)),
         "model files": sorted(contents(packed, name)),
@@ -110,20 +126,19 @@ def tracked(server: MlflowServer, name: str) -> dict[str, Any]:
     }
 
 
-def outputs(database: Path, run: str) -> list[Any]:
-    return ask(database, "select destination_id from inputs where source_id = ?", run)
+def outputs(database: str, run: str) -> list[Any]:
+    return ask(database, "select destination_id from inputs where source_id = :run", run=run)
 
 
-def model_metrics(database: Path, model: str) -> list[Any]:
+def model_metrics(database: str, model: str) -> list[Any]:
     question = "select metric_name, metric_step, metric_value, dataset_digest from logged_model_metrics"
-    return ask(database, f"{question} where model_id = ?", model)
+    return ask(database, f"{question} where model_id = :model", model=model)
 
 
 def left_over(server: MlflowServer) -> list[Any]:
     """Registered models without versions (such as locks), and logged models that no version is made of."""
-    database = server.folder / "mlflow.db"
     return ask(
-        database,
+        server.database,
         "select name from registered_models where name not in (select name from model_versions) union "
         "select model_id from logged_models where lifecycle_stage = 'active' "
         "and 'models:/' || model_id not in (select source from model_versions)",
@@ -131,23 +146,23 @@ def left_over(server: MlflowServer) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def folder(mlflow_server: MlflowServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(outage_server: MlflowServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run that nothing disturbed, `unbroken`."""
     folder = tmp_path_factory.mktemp("outages")
-    run(folder, mlflow_server, "unbroken").succeeds()
+    run(folder, outage_server.uri, "unbroken").succeeds()
     return folder
 
 
 @pytest.fixture
-def server(mlflow_server: MlflowServer) -> Iterator[MlflowServer]:
-    mlflow_server.start()
-    yield mlflow_server
-    mlflow_server.start()
+def server(outage_server: MlflowServer) -> Iterator[MlflowServer]:
+    outage_server.start()
+    yield outage_server
+    outage_server.start()
 
 
-def run(folder: Path, server: MlflowServer, name: str) -> Command:
+def run(folder: Path, uri: str, name: str) -> Command:
     """`raydetr run` on a server, with a registered model of the run's own."""
-    settings = {"tracking.uri": server.uri, "register.model_name": name}
+    settings = {"tracking.uri": uri, "register.model_name": name}
     return Command(words("run", folder, name, **settings), folder / f"{name}.log")
 
 
@@ -160,7 +175,7 @@ class TestServerThatIsKilled:
         assert found["params"]["train.epochs"] == "20"
         assert {"evaluate/metrics.json", "evaluate/per_category.png"} < found["artifacts"].keys()
         assert len([file for file in found["artifacts"] if file.startswith("evaluate/pictures/")]) == 8
-        assert found["version"] == (1, "READY", [("champion",)])
+        assert (found["version"], found["aliases"]) == ((1, "READY"), [("champion", 1)])
         assert (found["models"], found["model outputs"], len(found["model metrics"])) == ([True], [True], 12)
         assert left_over(server) == []
 
@@ -168,40 +183,81 @@ class TestServerThatIsKilled:
     def test_during_the_run(self, folder: Path, server: MlflowServer, moment: str) -> None:
         """It comes back when the command has noticed: in mid-training, or when all that is left is to wait for it."""
         name = f"killed-at-{moment}"
-        files = RunFolder(folder / "runs" / name)
-
-        def has_come() -> bool:
-            if moment == "training":
-                return files.train_spool.exists() and files.train_spool.read_bytes().count(b"\n") >= 2
-            if moment == "registration":
-                return has_begun_model(server, name)
-            step = files.checkpoints / "checkpoint-60" / "state.json"
-            return (step if moment == "end-of-training" else files.evaluation / "checkpoint-15/metrics.json").exists()
-
-        running = run(folder, server, name)
-        running.until(has_come)
+        running = run(folder, server.uri, name)
+        running.until(lambda: has_come(moment, folder, server, name))
         server.kill()
         running.until_said(AWAY if moment == "training" else WAITING)
         server.start()
         running.succeeds()
         assert BACK in running.said
-        assert tracked(server, name) == tracked(server, "unbroken")
-        assert left_over(server) == []
+        check(server, name)
 
     def test_before_the_run(self, folder: Path, server: MlflowServer) -> None:
+        """And its database, if it has one of its own."""
         server.kill()
-        running = run(folder, server, "killed-before")
+        if server.postgres is not None:
+            server.postgres.kill()
+        running = run(folder, server.uri, "killed-before")
         running.until_said(WAITING)
         server.start()
         running.succeeds()
         assert BACK in running.said
-        assert tracked(server, "killed-before") == tracked(server, "unbroken")
-        assert left_over(server) == []
+        check(server, "killed-before")
+
+
+@pytest.mark.parametrize("outage_server", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("moment", ["training", "registration"])
+def test_the_database_is_killed(folder: Path, server: MlflowServer, moment: str) -> None:
+    """The server stays, and answers that it has none."""
+    assert server.postgres is not None
+    name = f"database-killed-at-{moment}"
+    running = run(folder, server.uri, name)
+    running.until(lambda: has_come(moment, folder, server, name))
+    server.postgres.kill()
+    running.until_said(NO_DATABASE if moment == "training" else WAITING)
+    server.postgres.start()
+    running.succeeds()
+    assert BACK in running.said
+    check(server, name)
+
+
+def test_a_server_that_answers_500(folder: Path, server: MlflowServer) -> None:
+    """To one request in five, which may have been done; no model of so many files gets there before that ends."""
+    with detour(server.uri, rate=0.2) as way:
+        running = run(folder, way.uri, "answers-500")
+        running.until(lambda: way.failed >= 10)
+        way.rate = 0.0
+        running.succeeds()
+    check(server, "answers-500")
+
+
+@pytest.mark.parametrize("outage_server", ["postgresql"], indirect=True)
+def test_a_slow_server(folder: Path, server: MlflowServer) -> None:
+    with detour(server.uri, seconds=5.0) as way:
+        run(folder, way.uri, "slow").succeeds(within=1800)
+    check(server, "slow")
+
+
+def has_come(moment: str, folder: Path, server: MlflowServer, name: str) -> bool:
+    """Whether a run is where its server is to be killed."""
+    files = RunFolder(folder / "runs" / name)
+    if moment == "training":
+        return files.train_spool.exists() and files.train_spool.read_bytes().count(b"\n") >= 2
+    if moment == "registration":
+        return has_begun_model(server, name)
+    step = files.checkpoints / "checkpoint-60" / "state.json"
+    return (step if moment == "end-of-training" else files.evaluation / "checkpoint-15/metrics.json").exists()
+
+
+def check(server: MlflowServer, name: str) -> None:
+    """All of a run is there as if nothing had disturbed it, and nothing else."""
+    assert tracked(server, name) == tracked(server, "unbroken")
+    assert left_over(server) == []
 
 
 def has_begun_model(server: MlflowServer, name: str) -> bool:
-    question = "select 1 from logged_models join runs on source_run_id = run_uuid where runs.name = ?"
-    return bool(ask(server.folder / "mlflow.db", question, name))
+    question = "select 1 from logged_models join runs on source_run_id = run_uuid where runs.name = :name"
+    return bool(ask(server.database, question, name=name))
 
 
 def copy_run(folder: Path, target: Path, score: float | None = None) -> None:
@@ -229,7 +285,7 @@ def test_ten_commands_register_at_once(folder: Path, server: MlflowServer) -> No
         running.append(Command(words("register", folder, name, **settings), folder / f"{name}.log"))
     for each in running:
         each.succeeds()
-    database = server.folder / "mlflow.db"
+    database = server.database
     scores = dict(
         ask(
             database,
@@ -254,7 +310,7 @@ def uploaded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[in
     runs = tmp_path_factory.mktemp("uploaded") / "runs"
     copy_run(folder, runs / "unbroken")
     sync(runs).succeeds()
-    return (runs / "mlflow.db").stat().st_size, rows(runs / "mlflow.db")
+    return (runs / "mlflow.db").stat().st_size, rows(runs)
 
 
 def sync(runs: Path) -> Command:
@@ -263,12 +319,14 @@ def sync(runs: Path) -> Command:
     return Command([*program, *settings], runs.parent / "sync.log")
 
 
-def rows(database: Path) -> dict[str, int]:
-    """How many rows the tables of a database have."""
+def rows(runs: Path) -> dict[str, int]:
+    """How many rows the tables of the database of a folder have."""
+    database = f"sqlite:///{runs}/mlflow.db"
     tables = [name for (name,) in ask(database, "select name from sqlite_master where type = 'table'")]
     return {name: ask(database, f'select count(*) from "{name}"')[0][0] for name in tables}
 
 
+@pytest.mark.parametrize("outage_server", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("cut", range(CUTS))
 def test_a_command_is_killed_while_the_database_grows(
     cut: int, folder: Path, uploaded: tuple[int, dict[str, int]], tmp_path: Path
@@ -283,7 +341,7 @@ def test_a_command_is_killed_while_the_database_grows(
     killed.process.kill()
     killed.process.wait()
     sync(runs).succeeds()
-    assert rows(runs / "mlflow.db") == wanted
+    assert rows(runs) == wanted
     assert {path.name for path in runs.iterdir()} == {"mlflow.db", "mlartifacts", "unbroken"}
 
 
