@@ -13,7 +13,27 @@ Overrides = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the file; may be repeated."),
 ]
 
-Submitted = Literal["run", "shard", "train", "evaluate"]
+Over = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SECTION.KEY=VALUE,VALUE",
+        help="A setting of train or model and its values; LEAST..MOST is drawn from. May be repeated.",
+    ),
+]
+Search = Literal["grid", "random", "asha"]
+"""How a sweep chooses its trials, and whether it ends some."""
+HowToSearch = Annotated[
+    Search | None,
+    typer.Option(
+        "--search",
+        help="All combinations; drawn ones; either of them, of which ASHA stops the worse ones early.",
+        show_default="grid",
+    ),
+]
+Trials = Annotated[int | None, typer.Option(min=1, help="Trials that are drawn, for random and asha.")]
+AtOnce = Annotated[int | None, typer.Option(min=1, help="Trials at the same time; else as many as there is room for.")]
+
+Submitted = Literal["run", "shard", "train", "evaluate", "sweep"]
 """The commands that a job on a cluster may run."""
 
 Step = Literal["shard", "train", "evaluate", "register"]

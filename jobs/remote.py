@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.interrupt import Interrupted
-from jobs.options import ConfigFile, Overrides, Step, Submitted
+from jobs.options import AtOnce, ConfigFile, HowToSearch, Over, Overrides, Step, Submitted, Trials
 
 if TYPE_CHECKING:
     from jobs.job_client import JobClient
@@ -29,25 +29,37 @@ jobs_app = typer.Typer(help="The jobs on a cluster.", no_args_is_help=True, rich
 
 def submit(
     command: Annotated[
-        Submitted, typer.Argument(metavar="run|shard|train|evaluate", help="What the job does.", show_default=False)
+        Submitted,
+        typer.Argument(metavar="run|shard|train|evaluate|sweep", help="What the job does.", show_default=False),
     ],
     config: ConfigFile,
     overrides: Overrides = None,
     first: Annotated[Step | None, typer.Option("--from", help="The first step of run.", show_default="shard")] = None,
     last: Annotated[Step | None, typer.Option("--until", help="The last step of run.", show_default="register")] = None,
+    over: Over = None,
+    search: HowToSearch = None,
+    trials: Trials = None,
+    at_once: AtOnce = None,
     address: Address = None,
     follow: Follow = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the end without the log.")] = False,
 ) -> None:
-    """Begin a job on a cluster, from these sources and this configuration; the same again goes on with an ended one."""
+    """Begin a job on a cluster, from these sources and this configuration; the same again goes on with an ended one.
+
+    --over, --search, --trials and --at-once are those of sweep. Its job is one of the run NAME-sweep.
+    """
+    from jobs.trials import plan_sweep
     from pipeline.config.load import load_config
 
     settings = load_config(config, overrides or ())
-    from jobs.submit import refuse_what_stays_here, steps_options
+    from jobs.submit import refuse_what_stays_here, steps_options, sweep_options
     from jobs.submit import submit as submit_job
 
-    options = steps_options(command, first, last)
+    options = steps_options(command, first, last) + sweep_options(command, over or (), search, trials, at_once)
     refuse_what_stays_here(settings)
+    if command == "sweep":
+        for trial in plan_sweep(config, overrides or (), over or (), search or "grid", trials).trials:
+            refuse_what_stays_here(trial.config)
     client = _client(address)
     job, package = submit_job(client, command, settings, options)
     _begun(client, job, str(package), address, follow=follow, wait=wait)

@@ -1,13 +1,13 @@
 """Submits a command of the pipeline to a cluster as a Ray job, under an id that follows from the run's name.
 
 A run has one job at a time: its n-th is `raydetr-<name>-<n>`. Of two that are submitted at the same moment, and so
-under the same id, the cluster takes one.
+under the same id, the cluster takes one. A sweep's job is one of the run <name>-sweep, in whose folder it works.
 """
 
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
@@ -15,8 +15,9 @@ from ray.job_submission import JobDetails
 
 from jobs.interpreter import HOOK, entry_point
 from jobs.job_client import JobClient, TakenError
-from jobs.options import STEPS, Step, Submitted, steps_between
+from jobs.options import STEPS, Search, Step, Submitted, steps_between
 from jobs.package import Package, pack
+from jobs.trials import sweep_name
 from pipeline.config.address import SQLITE, without_secrets
 from pipeline.config.load import dump_config, parse_config
 from pipeline.config.sections import Config
@@ -63,17 +64,18 @@ def submit(client: JobClient, command: Submitted, config: Config, options: Seque
     """
     refuse_what_stays_here(config)
     config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": None})})
-    before = jobs_of(client, config.name)
+    run = sweep_name(config) if command == "sweep" else config.name
+    before = jobs_of(client, run)
     if before and not before[-1].status.is_terminal():
         raise UserError(_has_one(before[-1]))
-    job = f"raydetr-{config.name}-{_attempt(before[-1]) + 1 if before else 1}"
+    job = f"raydetr-{run}-{_attempt(before[-1]) + 1 if before else 1}"
     package = pack(config)
     variables = {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: HOOK, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "package.zip")
         path.write_bytes(package.archive)
         line = entry_point("-m", "jobs", command, "-c", package.config_name, *options)
-        about = _about(command, config, package) | {"options": json.dumps(options)}
+        about = _about(run, command, config, package) | {"options": json.dumps(options)}
         try:
             client.submit(line, job, str(path), variables, about)
         except TakenError:
@@ -94,19 +96,38 @@ def steps_options(command: Submitted, first: Step | None, last: Step | None) -> 
     Raises:
         UserError: another command has no such part, or the last step comes before the first.
     """
-    given = {"--from": first, "--until": last}
-    options = [word for option, step in given.items() if step is not None for word in (option, step)]
+    options = _words({"--from": first, "--until": last})
     if options and command != "run":
-        raise UserError(f"{' '.join(options)}: a part of the steps of `run`, and `{command}` is one step; remove it")
+        raise UserError(f"{' '.join(options)}: a part of the steps of `run`, which `{command}` has not; remove it")
     steps_between(first or STEPS[0], last or STEPS[-1])
     return options
 
 
-def _about(command: str, config: Config, package: Package) -> dict[str, str]:
+def sweep_options(
+    command: Submitted, over: Sequence[str], search: Search | None, trials: int | None, at_once: int | None
+) -> list[str]:
+    """The words for what a sweep tries; whether they are right is `plan_sweep`'s.
+
+    Raises:
+        UserError: another command tries nothing.
+    """
+    options = [word for each in over for word in ("--over", each)]
+    options += _words({"--search": search, "--trials": trials, "--at-once": at_once})
+    if options and command != "sweep":
+        raise UserError(f"{' '.join(options)}: for the trials of `sweep`, which `{command}` has not; remove it")
+    return options
+
+
+def _words(given: Mapping[str, object]) -> list[str]:
+    """Options with their values, but for those that are None."""
+    return [word for option, value in given.items() if value is not None for word in (option, str(value))]
+
+
+def _about(run: str, command: str, config: Config, package: Package) -> dict[str, str]:
     """What the cluster keeps beside a job."""
     settings = dump_config(config)
     return {
-        "run": config.name,
+        "run": run,
         "command": command,
         "user": user(),
         "code": package.code,

@@ -3,33 +3,22 @@
 import contextlib
 import json
 import sys
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import typer
 
 from jobs.console import make_console, print_table
 from jobs.models import AsJson
-from jobs.options import ConfigFile, Overrides
+from jobs.options import AtOnce, ConfigFile, HowToSearch, Over, Overrides, Trials
 
 
 def sweep(
     config: ConfigFile,
     overrides: Overrides = None,
-    over: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="SECTION.KEY=VALUE,VALUE",
-            help="A setting of train or model and its values; LEAST..MOST is drawn from. May be repeated.",
-        ),
-    ] = None,
-    search: Annotated[
-        Literal["grid", "random", "asha"],
-        typer.Option(help="All combinations; drawn ones; either of them, of which ASHA stops the worse ones early."),
-    ] = "grid",
-    trials: Annotated[int | None, typer.Option(min=1, help="Trials that are drawn, for random and asha.")] = None,
-    at_once: Annotated[
-        int | None, typer.Option(min=1, help="Trials at the same time; else as many as there is room for.")
-    ] = None,
+    over: Over = None,
+    search: HowToSearch = None,
+    trials: Trials = None,
+    at_once: AtOnce = None,
     as_json: AsJson = False,
 ) -> None:
     """Train with several settings, compare the trials by validation AP, and register the best.
@@ -38,7 +27,7 @@ def sweep(
     """
     from jobs.trials import plan_sweep
 
-    planned = plan_sweep(config, overrides or (), over or (), search, trials)
+    planned = plan_sweep(config, overrides or (), over or (), search or "grid", trials)
     from jobs.tuning import run_sweep
 
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():

@@ -14,17 +14,17 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
+from jobs.options import Search
 from pipeline.config.load import ConfigError, dump_config, load_config
 from pipeline.config.sections import Config, EvaluateSection, Role, TrainSection, settings_with
 from pipeline.config.values import differences, digest
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json, write_whole
 
-Search = Literal["grid", "random", "asha"]
 SECTIONS = ("train", "model")
 """Whose settings may differ between trials."""
 TRIES = 1000
@@ -126,6 +126,11 @@ class Sweep:
         return done[self.rows()[0]["trial"]] if done else None
 
 
+def sweep_name(config: Config) -> str:
+    """Name of the sweep of a pipeline, as of a run."""
+    return f"{config.name}-sweep"
+
+
 def plan_sweep(
     file: Path, overrides: Sequence[str], over: Sequence[str], search: Search, trials: int | None = None
 ) -> Sweep:
@@ -149,7 +154,7 @@ def plan_sweep(
         raise UserError("--search random draws trials: say how many with --trials")
     if search == "asha" and not base.evaluate.beside:
         raise UserError("--search asha looks at the scores of evaluate.beside, which is false: mend one")
-    name = f"{base.name}-sweep"
+    name = sweep_name(base)
     config = load_config(file, [*overrides, f"name={json.dumps(name)}"])
     made: list[Trial] = []
     for number, settings in enumerate(_choose(ways, trials, base.train.seed), 1):

@@ -183,6 +183,33 @@ def test_a_part_of_the_steps_is_resumed_as_it_was_submitted(user: User) -> None:
         assert "train:" not in log
 
 
+def test_a_sweep_has_one_job_and_is_resumed_with_the_same_trials(user: User) -> None:
+    config = user.write("tried", **{"cluster.workers": 1, "train.epochs": 80, "train.checkpoint_epochs": 40})
+    over = "--over train.lr=1e-3,1e-5 --at-once 1"
+    submitted = user.raydetr("submit", "sweep", "-c", config, *over.split())
+    assert submitted.returncode == 0, submitted.stderr
+    assert submitted.stdout.startswith("submitted raydetr-tried-sweep-1 to ")
+    user.wait_for_points("tried-sweep-2", 5)
+    assert user.status("tried-sweep")["command"] == f"sweep {over}"
+    busy = user.raydetr("submit", "sweep", "-c", config, "--over", "train.lr=1e-4")
+    assert busy.returncode == 2
+    assert "the run tried-sweep has a job that is running: raydetr-tried-sweep-1" in busy.stderr
+    stopped = user.raydetr("jobs", "stop", "tried-sweep")
+    assert stopped.stdout.startswith("raydetr-tried-sweep-1: STOPPED\ninterrupted (SIGTERM)"), stopped.stdout
+    (cut,) = (user.folder / "runs" / "tried-sweep-2" / "checkpoints").glob("checkpoint-*")
+
+    resumed = user.raydetr("jobs", "resume", "tried-sweep", "--follow")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "sweep: already done, 1 of 2 trials" in resumed.stdout
+    assert "models:/raydetr-demo/" in resumed.stdout
+    log = user.folder / "runs" / "tried-sweep" / "trials" / "2.log"
+    assert f"going on from {cut}" in log.read_text()
+    assert user.status("tried-sweep")["command"] == f"sweep {over}"
+    other = user.raydetr("submit", "sweep", "-c", config, "--over", "train.lr=1e-4", "--follow")
+    assert other.returncode == 2
+    assert "over.train.lr: 1e-3,1e-5 -> 1e-4" in other.stdout
+
+
 def test_the_exit_code_is_the_jobs(user: User) -> None:
     config = user.write("wrong", **{"dataset.root": "/nowhere", "dataset.synthetic": "null"})
     failed = user.raydetr("submit", "shard", "-c", config, "--follow")

@@ -4,7 +4,7 @@ import pytest
 from ray.job_submission import JobDetails, JobStatus
 
 from jobs.options import Step, Submitted
-from jobs.submit import jobs_of, refuse_what_stays_here, run_of, steps_options
+from jobs.submit import jobs_of, refuse_what_stays_here, run_of, steps_options, sweep_options
 from pipeline.config.load import load_config
 from pipeline.errors import UserError
 
@@ -94,9 +94,24 @@ def test_a_part_of_the_steps(first: Step | None, last: Step | None, options: lis
     ("command", "first", "last", "told"),
     [
         ("run", "evaluate", "train", r"^--from evaluate --until train: the steps are shard, train, evaluate, register"),
-        ("train", None, "train", r"^--until train: a part of the steps of `run`, and `train` is one step"),
+        ("train", None, "train", r"^--until train: a part of the steps of `run`, which `train` has not"),
+        ("sweep", "train", None, r"^--from train: a part of the steps of `run`, which `sweep` has not"),
     ],
 )
 def test_no_part_of_the_steps(command: Submitted, first: Step | None, last: Step | None, told: str) -> None:
     with pytest.raises(UserError, match=told):
         steps_options(command, first, last)
+
+
+def test_what_a_sweep_tries() -> None:
+    over = ("train.lr=1e-5..1e-3", "model.num_queries=10,20")
+    words = ["--over", over[0], "--over", over[1], "--search", "asha", "--trials", "20", "--at-once", "4"]
+    assert sweep_options("sweep", over, "asha", 20, 4) == words
+    assert sweep_options("sweep", over[:1], None, None, None) == words[:2]
+    assert sweep_options("train", (), None, None, None) == []
+
+
+def test_another_command_tries_nothing() -> None:
+    told = r"^--over train\.lr=1,2 --search grid: for the trials of `sweep`, which `run` has not; remove it$"
+    with pytest.raises(UserError, match=told):
+        sweep_options("run", ("train.lr=1,2",), "grid", None, None)
