@@ -96,9 +96,9 @@ class EvaluationBeside:
         if path is None:
             return
         # See jobs/tasks.py on the strategy.
-        task = ray.remote(
-            num_cpus=self._scoring.cpus, num_gpus=self._scoring.gpus, max_retries=0, scheduling_strategy="DEFAULT"
-        )(_evaluate)
+        scoring = self._scoring
+        asked = {"num_cpus": scoring.cpus, "num_gpus": scoring.gpus, "resources": scoring.custom}
+        task = ray.remote(max_retries=0, scheduling_strategy="DEFAULT", **asked)(_evaluate)
         self._running[task.remote(self._scoring, *self._splits, path)] = path
         self._done.add(path.name)
 

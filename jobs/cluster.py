@@ -1,20 +1,22 @@
 """The Ray that a pipeline runs on: the one of a submitted job, one that is given, or one started here."""
 
+import json
 import logging
 import os
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import chdir, closing, contextmanager
 from pathlib import Path
+from typing import Literal
 
 import ray
 from ray.exceptions import ActorDiedError, LocalRayletDiedError
 
 from jobs.interrupt import Interrupted, RayLostError, end_descendants, held_back, in_thread
-from pipeline.config.sections import ClusterSection
+from pipeline.config.sections import RAYS_OWN, ClusterSection
 from pipeline.errors import UserError
 from pipeline.log import get_logger
 
@@ -133,6 +135,39 @@ def device_of(cluster: ClusterSection) -> str:
     return "cuda" if ray.cluster_resources().get("GPU", 0) >= cluster.least_workers else "cpu"
 
 
+def resources_of(cluster: ClusterSection, device: str) -> dict[str, float]:
+    """What Ray sets aside for one training worker on `cpu` or `cuda`."""
+    return {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if device == "cuda" else {}) | cluster.resources.train
+
+
+def fits(resources: Mapping[str, float], need: Mapping[str, float]) -> int:
+    """How often a need fits into resources."""
+    return min(int(resources.get(name, 0.0) / amount + 1e-6) for name, amount in need.items())
+
+
+def check_resources(
+    cluster: ClusterSection, step: Literal["shard", "train", "evaluate"], need: Mapping[str, float], count: int = 1
+) -> None:
+    """Raise a UserError where `cluster.resources` asks for what too few nodes have, unless `cluster.wait` waits."""
+    asked = getattr(cluster.resources, step)
+    if not asked or cluster.wait is not None:
+        return
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    have = sum(fits(node, need) for node in nodes)
+    if have < count:
+        named = {name for node in nodes for name in node if name not in RAYS_OWN and not name.startswith("node:")}
+        raise UserError(
+            f"cluster.resources.{step} {json.dumps(asked)}: of {count} that each need {spelled(need)} on one node, the "
+            f"Ray cluster has room for {have}, and its nodes have the resources {', '.join(sorted(named)) or '(none)'}:"
+            " mend it, start nodes with `ray start --resources`, or wait for some with cluster.wait"
+        )
+
+
+def spelled(need: Mapping[str, float]) -> str:
+    """Resources as people read them."""
+    return ", ".join(f"{name} {amount:g}" for name, amount in need.items())
+
+
 def _local_cpus(cluster: ClusterSection) -> int:
     """The CPUs of this machine, if they are enough; more would be waited for for ever."""
     have, need = len(os.sched_getaffinity(0)), cluster.least_workers * cluster.cpus_per_worker
@@ -178,3 +213,7 @@ def _check_size(cluster: ClusterSection) -> None:
             f"cluster.device cuda with {cluster.least_workers} workers needs as many GPUs and the Ray cluster has"
             f" {have.get('GPU', 0):g}; lower cluster.workers, add nodes or use cluster.device auto"
         )
+    asked = cluster.resources
+    check_resources(cluster, "shard", {"CPU": 1.0} | asked.shard)
+    check_resources(cluster, "train", resources_of(cluster, device_of(cluster)), cluster.least_workers)
+    check_resources(cluster, "evaluate", {"CPU": cluster.cpus_per_worker} | asked.evaluate)

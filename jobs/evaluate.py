@@ -10,6 +10,7 @@ from typing import Any
 
 from jobs.console import ProgressDisplay, make_console
 from jobs.interrupt import in_thread
+from jobs.room import wait_for_room
 from jobs.scoring import Scoring, scoring_of
 from jobs.tasks import run_tasks
 from pipeline.checkpoint.find import all_whole
@@ -237,6 +238,8 @@ class _Tasks:
 
     def __call__(self, checkpoint: Path, batches: list[list[int]]) -> Iterator[list[Detection]]:
         config, scoring = self._config, scoring_of(self._config)
+        if scoring.custom:
+            wait_for_room(config.cluster, [1], scoring.resources, "evaluate")
         workers = config.evaluate.workers or config.cluster.most_workers
         count = min(len(batches), workers * SHARES)
         shares = [batches[index::count] for index in range(count)]
@@ -246,6 +249,7 @@ class _Tasks:
             at_once=workers,
             cpus=scoring.cpus,
             gpus=scoring.gpus,
+            resources=scoring.custom,
         ):
             yield detections
             if self._shown is not None:

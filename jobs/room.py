@@ -1,4 +1,4 @@
-"""Room for training workers on the connected Ray: how many can begin, and when more could."""
+"""Room for workers and tasks on the connected Ray: how many can begin, and when more could."""
 
 import socket
 import time
@@ -11,7 +11,7 @@ import ray
 from ray._private.state import state  # what is said of draining nodes and of each node's resources stands nowhere else
 from ray.autoscaler.sdk import request_resources
 
-from jobs.cluster import check_alive, device_of
+from jobs.cluster import check_alive, device_of, fits, resources_of, spelled
 from jobs.interrupt import in_thread
 from pipeline.config.sections import ClusterSection, Config
 from pipeline.errors import UserError
@@ -33,11 +33,6 @@ SETTLE_SECONDS = 5.0
 """What ended workers held is free after a moment: for so long fewer workers than could be are not begun."""
 
 
-def resources_of(cluster: ClusterSection, device: str) -> dict[str, float]:
-    """What Ray sets aside for one worker on `cpu` or `cuda`."""
-    return {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if device == "cuda" else {})
-
-
 def room(worker: dict[str, float], held: int = 0) -> int:
     """Workers that fit on the nodes that answer and stay, beside what else runs on Ray.
 
@@ -45,32 +40,37 @@ def room(worker: dict[str, float], held: int = 0) -> int:
         worker: the resources of one.
         held: workers that run already, and are counted.
     """
-    nodes, free = in_thread(lambda: (ray.nodes(), ray.available_resources()), "ray-nodes").result()
+    nodes, free = in_thread(lambda: (ray.nodes(), _free(worker)), "ray-nodes").result()
     going = in_thread(state.get_draining_nodes, "ray-draining").result()
     alive = [node for node in nodes if node["Alive"] and node["NodeID"] not in going]
     with ThreadPoolExecutor(max_workers=32) as pool:
         answering = [node for node, answers in zip(alive, pool.map(_answers, alive), strict=True) if answers]
-    return min(sum(_fitting(node["Resources"], worker) for node in answering), held + _fitting(free, worker))
+    return min(sum(fits(node["Resources"], worker) for node in answering), held + free)
 
 
 def is_free(worker: dict[str, float]) -> bool:
     """Whether there is room for one now."""
-    free = in_thread(ray.available_resources, "ray-resources").result()
-    return _fitting(free, worker) > 0
+    return in_thread(partial(_free, worker), "ray-resources").result() > 0
 
 
-def wait_for_room(cluster: ClusterSection, sizes: list[int], device: str) -> int:
+def _free(worker: dict[str, float]) -> int:
+    """How many fit beside all that runs, each on one node."""
+    return sum(fits(node, worker) for node in state.available_resources_per_node().values())
+
+
+def wait_for_room(cluster: ClusterSection, sizes: list[int], worker: dict[str, float], step: str = "train") -> int:
     """Workers to begin with: the most that have room, once one of the sizes has it.
 
     Args:
         cluster: `cluster.wait` limits the wait; an autoscaler is asked for the nodes.
         sizes: numbers of workers that may be, the greatest first.
-        device: where they compute.
+        worker: the resources of one.
+        step: whose they are.
 
     Raises:
         UserError: `cluster.wait` is over.
     """
-    worker, began, is_told = resources_of(cluster, device), time.monotonic(), False
+    began, is_told = time.monotonic(), False
     try:
         while True:
             found, waited = room(worker), time.monotonic() - began
@@ -79,12 +79,15 @@ def wait_for_room(cluster: ClusterSection, sizes: list[int], device: str) -> int
                 return fitting[0]
             if cluster.wait is not None and waited >= cluster.wait and not fitting:
                 raise UserError(
-                    f"after {cluster.wait:g} s (cluster.wait) the Ray cluster has room for {found} of {sizes[-1]} "
-                    "workers: add nodes, or run the same command again later"
+                    f"{step}: after {cluster.wait:g} s (cluster.wait) the Ray cluster has room for {found} of "
+                    f"{sizes[-1]} workers: add nodes with {spelled(worker)} for each, or run the same command later"
                 )
             if waited >= SETTLE_SECONDS and not is_told:
                 is_told = True
-                logger.warning("train: waiting for room for %d workers; Ray has it for %d", sizes[-1], found)
+                logger.warning(
+                    "%s: waiting for room for %d workers; Ray has it for %d; each takes %s",
+                    *(step, sizes[-1], found, spelled(worker)),
+                )
                 request_resources(bundles=[worker] * sizes[-1])
             check_alive()
             time.sleep(LOOK_SECONDS)
@@ -145,8 +148,8 @@ class Notice:
         return [node["NodeManagerHostname"] for node in nodes if node["NodeID"] in going and self._is_used(node, free)]
 
     def _is_used(self, node: dict[str, Any], free: dict[str, dict[str, float]]) -> bool:
-        left = _fitting(free.get(node["NodeID"], {}), self._worker)
-        return bool(node["Alive"]) and left < _fitting(node["Resources"], self._worker)
+        left = fits(free.get(node["NodeID"], {}), self._worker)
+        return bool(node["Alive"]) and left < fits(node["Resources"], self._worker)
 
 
 def _answers(node: dict[str, Any]) -> bool:
@@ -157,7 +160,3 @@ def _answers(node: dict[str, Any]) -> bool:
             return True
     except OSError:
         return False
-
-
-def _fitting(resources: dict[str, float], worker: dict[str, float]) -> int:
-    return min(int(resources.get(name, 0.0) / amount + 1e-6) for name, amount in worker.items())

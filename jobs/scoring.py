@@ -8,7 +8,7 @@ from pathlib import Path
 
 import ray
 
-from jobs.cluster import device_of
+from jobs.cluster import check_resources, device_of
 from pipeline.config.sections import Config, EvaluateSection, OnError
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
@@ -29,13 +29,15 @@ class Scoring:
     """CPUs that Ray sets aside for a task; also its torch threads."""
     gpus: float
     """GPUs that Ray sets aside for a task, or a part of one."""
+    custom: dict[str, float]
+    """Custom resources of a node that Ray sets aside for a task."""
     on_error: OnError
     """Whether an image that cannot be read is an error or has no detections."""
 
     @property
     def resources(self) -> dict[str, float]:
         """What Ray sets aside for a task."""
-        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {}) | self.custom
 
     @contextmanager
     def here(self, checkpoint: Path) -> Iterator[Path]:
@@ -64,7 +66,7 @@ def scoring_of(config: Config) -> Scoring:
     """What tasks on the connected Ray go by.
 
     Raises:
-        UserError: `evaluate.device` is cuda, and there is no GPU.
+        UserError: `evaluate.device` is cuda, and there is no GPU; or no node has what `cluster.resources` asks for.
     """
     device = device_of(config.cluster) if config.evaluate.device == "auto" else config.evaluate.device
     gpus = config.evaluate.gpus if device == "cuda" else 0
@@ -74,6 +76,7 @@ def scoring_of(config: Config) -> Scoring:
             f"evaluate.device cuda with evaluate.gpus {gpus:g}: the Ray cluster has {have:g} GPUs; set it to cpu or "
             "auto, or add nodes"
         )
-    return Scoring(
-        config.folder, config.evaluate, device, config.cluster.cpus_per_worker, gpus, config.dataset.on_error
-    )
+    cpus, custom = config.cluster.cpus_per_worker, config.cluster.resources.evaluate
+    scoring = Scoring(config.folder, config.evaluate, device, cpus, gpus, custom, config.dataset.on_error)
+    check_resources(config.cluster, "evaluate", scoring.resources)
+    return scoring

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import ray
 
 from jobs.console import ProgressDisplay, make_console
+from jobs.room import wait_for_room
 from jobs.tasks import run_tasks
 from pipeline.config.sections import Config
 from pipeline.data.manifest import MANIFEST_NAME, Manifest
@@ -59,33 +60,36 @@ def shard(
             config.shards,
             verify=verify,
             needs_objects=split == "train",
-            write_all=_write_with_ray(split, config.shards.workers),
+            write_all=_write_with_ray(split, config),
         )
         if verify and found:
-            _verify(manifests[split], config.shards.workers)
+            _verify(manifests[split], config)
     return manifests
 
 
-def _write_with_ray(split: str, workers: int | None) -> WriteAll:
+def _write_with_ray(split: str, config: Config) -> WriteAll:
     def write_all(plans: list[ShardPlan], task: WriteTask) -> Iterator[WrittenShard]:
-        return _run(f"shard: {split}", task, plans, workers)
+        return _run(f"shard: {split}", task, plans, config)
 
     return write_all
 
 
-def _verify(manifest: Manifest, workers: int | None) -> None:
+def _verify(manifest: Manifest, config: Config) -> None:
     def check(number: int) -> None:
         verify_shard(manifest, number)
 
-    for _ in _run(f"verify: {manifest.split}", check, list(range(len(manifest.shards))), workers):
+    for _ in _run(f"verify: {manifest.split}", check, list(range(len(manifest.shards))), config):
         pass
     logger.info("%s: all %d samples decode", manifest.split, len(manifest.samples))
 
 
-def _run(what: str, task: Callable[[Any], Any], arguments: list[Any], workers: int | None) -> Iterator[Any]:
+def _run(what: str, task: Callable[[Any], Any], arguments: list[Any], config: Config) -> Iterator[Any]:
     """The results of a task for each argument, as they come, on one CPU each."""
-    at_once = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    resources = config.cluster.resources.shard
+    if resources:
+        wait_for_room(config.cluster, [1], {"CPU": 1.0} | resources, "shard")
+    at_once = config.shards.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     with ProgressDisplay(make_console(), what, len(arguments), "shards") as shown:
-        for _, result in run_tasks(task, arguments, at_once=at_once):
+        for _, result in run_tasks(task, arguments, at_once=at_once, resources=resources):
             shown.advance(1)
             yield result

@@ -1,6 +1,6 @@
 """One pool of Ray tasks: some at a time, their results as they come, and one failure ends the others."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ray
@@ -26,6 +26,7 @@ def run_tasks(
     at_once: int,
     cpus: float = 1,
     gpus: float = 0,
+    resources: Mapping[str, float] | None = None,
 ) -> Iterator[tuple[Argument, Result]]:
     """Run a task for each argument on the connected Ray.
 
@@ -35,6 +36,7 @@ def run_tasks(
         at_once: most tasks at a time.
         cpus: CPUs that Ray sets aside for a task.
         gpus: GPUs that Ray sets aside for a task.
+        resources: custom resources of a node that Ray sets aside for a task.
 
     Yields:
         Each argument with its result, in the order in which they end.
@@ -47,7 +49,8 @@ def run_tasks(
         return task(argument)
 
     # By default, those of a trial of a sweep would be placed where the trial is, which has nothing for them.
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="DEFAULT")(one)
+    asked = {"num_cpus": cpus, "num_gpus": gpus, "resources": dict(resources or {})}
+    remote = ray.remote(scheduling_strategy="DEFAULT", **asked)(one)
     waiting = list(reversed(arguments))
     running: dict[Any, Argument] = {}
     try:

@@ -25,10 +25,10 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 
-from jobs.cluster import check_alive, device_of, loss_told
+from jobs.cluster import check_alive, device_of, loss_told, resources_of
 from jobs.interrupt import Interrupted, in_thread
 from jobs.nodes import interface_of
-from jobs.room import Growth, Notice, resources_of, wait_for_room
+from jobs.room import Growth, Notice, wait_for_room
 from model.ops.operator import compiled
 from pipeline.checkpoint.state import latest
 from pipeline.config.sections import Config
@@ -109,7 +109,7 @@ def train(
         logger.warning("train: %s", told)
     restarts = 0
     while True:
-        workers = wait_for_room(config.cluster, config.world_sizes, device)
+        workers = wait_for_room(config.cluster, config.world_sizes, resources_of(config.cluster, device))
         before = latest(config.folder.checkpoints)
         going_on = f", going on from {config.folder.place(before)}" if before else ""
         logger.info("train: starting %d workers%s", workers, going_on)

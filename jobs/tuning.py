@@ -24,11 +24,11 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from jobs import track
-from jobs.cluster import check_alive, device_of, loss_told
+from jobs.cluster import check_alive, device_of, loss_told, resources_of
 from jobs.console import make_console
 from jobs.interrupt import Interrupted, in_thread
 from jobs.register import best_checkpoint
-from jobs.room import resources_of, room
+from jobs.room import room
 from jobs.run import Pipeline
 from jobs.trials import Sweep, Trial, write_results
 from pipeline.config.sections import Config

@@ -44,11 +44,12 @@ class RayHead:
         self.address, self.cluster, self.environment = address, cluster, environment
 
     @contextmanager
-    def node(self, folder: Path, cpus: int) -> Iterator[None]:
+    def node(self, folder: Path, cpus: int, **resources: float) -> Iterator[None]:
         """Another node on this machine, which is lost at the end of the block."""
         command = [
             RAY, "start", f"--address={self.cluster}", f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1",
             f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats", "--block",
+            f"--resources={json.dumps(resources)}",
         ]  # fmt: skip
         with _running(command, self.environment, folder / "node.log"):
             yield
@@ -88,7 +89,10 @@ class RayHead:
 
 @contextmanager
 def ray_head(
-    folder: Path, cpus: int = 2, path: str = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    folder: Path,
+    cpus: int = 2,
+    path: str = f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    **resources: float,
 ) -> Iterator[RayHead]:
     """A head in the block, on free ports, whatever Ray this test process has used; its log is in the folder."""
     plain = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
@@ -97,7 +101,7 @@ def ray_head(
     command = [
         RAY, "start", "--head", f"--port={port}", f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1",
         f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}",
-        "--disable-usage-stats", "--block",
+        f"--resources={json.dumps(resources)}", "--disable-usage-stats", "--block",
     ]  # fmt: skip
     with _running(command, environment, folder / "head.log"):
         yield RayHead(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", environment)

@@ -438,6 +438,44 @@ class TrackingSection(Section):
         return name
 
 
+RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
+"""Resources of which other settings say how much is asked for."""
+LEAST_RESOURCE = 0.0001
+"""Least amount of a resource that Ray counts."""
+
+
+def _check_resources(resources: dict[str, float]) -> dict[str, float]:
+    for name, amount in resources.items():
+        if name in RAYS_OWN:
+            raise ValueError(
+                f"{name} is Ray's own; cluster.cpus_per_worker, cluster.device and evaluate.gpus say how many CPUs and "
+                "GPUs are taken"
+            )
+        if not LEAST_RESOURCE <= amount < math.inf:
+            raise ValueError(
+                f"{name} {amount:g}: Ray counts from {LEAST_RESOURCE:g}, which asks for a node that has it"
+            )
+    return resources
+
+
+Resources = Annotated[dict[str, float], AfterValidator(_check_resources)]
+"""Amounts of custom resources by name."""
+
+
+class ResourcesSection(Section):
+    """Custom resources of nodes, of which each task of a step takes so much beside its CPUs and its GPU.
+
+    A node has those that its `ray start --resources '{"big_disk": 1}'` names, and the type of its GPUs.
+    """
+
+    shard: Resources = {}
+    """Of a task that makes a shard, on one CPU."""
+    train: Resources = {}
+    """Of a training worker: `{"accelerator_type:H100": 0.001}` asks for a node with such GPUs."""
+    evaluate: Resources = {}
+    """Of a task that scores, also beside training."""
+
+
 class ClusterSection(Section):
     address: str | None = None
     """Ray to join: host:port, ray://host:port or auto; null starts one here (or joins the one of a submitted job)."""
@@ -449,6 +487,7 @@ class ClusterSection(Section):
     """CPUs that Ray sets aside for a training or inference worker; also its torch threads."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the network runs; auto takes a GPU where Ray has one for each worker."""
+    resources: ResourcesSection = ResourcesSection()
     timeout: float = Field(60, ge=1)
     """Seconds without a sign of life after which a training worker counts as lost, and training goes on without it."""
     step_timeout: float = Field(1200, ge=1)

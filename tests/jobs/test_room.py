@@ -63,15 +63,16 @@ def test_a_node_that_does_not_answer_has_no_room(ray_here: int, monkeypatch: pyt
 def test_the_most_that_fit_begin(busy: int) -> None:
     cluster = ClusterSection(workers=(1, 2 * busy), cpus_per_worker=1)
     sizes = [2 * busy, busy - 1, 1]
-    assert wait_for_room(cluster, sizes, "cpu") == busy - 1
-    assert wait_for_room(cluster, [busy - 1, 1], "cpu") == busy - 1
+    assert wait_for_room(cluster, sizes, WORKER) == busy - 1
+    assert wait_for_room(cluster, [busy - 1, 1], WORKER) == busy - 1
 
 
 def test_the_wait_is_limited(ray_here: int) -> None:
     cluster = ClusterSection(workers=ray_here + 1, wait=1)
-    told = rf"after 1 s \(cluster\.wait\) .* room for {ray_here} of {ray_here + 1} workers"
+    room_for = f"room for {ray_here} of {ray_here + 1} workers: add nodes with CPU 1 for each"
+    told = rf"^train: after 1 s \(cluster\.wait\) .* {room_for}"
     with pytest.raises(UserError, match=told):
-        wait_for_room(cluster, [ray_here + 1], "cpu")
+        wait_for_room(cluster, [ray_here + 1], WORKER)
 
 
 def test_room_that_lasts_is_for_growth(busy: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from pipeline.config.sections import EvaluateSection
 from pipeline.errors import UserError
 from pipeline.run_folder import RunFolder
 
-SCORING = Scoring(RunFolder(Path("runs/a")), EvaluateSection(precision="bf16"), "cpu", 2.5, 0, "fail")
+SCORING = Scoring(RunFolder(Path("runs/a")), EvaluateSection(precision="bf16"), "cpu", 2.5, 0, {}, "fail")
 
 
 def test_what_is_set_aside() -> None:

@@ -1,5 +1,6 @@
 """The sections: the shipped configurations, roles of settings, and what follows from them."""
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -211,6 +212,22 @@ def test_workers_that_do_not_share_a_step_equally_are_skipped() -> None:
     config = Config.model_validate({"name": "a", "train": train, "cluster": {"workers": [2, 8]}})
     assert config.world_sizes == [6, 4, 3, 2]
     assert Config.model_validate({"name": "a", "train": train, "cluster": {"workers": 4}}).world_sizes == [4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"train": {"GPU": 2}}, "cluster.resources.train: GPU is Ray's own; cluster.cpus_per_worker, cluster.device"),
+        ({"shard": {"disk": 0}}, "cluster.resources.shard: disk 0: Ray counts from 0.0001"),
+        ({"shard": {"disk": math.nan}}, "cluster.resources.shard: disk nan: Ray counts from 0.0001"),
+        ({"evaluate": {"disk": "much"}}, "cluster.resources.evaluate.disk` is 'much'"),
+        ({"register": {"disk": 1}}, "unknown key `cluster.resources.register`"),
+    ],
+    ids=["Ray's own", "none", "no number", "a word", "a step"],
+)
+def test_what_is_no_resource_of_a_step(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        parse_config({"name": "a", "cluster": {"resources": settings}}, "my.yaml")
 
 
 def test_runs_in_a_store_need_a_server() -> None:
