@@ -1,6 +1,6 @@
 """Training while its checkpoints are scored beside it, against training alone, in the same run.
 
-    python tests/benchmarks/beside.py [--epochs 5] [--repeats 2]
+    python tests/benchmarks/beside.py [--epochs 4] [--repeats 2]
 
 The demo by one worker with one thread, on a machine with room for the scoring on another core; a validation split as
 large as an epoch keeps that one busy. Both take turns. Then when each checkpoint's AP was known.
@@ -56,7 +56,7 @@ def known(run: RunFolder) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     ratios = []
