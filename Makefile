@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CLUSTERS ?= tests/clusters
-WITH_RAY := tests/jobs tests/end_to_end
+WITH_RAY := tests/end_to_end tests/jobs
+WITHOUT_RAY := tests/test_*.py tests/model tests/pipeline
 
 .PHONY: setup demo test test-with-ray test-without-ray test-clusters check fix sanitize bench clean lock sbom
 
@@ -29,7 +30,7 @@ test-with-ray:
 	$(BIN)/python -m pytest $(WITH_RAY)
 
 test-without-ray:
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(WITH_RAY))
+	$(BIN)/python -m pytest $(WITHOUT_RAY)
 
 test-clusters: setup  ## what takes minutes: runs that are ended, cut and lost; for all of it Debian's slurm-wlm, munge, postgresql and iproute2, kubectl, and root
 	$(BIN)/python -m pytest $(CLUSTERS)

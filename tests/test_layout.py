@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,6 +113,11 @@ class TestFiles:
 
     def test_those_without_one_are_there(self) -> None:
         assert not WITHOUT_A_TEST_FILE.keys() - {path.as_posix() for path in MODULES}
+
+    def test_make_runs_all(self) -> None:
+        halves = re.findall(r"^WITH(?:OUT)?_RAY := (.+)", (PROJECT / "Makefile").read_text(encoding="utf-8"), re.M)
+        project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
+        assert sorted(" ".join(halves).split()) == sorted(project["tool"]["pytest"]["ini_options"]["testpaths"])
 
 
 class TestContract:

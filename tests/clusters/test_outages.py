@@ -304,6 +304,25 @@ def test_ten_commands_register_at_once(folder: Path, server: MlflowServer) -> No
     assert left_over(server) == []
 
 
+@pytest.mark.parametrize("outage_server", ["sqlite"], indirect=True)
+def test_two_commands_register_at_once(folder: Path, server: MlflowServer) -> None:
+    """Twenty times, now the one and now the other the better, and both better than those before."""
+    settings = {"tracking.uri": server.uri, "register.model_name": "pairs"}
+    for turn in range(20):
+        scores = {f"pair-{turn}-{index}": 0.02 * turn + 0.01 * (1 + (turn + index) % 2) for index in range(2)}
+        for name, score in scores.items():
+            copy_run(folder, folder / "runs" / name, score)
+        running = [Command(words("register", folder, name, **settings), folder / f"{name}.log") for name in scores]
+        for each in running:
+            each.succeeds()
+        question = "select version, value from model_version_tags where name = 'pairs' and key = 'raydetr.metric.AP'"
+        versions = dict(ask(server.database, question))
+        assert sorted(versions) == list(range(1, 2 * turn + 3))
+        champion = "select version from registered_model_aliases where name = 'pairs' and alias = 'champion'"
+        assert float(versions[ask(server.database, champion)[0][0]]) == pytest.approx(max(scores.values()))
+    assert left_over(server) == []
+
+
 @pytest.fixture(scope="module")
 def uploaded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, int]]:
     """Size of a database in which `raydetr track sync` has put the unbroken run, and what is in it."""
