@@ -29,6 +29,9 @@ def export(
         str | None, typer.Option(metavar="HxW", help="Height and width of the one image that the file takes at once.")
     ] = None,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="The file takes batches of images of any size.")] = False,
+    attach: Annotated[
+        bool, typer.Option("--attach", help="Add the file to those of the version, in the folder exports.")
+    ] = False,
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Write a detector as one file that runs without this project, and compare what it finds with the detector."""
@@ -38,13 +41,26 @@ def export(
         raise UserError("--set changes a configuration: give one with -c")
     if (size is None) != dynamic:
         raise UserError("give one of --size HxW, such as --size 800x1344, and --dynamic")
+    if attach and not (checkpoint or "").startswith("models:/"):
+        raise UserError("--attach adds the file to a registered version: give one with --checkpoint models:/NAME@ALIAS")
     sides = read_size(size) if size is not None else None
     settings = None
     if config is not None:
         from pipeline.config.load import load_config
 
         settings = load_config(config, overrides or ())
-    typer.echo(write(checkpoint, settings, out, to, sides, registry_uri(config, tracking_uri)))
+    registry = registry_uri(config, tracking_uri)
+    if checkpoint is not None and attach:
+        from pipeline.registry.versions import attach_file, check_attachment, open_registry, resolve
+
+        with open_registry(registry) as client:
+            version = resolve(client, checkpoint)
+            check_attachment(version, out.name)
+            source, what = write(f"models:/{version.name}/{version.version}", settings, out, to, sides, registry)
+            attach_file(client, version, out, what)
+    else:
+        source, what = write(checkpoint, settings, out, to, sides, registry)
+    typer.echo(f"{source} to {out}: {what}")
 
 
 def read_size(size: str) -> tuple[int, int]:
@@ -66,7 +82,7 @@ def write(
     to: Literal["onnx", "torch"],
     size: tuple[int, int] | None,
     tracking_uri: str,
-) -> str:
+) -> tuple[str, str]:
     """Write a detector as an ONNX model or a program of `torch.export`, compared with the detector.
 
     Args:
@@ -80,7 +96,7 @@ def write(
         tracking_uri: MLflow server of the registry.
 
     Returns:
-        What was written, as a line for a person.
+        The detector, and what was written of it, for a person.
 
     Raises:
         UserError: as of `export_detector`, or there is no such detector.
@@ -106,7 +122,7 @@ def write(
         detector.evaluate = config.evaluate
     exported = export_detector(detector, out, to, size)
     takes = f"one image of {size[0]}x{size[1]}" if size else "batches of images of any size"
-    return (
-        f"{checkpoint} to {out} ({to}, {out.stat().st_size / 1e6:.1f} MB, takes {takes}): finds what the detector "
-        f"finds, boxes within {exported.boxes:.0e} of the image, scores within {exported.scores:.0e}"
+    return checkpoint, (
+        f"{to}, {out.stat().st_size / 1e6:.1f} MB, takes {takes}; finds what the detector finds, boxes within "
+        f"{exported.boxes:.0e} of the image, scores within {exported.scores:.0e}"
     )

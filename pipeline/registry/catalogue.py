@@ -10,7 +10,7 @@ from pipeline.registry.gate import METRIC_TAG, VAL_TAG, category_scores
 from pipeline.registry.lock import LOCKS
 from pipeline.registry.parent import PARENT_TAG
 from pipeline.registry.register import CHAMPION_TAG
-from pipeline.registry.versions import find_model
+from pipeline.registry.versions import EXPORT_TAG, find_model
 from pipeline.tracking.server import every
 
 PAGE = 100
@@ -61,6 +61,7 @@ def describe(version: Any, aliases: list[str] | None = None) -> dict[str, Any]:
         "data_digest": tags.get("raydetr.data_digest"),
         "val_digest": tags.get(VAL_TAG),
         "code": {name: tags.get(f"raydetr.{name}") for name in ("version", "git_commit", "git_dirty")},
+        "exports": {key.removeprefix(EXPORT_TAG): tags[key] for key in sorted(tags) if key.startswith(EXPORT_TAG)},
         "note": tags.get(CHAMPION_TAG),
         "created": _date(version.creation_timestamp),
     }

@@ -20,6 +20,10 @@ NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")
 """Error codes of what a registry does not have."""
 KEY_TAG = "raydetr.key"
 """Tag with the digest of what a version is made of; a logged model that a version is to be made of has it, too."""
+EXPORT_TAG = "raydetr.export."
+"""What the tags begin with that tell of the exported files of a version; then comes the file's name."""
+EXPORTS = "exports"
+"""Folder of these files among the version's."""
 
 
 def find_version(tracker: Tracker, name: str, key: str) -> Any | None:
@@ -151,6 +155,20 @@ def download(client: Any, version: Any, tracking_uri: str, out: Path) -> None:
             files.replace(out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def check_attachment(version: Any, name: str) -> None:
+    """Raise a UserError where a version cannot have an exported file of that name."""
+    if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
+        raise UserError(f"{told(name)}: the name of a version's file has letters, digits, _, . and - alone")
+    if EXPORT_TAG + name in version.tags:
+        raise UserError(f"{version.name} version {version.version} has a {name} already; choose another name for --out")
+
+
+def attach_file(client: Any, version: Any, file: Path, what: str) -> None:
+    """Add an exported file to the files of a version; its tag comes last, so what was cut off is done again."""
+    client.log_model_artifact(version.source.removeprefix("models:/"), str(file), EXPORTS)
+    client.set_model_version_tag(version.name, version.version, EXPORT_TAG + file.name, what)
 
 
 def open_detector(model: str, tracking_uri: str, device: str = "cpu") -> Detector:
