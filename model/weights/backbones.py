@@ -64,20 +64,31 @@ BACKBONE_FORMATS = {
 }
 """By their names in a `LoadReport`."""
 
-_HF_BLOCK = "encoder.layers.{i}.blocks.{j}."
+_ATTENTION_AND_MLP = {
+    "attn.{letter}_proj.{tensor}": "attention.{letter}_proj.{tensor}",
+    "attn.proj.{tensor}": "attention.o_proj.{tensor}",
+    "mlp.{rest}": "mlp.{rest}",
+}
+"""What is called alike in both of transformers' models."""
+
+
+def _block(ours: str, theirs: str, names: Mapping[str, str]) -> Rows:
+    """Rows of what a block holds, by our names and theirs."""
+    return [(f"{ours}.{own}", f"{theirs}.{other}") for own, other in names.items()]
+
+
 _HF_SWIN: Rows = [
     ("patch_embed.proj.{tensor}", "embeddings.patch_embeddings.projection.{tensor}"),
     ("patch_embed.norm.{tensor}", "embeddings.norm.{tensor}"),
-    *(
-        (f"layers.{{i}}.blocks.{{j}}.{ours}", f"{_HF_BLOCK}{theirs}")
-        for ours, theirs in {
+    *_block(
+        "layers.{i}.blocks.{j}",
+        "encoder.layers.{i}.blocks.{j}",
+        {
             "norm1.{tensor}": "layernorm_before.{tensor}",
             "norm2.{tensor}": "layernorm_after.{tensor}",
             "attn.relative_position_bias_table": "attention.relative_position_bias.relative_position_bias_table",
-            "attn.{letter}_proj.{tensor}": "attention.{letter}_proj.{tensor}",
-            "attn.proj.{tensor}": "attention.o_proj.{tensor}",
-            "mlp.{rest}": "mlp.{rest}",
-        }.items()
+            **_ATTENTION_AND_MLP,
+        },
     ),
     ("layers.{i}.downsample.{rest}", "encoder.layers.{i}.downsample.{rest}"),
     *((f"norm{stage}.{{tensor}}", f"hidden_states_norms.stage{stage + 1}.{{tensor}}") for stage in range(4)),
@@ -93,21 +104,19 @@ _HF_SWIN_ON_DISK = {
     ".output.dense.": ".mlp.fc2.",
 }
 """What stands in their place on the disk."""
-_HF_LAYER = "encoder.layer.{i}."
 _HF_DINOV2: Rows = [
     ("pos_embed", "embeddings.position_embeddings"),
     ("patch_embed.proj.{tensor}", "embeddings.patch_embeddings.projection.{tensor}"),
-    *(
-        (f"blocks.{{i}}.{ours}", f"{_HF_LAYER}{theirs}")
-        for ours, theirs in {
+    *_block(
+        "blocks.{i}",
+        "encoder.layer.{i}",
+        {
             "norm1.{tensor}": "norm1.{tensor}",
             "norm2.{tensor}": "norm2.{tensor}",
             "ls1.gamma": "layer_scale1.lambda1",
             "ls2.gamma": "layer_scale2.lambda1",
-            "attn.{letter}_proj.{tensor}": "attention.{letter}_proj.{tensor}",
-            "attn.proj.{tensor}": "attention.o_proj.{tensor}",
-            "mlp.{rest}": "mlp.{rest}",
-        }.items()
+            **_ATTENTION_AND_MLP,
+        },
     ),
     ("norm.{tensor}", "layernorm.{tensor}"),
 ]

@@ -18,8 +18,8 @@ from typing import Any
 from pipeline.run_folder import RunFolder
 
 PROJECT = Path(__file__).resolve().parents[2]
-IMAGES = 600
-STEPS = IMAGES // 8
+IMAGES, BATCH = 600, 8
+STEPS = IMAGES // BATCH
 """Of an epoch."""
 MOST = 1.05
 """Times that a step may take as long."""
@@ -29,6 +29,7 @@ def run(runs: Path, name: str, epochs: int, beside: bool) -> RunFolder:
     settings = [f"name={name}", f"runs={runs}", f"dataset.root={runs}/data", f"tracking.uri=sqlite:///{runs}/mlflow.db",
                 f"dataset.synthetic.train_images={IMAGES}", f"dataset.synthetic.val_images={IMAGES}",
                 f"train.epochs={epochs}", "train.lr_drop_epochs=[]", "train.checkpoint_epochs=1", "train.log_steps=5",
+                f"train.global_batch={BATCH}",
                 "cluster.workers=1", "cluster.cpus_per_worker=1", f"evaluate.beside={str(beside).lower()}"]  # fmt: skip
     words = [word for setting in settings for word in ("--set", setting)]
     command = [sys.executable, "-m", "jobs", "run", "--until", "train", "-c", "jobs/configs/demo.yaml", *words]
@@ -43,7 +44,7 @@ def points(spool: Path) -> list[dict[str, Any]]:
 def seconds_of_a_step(run: RunFolder) -> float:
     """After the first checkpoint: before it there is nothing to score."""
     later = [point["metrics"] for point in points(run.train_spool) if point["step"] > STEPS]
-    return 8 / statistics.median(m["train/images_per_second"] for m in later if "train/images_per_second" in m)
+    return BATCH / statistics.median(m["train/images_per_second"] for m in later if "train/images_per_second" in m)
 
 
 def known(run: RunFolder) -> list[str]:
