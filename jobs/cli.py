@@ -219,13 +219,27 @@ def runs(
 
 @app.command(epilog="Example: raydetr predict -m models:/raydetr-demo@champion --out drawn picture.jpg")
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="Pictures, folders, 'patterns*.jpg', COCO files.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            help="Pictures, folders, 'patterns*.jpg', COCO files; all but patterns also as s3:// or http://."
+        ),
+    ],
     model: Annotated[str, typer.Option("--model", "-m", help="models:/NAME@ALIAS, models:/NAME/VERSION or a folder.")],
-    out: Annotated[Path, typer.Option(help="Folder of the drawn pictures and detections.json.")],
+    out: Annotated[Path, typer.Option(help="Folder of the drawn pictures, images.json, detections.json.")],
     tracking_uri: Annotated[
         str | None, typer.Option(help="MLflow server of the registry; the default is runs/mlflow.db.")
     ] = None,
-    images_in: Annotated[Path | None, typer.Option(help="Folder of a COCO file's pictures, if not its own.")] = None,
+    images_in: Annotated[
+        str | None, typer.Option(help="Folder, archive or address of a COCO file's pictures, if not its own folder.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Most pictures at once; the default is 8 on a GPU and 1 on the CPU.")
+    ] = None,
+    device: Annotated[
+        Literal["cpu", "cuda"] | None,
+        typer.Option(help="Where the network runs; a GPU if there is one."),
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="CSV file to write, a line a detection.")] = None,
     score_threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score that is drawn.")] = 0.4,
     show_attention: Annotated[
@@ -247,6 +261,7 @@ def predict(
         raise UserError("--query and --top choose what --show-attention draws: give that, too")
     from jobs.predict import predict as predict_pictures
     from pipeline.config.sections import default_tracking_uri
+    from pipeline.store import place
 
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri()
     drawn = predict_pictures(
@@ -258,7 +273,9 @@ def predict(
         show_attention=top if show_attention else 0,
         queries=query or (),
         table=csv,
-        root=images_in,
+        root=place(images_in) if images_in else None,
+        batch_size=batch_size,
+        device=device,
     )
     best = f", best {drawn.best:.2f}" if drawn.detections == 0 and drawn.best is not None else ""
     rate = f"{drawn.pictures / drawn.seconds:.3g} images/s"

@@ -7,13 +7,15 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.predict.answers import THRESHOLD
-from pipeline.predict.draw import Drawn, draw_pictures, find_pictures
+from pipeline.predict.draw import Drawn, draw_pictures
+from pipeline.predict.pictures import find_pictures
 from pipeline.registry.versions import open_detector
+from pipeline.store import Place
 
 
 def predict(
     model: str,
-    images: Sequence[Path],
+    images: Sequence[str],
     out: Path,
     *,
     tracking_uri: str,
@@ -21,21 +23,24 @@ def predict(
     show_attention: int = 0,
     queries: Sequence[int] = (),
     table: Path | None = None,
-    root: Path | None = None,
+    root: Place | None = None,
+    batch_size: int | None = None,
     device: str | None = None,
 ) -> Drawn:
-    """Draw a model's detections on pictures, and write them to `<out>/detections.json`.
+    """Draw a model's detections on pictures, and write them as `draw_pictures` does.
 
     Args:
         model: `models:/name@alias`, `models:/name/version`, or a folder: a checkpoint or a registered detector's.
-        images: pictures, folders, patterns and COCO files, as of `find_pictures`.
+        images: pictures, folders, patterns and COCO files, here or in a store, as of `find_pictures`.
         out: folder of the drawn pictures (PNG).
         tracking_uri: MLflow server of the registry.
         score_threshold: least score.
         show_attention: for how many of the best detections, whatever their score, to draw what they looked at as well.
         queries: the queries to draw that for instead.
         table: a CSV file to write, too.
-        root: folder that the names in COCO files begin in; each file's own when None.
+        root: folder or archive that the names in COCO files begin in; each file's own folder when None.
+        batch_size: pictures that go through the network at once; when None 8 on a GPU, and 1 on the CPU, where more
+            are not faster.
         device: where the network runs; a GPU where there is one when None.
 
     Returns:
@@ -45,13 +50,17 @@ def predict(
         UserError: naming the model that cannot be used, `out` if it cannot be made or is the pictures' folder, or a
             picture if none can be used.
     """
-    paths = find_pictures(images, root)
     if table is not None and not table.absolute().parent.is_dir():
         raise UserError(f"{table}: its folder does not exist; make it first, or choose another --csv")
-    if any(path.is_dir() and out.exists() and path.samefile(out) for path in images):
+    if any(Path(given).is_dir() and out.exists() and Path(given).samefile(out) for given in images):
         raise UserError(f"{out}: is the folder of the pictures; give another --out")
-    detector = open_detector(model, tracking_uri, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pictures = find_pictures(images, root, out)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("torch finds no GPU here; give --device cpu, or install a CUDA build of torch")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    detector = open_detector(model, tracking_uri, device)
     return draw_pictures(
-        detector, paths, out, score_threshold=score_threshold, show_attention=show_attention, queries=queries,
-        table=table,
+        detector, pictures, out, score_threshold=score_threshold, show_attention=show_attention, queries=queries,
+        table=table, batch_size=batch_size or (1 if device == "cpu" else 8),
     )  # fmt: skip

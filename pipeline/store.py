@@ -62,6 +62,14 @@ class StorePath:
         return posixpath.basename(str(self))
 
     @property
+    def parent(self) -> "StorePath":
+        """The folder that the last part is in."""
+        if self.below:
+            return StorePath(self.root, posixpath.dirname(self.below))
+        address, mark, options = self.root.partition("?")
+        return StorePath(posixpath.dirname(address) + mark + options)
+
+    @property
     def suffix(self) -> str:
         """The extension of the last part, with its dot."""
         return posixpath.splitext(self.name)[1]

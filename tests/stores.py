@@ -1,11 +1,14 @@
-"""A real S3 server on loopback (moto's), and a network before it that fails."""
+"""Real servers on loopback, of S3 (moto's) and of a folder by HTTP, and a network before them that fails."""
 
+import functools
+import http.server
 import random
 import socket
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pyarrow.fs
 from moto.server import ThreadedMotoServer
@@ -51,6 +54,21 @@ class S3Server:
     def stop(self) -> None:
         """End it."""
         self._server.stop()
+
+
+class _Files(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def web_server(folder: Path) -> Iterator[str]:
+    """The address of a web server of a folder, in this process."""
+    handler = functools.partial(_Files, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
 
 
 class FaultyNetwork:

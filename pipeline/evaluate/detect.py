@@ -45,8 +45,7 @@ def detect(
         `sort_detections`.
 
     Raises:
-        UserError: the split's categories are not the checkpoint's.
-        FloatingPointError: the network gives numbers that are not finite.
+        UserError: the split's categories are not the checkpoint's, or the network gives numbers that are not finite.
     """
     detector = detector_in(checkpoint, evaluate, device)
     if detector.labels != manifest.labels:

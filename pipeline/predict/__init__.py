@@ -14,12 +14,15 @@ from pipeline.predict.draw import (
     category_color,
     draw_boxes,
     draw_pictures,
-    find_pictures,
 )
 from pipeline.predict.export import (
     Exported,
     check_export,
     export_detector,
+)
+from pipeline.predict.pictures import (
+    Picture,
+    find_pictures,
 )
 
 __all__ = [
@@ -27,6 +30,7 @@ __all__ = [
     "Detector",
     "Drawn",
     "Exported",
+    "Picture",
     "answer",
     "category_color",
     "check_export",

@@ -76,7 +76,7 @@ def check_request(pictures: Sequence[Any]) -> None:
 def _answered(detector: Detector, picture: Any, score_threshold: float) -> Answer:
     try:
         return {"detections": detector(_readable(picture), score_threshold), "error": None}
-    except (UserError, FloatingPointError) as error:
+    except UserError as error:
         return {"detections": [], "error": str(error)}
     except Exception as error:
         logger.exception("a picture could not be answered")

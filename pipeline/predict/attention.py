@@ -70,7 +70,7 @@ def look(detector: Detector, pixels: NDArray[np.uint8], queries: Sequence[int] =
         UserError: the detector has no sampling points, or there is no such query.
     """
     check_samples(detector)
-    batch, sizes = detector.prepare(pixels)
+    batch, sizes = detector.prepare([pixels])
     with record_sampling(detector.model.transformer.decoder.layers[-1].cross_attn) as calls:  # type: ignore[union-attr, index]
         every = detector.config.num_queries * detector.config.num_logits
         (result,) = detector.results(batch, sizes, every)

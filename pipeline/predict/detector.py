@@ -8,6 +8,7 @@
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -164,24 +165,38 @@ class Detector:
         Raises:
             UserError: the bytes are not a picture.
         """
-        pixels = read_picture(image) if isinstance(image, bytes) else image
-        found = self.detect(*self.prepare(pixels))[0]
+        (found,) = self.detect_in([read_picture(image) if isinstance(image, bytes) else image])
+        return [entry for entry in found if entry["score"] >= score_threshold]
+
+    def detect_in(self, pictures: Sequence[NDArray[np.uint8]]) -> list[list[Detection]]:
+        """Detect the objects of pictures, RGB uint8 [height, width, 3], that go through the network at once.
+
+        Returns:
+            Those of each picture, best first.
+
+        Raises:
+            UserError: the network gives numbers that are not finite.
+        """
+        names = self.labels.names
         return [
-            {
-                "category_id": entry["category_id"],
-                "category": self.labels.names[entry["category_id"]],
-                "score": entry["score"],
-                "bbox": entry["bbox"],
-            }
-            for entry in found
-            if entry["score"] >= score_threshold
+            [
+                {
+                    "category_id": entry["category_id"],
+                    "category": names[entry["category_id"]],
+                    "score": entry["score"],
+                    "bbox": entry["bbox"],
+                }
+                for entry in found
+            ]
+            for found in self.detect(*self.prepare(pictures))
         ]
 
-    def prepare(self, pixels: NDArray[np.uint8]) -> tuple[ImageBatch, torch.Tensor]:
-        """Make a batch of one picture, RGB uint8 [height, width, 3], and its size, as `detect` takes them."""
-        height, width = pixels.shape[:2]
-        plan = plan_eval(width, height, self.evaluate.short_side, self.evaluate.max_side)
-        return PixelBatch.collate([plan.apply_image(pixels)]).to(self.device), torch.tensor([[height, width]])
+    def prepare(self, pictures: Sequence[NDArray[np.uint8]]) -> tuple[ImageBatch, torch.Tensor]:
+        """Make a batch of pictures, RGB uint8 [height, width, 3], and their sizes, as `detect` takes them."""
+        sizes = [pixels.shape[:2] for pixels in pictures]
+        plans = [plan_eval(width, height, self.evaluate.short_side, self.evaluate.max_side) for height, width in sizes]
+        resized = [plan.apply_image(pixels) for plan, pixels in zip(plans, pictures, strict=True)]
+        return PixelBatch.collate(resized).to(self.device), torch.tensor(sizes)
 
     def detect(self, batch: ImageBatch, sizes: torch.Tensor) -> list[list[dict[str, Any]]]:
         """Detect the objects of a batch.
@@ -195,7 +210,7 @@ class Detector:
             are no category are left out.
 
         Raises:
-            FloatingPointError: the network gives numbers that are not finite.
+            UserError: the network gives numbers that are not finite.
         """
         return [_entries(result, self.labels) for result in self.results(batch, sizes, self.evaluate.max_detections)]
 
@@ -205,7 +220,7 @@ class Detector:
         outputs = self.model(batch)
         logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
         if not bool(torch.isfinite(logits).all() & torch.isfinite(boxes).all()):
-            raise FloatingPointError("the network gives numbers that are not finite: its weights are spoilt")
+            raise UserError("the network gives numbers that are not finite: its weights are spoilt; take others")
         return postprocess(logits, boxes, sizes.to(self.device), self.config.class_loss, top)
 
 

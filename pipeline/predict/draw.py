@@ -2,10 +2,11 @@
 
 import colorsys
 import csv
-import glob
 import io
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.data.images import PICTURES, BadImageError, read_image_file
+from pipeline.data.images import Pixels
 from pipeline.errors import UserError, shown
-from pipeline.files import disk_told, make_folder, read_json, write_json, write_whole
+from pipeline.files import disk_told, make_folder, write_json, write_whole
 from pipeline.log import get_logger
 from pipeline.predict.attention import MOST_NAME, check_samples, look, save_look
-from pipeline.predict.detector import Detector, read_picture
+from pipeline.predict.detector import Detection, Detector
+from pipeline.predict.pictures import AHEAD, Picture, read_ahead
 
 logger = get_logger(__name__)
 
@@ -64,61 +66,6 @@ def category_color(category_id: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def find_pictures(images: Sequence[Path], root: Path | None = None) -> list[Path]:
-    """The pictures that are meant by files, folders, patterns such as `new/**/*.jpg`, and COCO files (.json).
-
-    Args:
-        images: all of these.
-        root: folder that the names in COCO files begin in; each file's own when None.
-
-    Raises:
-        UserError: there is no such file, no picture in a folder or of a pattern, or a JSON file is not COCO's.
-    """
-    paths: list[Path] = []
-    for path in images:
-        if path.is_dir():
-            paths += _inside(path)
-        elif path.suffix.lower() == ".json" and path.is_file():
-            paths += _listed(path, root or path.parent)
-        elif path.is_file():
-            paths.append(path)
-        elif glob.has_magic(str(path)):
-            found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-            found = [file for file in found if file.suffix.lower() in PICTURES]
-            if not found:
-                raise UserError(f"{shown(path, 400)}: no picture has a name of this pattern ({', '.join(PICTURES)})")
-            paths += found
-        else:
-            raise UserError(f"{shown(path, 400)}: no such picture or folder")
-    return paths
-
-
-def _inside(folder: Path) -> list[Path]:
-    """The pictures of a folder."""
-    try:
-        inside = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
-    except OSError as error:
-        raise UserError(f"{folder}: this folder cannot be read: {error.strerror}") from error
-    if not inside:
-        raise UserError(f"{folder}: no picture in this folder ({', '.join(PICTURES)})")
-    return inside
-
-
-def _listed(file: Path, root: Path) -> list[Path]:
-    """The pictures of a COCO file."""
-    document = read_json(file, "COCO file")
-    images = document.get("images") if isinstance(document, dict) else None
-    if not isinstance(images, list) or not images:
-        raise UserError(f"{file}: no COCO file, which has a list `images` with an image at least")
-    paths = []
-    for number, image in enumerate(images):
-        name = image.get("file_name") if isinstance(image, dict) else None
-        if not isinstance(name, str) or not name:
-            raise UserError(f"{file}: images[{number}] has no file_name")
-        paths.append(root / name)
-    return paths
-
-
 class Drawn(NamedTuple):
     """What came of drawing: how many pictures, their detections, the best score of any, and who could not be used.
 
@@ -134,89 +81,157 @@ class Drawn(NamedTuple):
 
 def draw_pictures(
     detector: Detector,
-    paths: Sequence[Path],
+    pictures: Sequence[Picture],
     out: Path,
     *,
     score_threshold: float,
     show_attention: int = 0,
     queries: Sequence[int] = (),
     table: Path | None = None,
+    batch_size: int = 1,
 ) -> Drawn:
-    """Draw a detector's answers on pictures, and write them to `<out>/detections.json`.
+    """Draw a detector's answers on pictures; `<out>/images.json` tells the pictures, `<out>/detections.json` the boxes.
 
-    A picture that cannot be used is named, and the others are drawn. No picture that was given is written over.
+    The first is a COCO file without annotations, with the names of what was drawn; the second COCO's results, clipped
+    to the pictures. A picture that cannot be used is named, and the others are drawn. No picture that was given is
+    written over. Pictures are decoded and drawn while the network runs on others.
 
     Args:
         detector: answers.
-        paths: of the pictures.
+        pictures: as `find_pictures` gives them.
         out: folder of the drawn pictures (PNG).
         score_threshold: least score.
         show_attention: for how many of the best detections, whatever their score, to draw what they looked at as well.
         queries: the queries to draw that for instead.
         table: a CSV file to write, with a line a detection.
+        batch_size: most pictures that go through the network at once; they are of one size, so that the answer to one
+            does not depend on the others.
 
     Returns:
         What came of it.
 
     Raises:
-        UserError: none of the pictures can be used, or `out` is their folder or cannot be made.
+        UserError: none of the pictures can be used, or `out` cannot be made or the disk is full.
     """
-    looks_wanted = bool(show_attention or queries)
-    if looks_wanted:
+    if show_attention or queries:
         check_samples(detector)
     make_folder(out)
-    names = _Names(out, paths)
-    found: list[dict[str, Any]] = []
-    unusable: list[str] = []
-    scores: list[float] = []
+    names, unusable = _Names(out, pictures), list[str]()
     began = time.perf_counter()
-    for path in paths:
-        try:
-            pixels = read_picture(read_image_file(path))
-        except (OSError, BadImageError, UserError) as error:
-            unusable.append(f"{shown(path, 400)}: {getattr(error, 'strerror', None) or error}")
-            logger.warning("left out: %s", unusable[-1])
-            continue
-        everything = detector(pixels)
-        scores += [entry["score"] for entry in everything]
-        detections = [entry for entry in everything if entry["score"] >= score_threshold]
-        name = names.new(path.stem)
-        draw_boxes(pixels, detections, detector.labels.names).save(out / f"{name}.png")
-        found.append({"file_name": str(path), "drawn": f"{name}.png", "detections": detections})
-        if looks_wanted:
-            looks = look(detector, pixels, queries, show_attention)
-            paths_of_looks = [(seen, out / f"{names.new(f'{name}_query{seen.query}')}.png") for seen in looks]
-            found[-1]["attention"] = [save_look(pixels, seen, place).name for seen, place in paths_of_looks]
-    if not found:
-        raise UserError(f"{unusable[0]}; none of the {len(paths)} pictures can be used")
-    seconds = time.perf_counter() - began
-    write_json(out / "detections.json", found)
+    with disk_told(out, "--out"), ThreadPoolExecutor(AHEAD) as pool:
+        drawing = _Drawing(pool, detector, out, names, score_threshold, (show_attention, queries))
+        for batch in _batches(read_ahead(pool, pictures), batch_size, unusable):
+            answers = detector.detect_in([pixels for _, pixels in batch])
+            for (picture, pixels), found in zip(batch, answers, strict=True):
+                drawing.add(picture, pixels, found)
+        drawing.wait()
+        if not drawing.images:
+            raise UserError(f"{unusable[0]}; none of the {len(pictures)} pictures can be used")
+        seconds = time.perf_counter() - began
+        categories = [{"id": number, "name": name} for number, name in detector.labels.names.items()]
+        write_json(out / "images.json", {"images": drawing.images, "categories": categories})
+        write_json(out / "detections.json", drawing.detections)
     if table is not None:
         with disk_told(table, "--csv"):
-            write_whole(table, _table(found).encode())
-    count = sum(len(entry["detections"]) for entry in found)
-    return Drawn(len(found), count, max(scores, default=None), tuple(unusable), seconds)
+            write_whole(table, _table(drawing.images, drawing.detections).encode())
+    return Drawn(len(drawing.images), len(drawing.detections), drawing.best, tuple(unusable), seconds)
 
 
-def _table(found: Sequence[Mapping[str, Any]]) -> str:
+def _batches(
+    read: Iterable[tuple[Picture, Pixels | UserError]], size: int, unusable: list[str]
+) -> Iterator[list[tuple[Picture, Pixels]]]:
+    """The pictures that can be used, so many of one size at once; what is wrong with the others is told and kept."""
+    batch: list[tuple[Picture, Pixels]] = []
+    for picture, pixels in read:
+        if isinstance(pixels, UserError):
+            unusable.append(str(pixels))
+            logger.warning("left out: %s", unusable[-1])
+            continue
+        if batch and (len(batch) == size or pixels.shape != batch[0][1].shape):
+            yield batch
+            batch = []
+        batch.append((picture, pixels))
+    if batch:
+        yield batch
+
+
+def _clipped(entry: Mapping[str, Any], width: int, height: int) -> dict[str, Any]:
+    """A detection whose box is in its picture."""
+    x, y, w, h = entry["bbox"]
+    left, right = (min(max(value, 0.0), float(width)) for value in (x, x + w))
+    top, bottom = (min(max(value, 0.0), float(height)) for value in (y, y + h))
+    return {**entry, "bbox": [left, top, right - left, bottom - top]}
+
+
+class _Drawing:
+    """What was found in pictures, which threads draw, a few at a time.
+
+    `best` is the best score of any detection; `looks` tells for how many of a picture's detections, and of which
+    queries, to draw what they looked at.
+    """
+
+    def __init__(
+        self,
+        pool: ThreadPoolExecutor,
+        detector: Detector,
+        out: Path,
+        names: "_Names",
+        threshold: float,
+        looks: tuple[int, Sequence[int]],
+    ) -> None:
+        self.images: list[dict[str, Any]] = []
+        self.detections: list[Detection] = []
+        self.best: float | None = None
+        self._pool, self._running = pool, deque[Future[None]]()
+        self._detector, self._out, self._names = detector, out, names
+        self._threshold, self._looks = threshold, looks
+
+    def add(self, picture: Picture, pixels: Pixels, found: Sequence[Detection]) -> None:
+        """Keep what was found in a picture, and begin to draw it."""
+        height, width = pixels.shape[:2]
+        entries = [_clipped(entry, width, height) for entry in found if entry["score"] >= self._threshold]
+        if found:  # best first
+            self.best = max(found[0]["score"], self.best or 0.0)
+        name = self._names.new(picture.stem)
+        self._running.append(self._pool.submit(self._draw, pixels, entries, self._out / f"{name}.png"))
+        image = {"id": picture.id, "file_name": picture.name, "width": width, "height": height}
+        self.images.append(image | {"drawn": f"{name}.png"})
+        self.detections += [{"image_id": picture.id, **entry} for entry in entries]
+        top, queries = self._looks
+        if top or queries:
+            looks = look(self._detector, pixels, queries, top)
+            places = [(seen, self._out / f"{self._names.new(f'{name}_query{seen.query}')}.png") for seen in looks]
+            self.images[-1]["attention"] = [save_look(pixels, seen, place).name for seen, place in places]
+        self.wait(AHEAD)
+
+    def wait(self, most: int = 0) -> None:
+        """Wait until no more pictures are left to be drawn than so many."""
+        while len(self._running) > most:
+            self._running.popleft().result()
+
+    def _draw(self, pixels: Pixels, entries: Sequence[Detection], path: Path) -> None:
+        draw_boxes(pixels, entries, self._detector.labels.names).save(path)
+
+
+def _table(images: Sequence[Mapping[str, Any]], detections: Sequence[Mapping[str, Any]]) -> str:
     """The detections as CSV; boxes are pixels of the picture."""
+    names = {image["id"]: image["file_name"] for image in images}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file_name", "category_id", "category", "score", "left", "top", "width", "height"])
-    for picture in found:
-        for entry in picture["detections"]:
-            columns = (entry["category_id"], entry["category"], entry["score"], *entry["bbox"])
-            writer.writerow([picture["file_name"], *columns])
+    writer.writerow(["file_name", "image_id", "category_id", "category", "score", "left", "top", "width", "height"])
+    for entry in detections:
+        columns = (entry["category_id"], entry["category"], entry["score"], *entry["bbox"])
+        writer.writerow([names[entry["image_id"]], entry["image_id"], *columns])
     return text.getvalue()
 
 
 class _Names:
     """New names of drawn pictures: each is given once, and none is that of a picture that was given."""
 
-    def __init__(self, out: Path, paths: Sequence[Path]) -> None:
+    def __init__(self, out: Path, pictures: Sequence[Picture]) -> None:
         self._out = out
         self._taken: set[str] = set()
-        self._given = {_identity(path) for path in paths}
+        self._given = {_identity(picture.path) for picture in pictures if picture.path is not None}
 
     def new(self, stem: str) -> str:
         """The stem, with as many _ behind it as it takes."""

@@ -127,9 +127,7 @@ class StoreImages:
         return {name: None if size is None or size > MOST_BYTES else size for name, size in found.items()}
 
     def read(self, name: str) -> bytes:
-        file = self.folder / posixpath.normpath(name)
-        _refuse_large(file.size() or 0)
-        return file.read_bytes()
+        return read_stored(self.folder / posixpath.normpath(name))
 
     def outside(self, names: Iterable[str]) -> str | None:
         return _outside(names)
@@ -229,6 +227,12 @@ def _open_archive(place: Place, mend: str) -> ArchiveImages:
     except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise UserError(f"{place}: this archive cannot be read ({shown(error)}); copy it again, or {mend}") from error
     return ArchiveImages(place, stamp)
+
+
+def read_stored(file: StorePath) -> bytes:
+    """The content of an image's file in a store; errors as of `Images.read`."""
+    _refuse_large(file.size() or 0)
+    return file.read_bytes()
 
 
 def leads_out(name: str) -> bool:

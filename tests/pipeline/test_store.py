@@ -1,6 +1,5 @@
 """Paths in a store, against a real S3 server, a real web server, and a network that fails."""
 
-import functools
 import http.server
 import os
 import threading
@@ -12,7 +11,7 @@ import pytest
 from pipeline import store
 from pipeline.errors import StoreError, UserError
 from pipeline.store import StorePath, absolute, place, size_of
-from tests.stores import FaultyNetwork, S3Server
+from tests.stores import FaultyNetwork, S3Server, web_server
 
 
 @pytest.fixture(params=["s3", "http"])
@@ -29,24 +28,24 @@ def served(
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    handler = functools.partial(_Quiet, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield StorePath(f"http://127.0.0.1:{server.server_address[1]}"), files
-        server.shutdown()
+    with web_server(tmp_path) as address:
+        yield StorePath(address), files
 
 
-class _Quiet(http.server.SimpleHTTPRequestHandler):
+class _Failing(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-
-class _Failing(_Quiet):
     def do_GET(self) -> None:
         self.send_error(503)
 
     def do_HEAD(self) -> None:
         self.send_error(503)
+
+
+def test_parent() -> None:
+    assert str((StorePath("s3://bucket/folder") / "deep/a.jpg").parent) == "s3://bucket/folder/deep"
+    assert StorePath("s3://bucket/deep/a.json?scheme=http").parent == StorePath("s3://bucket/deep?scheme=http")
 
 
 class TestReading:

@@ -70,7 +70,7 @@ class TestDetect:
         checkpoint = write_checkpoint(tmp_path, split.labels)
         weights = load_file(checkpoint / "model.safetensors")
         save_file({name: tensor * float("nan") for name, tensor in weights.items()}, checkpoint / "model.safetensors")
-        with pytest.raises(FloatingPointError, match="not finite"):
+        with pytest.raises(UserError, match="not finite"):
             detect(checkpoint, split, eval_batches(split, 2), SECTION, "cpu")
 
     def test_other_categories_are_refused(self, split: Manifest, tmp_path: Path) -> None:

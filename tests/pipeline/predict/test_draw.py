@@ -1,22 +1,27 @@
 """Pictures of a detector's answers."""
 
+import copy
 import csv
-import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from pycocotools.coco import COCO
 from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.predict import predict
 from pipeline.data.labels import Category, LabelMap
 from pipeline.errors import UserError
+from pipeline.files import read_json
 from pipeline.predict.detector import Detector
-from pipeline.predict.draw import category_color, draw_boxes, draw_pictures, find_pictures
+from pipeline.predict.draw import category_color, draw_boxes, draw_pictures
+from pipeline.predict.pictures import find_pictures
 from tests.builders import make_image, write_checkpoint, write_coco, write_image
 
 LABELS = LabelMap("coco91", (Category(1, "cat"), Category(3, "dog"), Category(90, "toothbrush")))
@@ -38,91 +43,86 @@ class TestBoxes:
         assert len({category_color(category_id) for category_id in range(1, 91)}) > 80
 
 
-class TestFindPictures:
-    def test_files_and_the_pictures_of_folders(self, tmp_path: Path) -> None:
-        inside = [write_image(tmp_path / "in" / name) for name in ("a.jpg", "b.png")]
-        (tmp_path / "in" / "notes.txt").write_text("not a picture")
-        beside = write_image(tmp_path / "a.png")
-        assert find_pictures([tmp_path / "in", beside]) == [*inside, beside]
-
-    def test_patterns(self, tmp_path: Path) -> None:
-        paths = [write_image(tmp_path / name) for name in ("a.jpg", "deep/b.jpg", "deep/[c].png")]
-        (tmp_path / "deep" / "notes.txt").write_text("not a picture")
-        assert find_pictures([tmp_path / "*.jpg"]) == paths[:1]
-        assert find_pictures([tmp_path / "**" / "*"]) == [paths[0], paths[2], paths[1]]
-        assert find_pictures([paths[2]]) == [paths[2]]  # a name, not a pattern
-
-    def test_the_images_of_a_coco_file(self, tmp_path: Path) -> None:
-        files = write_coco(tmp_path, (4, 2))
-        pictures = [files.images / f"{number:012d}.jpg" for number in (4, 2)]
-        assert find_pictures([files.annotations], files.images) == pictures
-        files.annotations.rename(files.images / "listed.json")
-        assert find_pictures([files.images / "listed.json"]) == pictures
-
-    @pytest.mark.parametrize(
-        ("name", "message"),
-        [
-            pytest.param("none.jpg", "none.jpg: no such picture", id="missing"),
-            pytest.param("empty", "empty: no picture in this folder", id="empty folder"),
-            pytest.param("*.png", r"\*\.png: no picture has a name of this pattern", id="pattern"),
-            pytest.param("list.json", r"list\.json: no COCO file, which has a list `images`", id="another JSON"),
-            pytest.param("text.json", r"text\.json: the COCO file is not JSON", id="no JSON"),
-            pytest.param("nameless.json", r"nameless\.json: images\[1\] has no file_name", id="no name"),
-        ],
-    )
-    def test_nothing_there(self, name: str, message: str, tmp_path: Path) -> None:
-        (tmp_path / "empty").mkdir()
-        (tmp_path / "list.json").write_text("[1]")
-        (tmp_path / "text.json").write_text("text")
-        (tmp_path / "nameless.json").write_text('{"images": [{"file_name": "a.jpg"}, {"id": 2}]}')
-        with pytest.raises(UserError, match=message):
-            find_pictures([tmp_path / name])
+def found_in(out: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The images and the detections of a folder of drawn pictures."""
+    return read_json(out / "images.json", "images")["images"], read_json(out / "detections.json", "detections")
 
 
 class TestDrawPictures:
-    def test_pictures_and_detections(self, detector: Detector, tmp_path: Path) -> None:
-        paths = [
-            write_image(tmp_path / "in" / "a.jpg", 40, 30),
-            write_image(tmp_path / "in" / "b.png", 30, 40),
-            write_image(tmp_path / "a.png", 20, 20),
-        ]
+    @pytest.mark.parametrize("batch_size", [1, 2])
+    def test_pictures_and_detections(self, batch_size: int, detector: Detector, tmp_path: Path) -> None:
+        sizes = {"in/a.jpg": (40, 30), "in/b.png": (40, 30), "a.png": (20, 20)}
+        paths = [write_image(tmp_path / name, *size) for name, size in sizes.items()]
         out = tmp_path / "out"
-        draw_pictures(detector, paths, out, score_threshold=0.0)
-        assert {path.name for path in out.iterdir()} == {"a.png", "a_.png", "b.png", "detections.json"}
-        found = json.loads((out / "detections.json").read_text())
-        assert [Path(entry["file_name"]) for entry in found] == paths
-        assert [entry["drawn"] for entry in found] == ["a.png", "b.png", "a_.png"]
-        assert found[0]["detections"][0].keys() == {"category_id", "category", "score", "bbox"}
+        pictures = find_pictures([str(path) for path in paths])
+        drawn = draw_pictures(detector, pictures, out, score_threshold=0.0, batch_size=batch_size)
+        assert {path.name for path in out.iterdir()} == {"a.png", "a_.png", "b.png", "images.json", "detections.json"}
+        images, detections = found_in(out)
+        assert [Path(image["file_name"]) for image in images] == paths
+        assert [image["drawn"] for image in images] == ["a.png", "b.png", "a_.png"]
+        assert [(image["width"], image["height"]) for image in images] == list(sizes.values())
         assert Image.open(out / "a.png").size == (40, 30)
+        assert drawn.best == max(entry["score"] for entry in detections)
+        for number, path in enumerate(paths, start=1):
+            wanted = detector(path.read_bytes())
+            own = [entry for entry in detections if entry["image_id"] == number]
+            assert [entry["category_id"] for entry in own] == [entry["category_id"] for entry in wanted]
+            assert [entry["score"] for entry in own] == pytest.approx([entry["score"] for entry in wanted], abs=1e-5)
+
+    def test_they_are_results_of_coco(self, detector: Detector, tmp_path: Path) -> None:
+        """With the ids of the COCO file, in the pictures, and as pycocotools takes them."""
+        files, out, wide = write_coco(tmp_path, (4, 2)), tmp_path / "out", copy.deepcopy(detector)
+        for head in wide.model.bbox_embed:  # type: ignore[union-attr]
+            torch.nn.init.constant_(head.layers[-1].bias, 3.0)  # type: ignore[union-attr, index, arg-type]
+        draw_pictures(wide, find_pictures([str(files.annotations)], files.images), out, score_threshold=0.0)
+        images, detections = found_in(out)
+        assert [image["id"] for image in images] == [4, 2]
+        sizes = {image["id"]: (image["width"], image["height"]) for image in images}
+        for entry in detections:
+            (left, top, width, height), (right, bottom) = entry["bbox"], sizes[entry["image_id"]]
+            assert min(left, top) >= 0
+            assert (left + width <= right, top + height <= bottom) == (True, True)
+        assert any(entry["bbox"][0] + entry["bbox"][2] == sizes[entry["image_id"]][0] for entry in detections)
+        loaded = COCO(str(files.annotations)).loadRes(str(out / "detections.json"))
+        assert len(loaded.getAnnIds()) == len(detections)
 
     def test_a_table(self, detector: Detector, tmp_path: Path) -> None:
-        paths = [write_image(tmp_path / name) for name in ("a,b.png", "c.png")]
-        drawn = draw_pictures(detector, paths, tmp_path / "out", score_threshold=0.0, table=tmp_path / "found.csv")
-        with (tmp_path / "found.csv").open(newline="") as file:
+        paths = [str(write_image(tmp_path / name)) for name in ("a,b.png", "c.png")]
+        table, out = tmp_path / "found.csv", tmp_path / "out"
+        drawn = draw_pictures(detector, find_pictures(paths), out, score_threshold=0.0, table=table)
+        with table.open(newline="") as file:
             rows = list(csv.DictReader(file))
         assert len(rows) == drawn.detections > 2
-        found = json.loads((tmp_path / "out" / "detections.json").read_text())
-        wanted = [(entry["file_name"], each) for entry in found for each in entry["detections"]]
-        for row, (name, each) in zip(rows, wanted, strict=True):
+        for row, entry in zip(rows, found_in(out)[1], strict=True):
             box = [float(row[key]) for key in ("left", "top", "width", "height")]
-            assert (row["file_name"], row["category"], box) == (name, each["category"], each["bbox"])
-            assert (int(row["category_id"]), float(row["score"])) == (each["category_id"], each["score"])
+            assert (row["file_name"], row["category"]) == (paths[entry["image_id"] - 1], entry["category"])
+            assert (box, float(row["score"])) == (entry["bbox"], entry["score"])
+            assert [int(row[key]) for key in ("image_id", "category_id")] == [entry["image_id"], entry["category_id"]]
 
     def test_attention(self, detector: Detector, tmp_path: Path) -> None:
-        image, out = write_image(tmp_path / "a.png", 40, 30), tmp_path / "out"
-        draw_pictures(detector, [image], out, score_threshold=1.0, show_attention=2)
-        (best,) = json.loads((out / "detections.json").read_text())
+        pictures, out = find_pictures([str(write_image(tmp_path / "a.png", 40, 30))]), tmp_path / "out"
+        draw_pictures(detector, pictures, out, score_threshold=1.0, show_attention=2)
+        ((best,), _) = found_in(out)
         assert len(best["attention"]) == 2
-        draw_pictures(detector, [image], out, score_threshold=0.4, show_attention=1, queries=[5])
-        (chosen,) = json.loads((out / "detections.json").read_text())
+        draw_pictures(detector, pictures, out, score_threshold=0.4, show_attention=1, queries=[5])
+        ((chosen,), _) = found_in(out)
         assert chosen["attention"] == ["a_query5.png"]
-        drawn = {*best["attention"], "a_query5.png", "a.png", "detections.json"}
+        drawn = {*best["attention"], "a_query5.png", "a.png", "images.json", "detections.json"}
         assert {path.name for path in out.iterdir()} == drawn
+
+    def test_a_full_disk(self, detector: Detector, tmp_path: Path) -> None:
+        image = write_image(tmp_path / "a.png")
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "a.png").symlink_to("/dev/full")
+        with pytest.raises(UserError, match=r"out: no space left .* --out"):
+            draw_pictures(detector, find_pictures([str(image)]), out, score_threshold=0.0)
+        assert not (out / "detections.json").exists()
 
     def test_not_a_picture(self, detector: Detector, tmp_path: Path) -> None:
         (tmp_path / "text.jpg").write_text("text")
         with pytest.raises(UserError, match=r"text\.jpg: these bytes are not a picture"):
-            draw_pictures(detector, [tmp_path / "text.jpg"], tmp_path / "out", score_threshold=0.4)
+            draw_pictures(detector, find_pictures([str(tmp_path / "text.jpg")]), tmp_path / "out", score_threshold=0.4)
 
 
 @pytest.fixture(scope="module")
@@ -138,12 +138,12 @@ def test_one_bad_picture_of_three(checkpoint: Path, tmp_path: Path, caplog: pyte
     os.mkfifo(tmp_path / "in" / "d.jpg")
     out = tmp_path / "out"
     with caplog.at_level("WARNING", logger="raydetr"):
-        drawn = predict(str(checkpoint), [tmp_path / "in"], out, tracking_uri="", score_threshold=0.0)
+        drawn = predict(str(checkpoint), [str(tmp_path / "in")], out, tracking_uri="", score_threshold=0.0)
     assert drawn.pictures == 2
     assert [Path(text.split(":")[0]).name for text in drawn.unusable] == ["b.jpg", "d.jpg"]
     assert "b.jpg: these bytes are not a picture" in caplog.text
-    assert {path.name for path in out.iterdir()} == {"a.png", "c.png", "detections.json"}
-    assert len(json.loads((out / "detections.json").read_text())) == 2
+    assert {path.name for path in out.iterdir()} == {"a.png", "c.png", "images.json", "detections.json"}
+    assert len(found_in(out)[0]) == 2
 
 
 def test_the_command_ends_with_1_and_says_how_many(checkpoint: Path, tmp_path: Path) -> None:
@@ -161,14 +161,14 @@ def test_no_picture_that_can_be_used(checkpoint: Path, tmp_path: Path) -> None:
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_text("text")
     with pytest.raises(UserError, match=r"a\.jpg: .*none of the 2 pictures can be used"):
-        predict(str(checkpoint), [tmp_path / "a.jpg", tmp_path / "b.jpg"], tmp_path / "out", tracking_uri="")
+        predict(str(checkpoint), [str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")], tmp_path / "out", tracking_uri="")
 
 
 class TestOwnFolder:
     def test_is_refused(self, checkpoint: Path, tmp_path: Path) -> None:
         write_image(tmp_path / "a.png")
         with pytest.raises(UserError, match="is the folder of the pictures"):
-            predict(str(checkpoint), [tmp_path], tmp_path, tracking_uri="")
+            predict(str(checkpoint), [str(tmp_path)], tmp_path, tracking_uri="")
 
     @pytest.mark.parametrize("link", [None, "symbolic", "hard"])
     def test_no_given_picture_is_written_over(self, checkpoint: Path, tmp_path: Path, link: str | None) -> None:
@@ -178,13 +178,12 @@ class TestOwnFolder:
         out.mkdir(exist_ok=True)
         if link:
             (out / "a.png").symlink_to(picture) if link == "symbolic" else (out / "a.png").hardlink_to(picture)
-        predict(str(checkpoint), [picture], out, tracking_uri="", score_threshold=0.0)
+        predict(str(checkpoint), [str(picture)], out, tracking_uri="", score_threshold=0.0)
         assert picture.read_bytes() == before
-        assert json.loads((out / "detections.json").read_text())[0]["drawn"] == "a_.png"
+        assert found_in(out)[0][0]["drawn"] == "a_.png"
 
     def test_drawn_looks_take_no_name_of_another(self, checkpoint: Path, tmp_path: Path) -> None:
-        pictures = [write_image(tmp_path / name) for name in ("a_query5.png", "a.png")]
+        pictures = [str(write_image(tmp_path / name)) for name in ("a_query5.png", "a.png")]
         predict(str(checkpoint), pictures, tmp_path / "out", tracking_uri="", show_attention=1, queries=[5])
-        found = json.loads((tmp_path / "out" / "detections.json").read_text())
-        names = [name for entry in found for name in (entry["drawn"], *entry["attention"])]
+        names = [name for entry in found_in(tmp_path / "out")[0] for name in (entry["drawn"], *entry["attention"])]
         assert len(set(names)) == len(names) == 4

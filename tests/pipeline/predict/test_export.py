@@ -155,7 +155,7 @@ def test_a_file_that_finds_something_else_is_not_left(tmp_path: Path) -> None:
 def test_spoilt_weights(tmp_path: Path) -> None:
     detector = detector_of("detr")
     torch.nn.init.constant_(detector.model.class_embed.bias, float("nan"))  # type: ignore[union-attr, arg-type]
-    with pytest.raises(UserError, match=r"not finite: its weights are spoilt; export another"):
+    with pytest.raises(UserError, match=r"not finite: its weights are spoilt; take others"):
         export_detector(detector, tmp_path / "a.pt2", "torch", (64, 64))
     assert list(tmp_path.iterdir()) == []
 
