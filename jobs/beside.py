@@ -1,12 +1,10 @@
-"""Evaluation beside training: a new checkpoint is scored as one Ray task, as soon as the cluster has room for it.
+"""Evaluation beside training: a new checkpoint is scored in one process of Ray's, as soon as the cluster has room.
 
 Nothing waits for it: where there is no room while workers train, the checkpoint is scored when training has ended.
 """
 
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,14 +15,12 @@ from ray.exceptions import RayError
 from jobs.cluster import check_alive
 from jobs.interrupt import in_thread
 from jobs.room import is_free
-from jobs.scoring import Scoring, scoring_of
+from jobs.scoring import end_scorers, new_scorer, scoring_of
 from jobs.tasks import result_of
 from pipeline.config.sections import Config
 from pipeline.data.manifest import Manifest
 from pipeline.errors import StoreError, UserError
 from pipeline.evaluate.claims import Claims
-from pipeline.evaluate.detect import Detection
-from pipeline.evaluate.results import DETECTIONS_FILE, evaluate_checkpoint
 from pipeline.log import get_logger
 
 logger = get_logger(__name__)
@@ -69,7 +65,10 @@ class EvaluationBeside:
             )
         self._scoring, self._splits = scoring_of(config), (manifest, train)
         self._done: set[str] = set()
-        self._running: dict[Any, Path] = {}
+        self._running: dict[Any, tuple[Path, Any]] = {}
+        """Checkpoints and who scores them."""
+        self._idle: list[Any] = []
+        """Kept while there is more to be scored: they would hold what others may need."""
 
     def __enter__(self) -> "EvaluationBeside":
         return self
@@ -80,26 +79,25 @@ class EvaluationBeside:
         while self._running and error is None:
             self.collect(LOOK_SECONDS)
             check_alive()
-        for reference in self._running:
-            in_thread(partial(ray.cancel, reference, force=True), "ray-cancel")  # of a Ray that may be gone
+        end_scorers(scorer for _, scorer in self._running.values())
+        self._end_idle()
 
     def begin(self) -> None:
         """Begin with the newest checkpoint that nobody has begun, if there is room: while all workers have theirs."""
         if len(self._running) >= self._at_once:
             return
         new, subset = self.due(), self._config.evaluate.subset
-        if not new or not is_free(self._scoring.resources):
+        if not new:
+            self._end_idle()
+        if not new or not (self._idle or is_free(self._scoring.resources)):
             return
         path = None
         with suppress(StoreError):  # the next look may find it there
             path = next((path for path in reversed(new) if self._claims.take(path.name, subset)), None)
         if path is None:
             return
-        # See jobs/tasks.py on the strategy.
-        scoring = self._scoring
-        asked = {"num_cpus": scoring.cpus, "num_gpus": scoring.gpus, "resources": scoring.custom}
-        task = ray.remote(max_retries=0, scheduling_strategy="DEFAULT", **asked)(_evaluate)
-        self._running[task.remote(self._scoring, *self._splits, path)] = path
+        scorer = self._idle.pop() if self._idle else new_scorer(self._scoring)
+        self._running[scorer.evaluate.remote(*self._splits, path)] = path, scorer
         self._done.add(path.name)
 
     def due(self) -> list[Path]:
@@ -108,6 +106,10 @@ class EvaluationBeside:
         new = [path for path in there if path.name not in self._done and self._is_wanted(path.name)]
         self._done |= {path.name for path in new if self._claims.is_scored(path.name, self._config.evaluate.subset)}
         return [path for path in new if path.name not in self._done]
+
+    def _end_idle(self) -> None:
+        end_scorers(self._idle)
+        self._idle = []
 
     @property
     def is_idle(self) -> bool:
@@ -123,11 +125,13 @@ class EvaluationBeside:
         subset = self._config.evaluate.subset
         done, _ = in_thread(lambda: ray.wait(list(self._running), timeout=seconds), "ray-wait").result()
         for reference in done:
-            path = self._running.pop(reference)
+            path, scorer = self._running.pop(reference)
+            self._idle.append(scorer)
             try:
                 metrics, detections = result_of(reference)
                 self._claims.keep(path.name, subset, metrics, detections)
             except (UserError, RayError) as error:
+                self._end_idle()  # it may be lost
                 if isinstance(error, StoreError):  # which may be there the next time
                     self._done.discard(path.name)
                 if path in self._claims.checkpoints():  # and was not removed for newer ones
@@ -135,20 +139,3 @@ class EvaluationBeside:
             else:
                 self._scored(path.name, metrics)
             self._claims.give_back(path.name, subset)
-
-
-def _evaluate(
-    scoring: Scoring, val: Manifest, train: Manifest | None, checkpoint: Path
-) -> tuple[dict[str, Any], bytes]:
-    """What the task does: it scores a checkpoint alone, and gives the metrics and the file of the detections."""
-
-    def detect_all(split: Manifest, path: Path, batches: list[list[int]]) -> Iterator[list[Detection]]:
-        yield scoring.detect(path, split, batches)
-
-    section = scoring.evaluate
-    sample = (train, partial(detect_all, train)) if train else None
-    with scoring.here(checkpoint) as path, tempfile.TemporaryDirectory() as folder:
-        metrics, _ = evaluate_checkpoint(
-            path, val, section, Path(folder), partial(detect_all, val), train=sample, subset=section.subset
-        )
-        return metrics | {"checkpoint": str(checkpoint)}, Path(folder, DETECTIONS_FILE).read_bytes()

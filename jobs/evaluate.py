@@ -1,4 +1,4 @@
-"""Scores a run's checkpoints on the validation split: inference as Ray tasks, everything else in the driver."""
+"""Scores a run's checkpoints on the validation split: inference in Ray's processes, everything else in the driver."""
 
 import json
 import shutil
@@ -11,8 +11,7 @@ from typing import Any
 from jobs.console import ProgressDisplay, make_console
 from jobs.interrupt import in_thread
 from jobs.room import wait_for_room
-from jobs.scoring import Scoring, scoring_of
-from jobs.tasks import run_tasks
+from jobs.scoring import ScorerPool, scoring_of
 from pipeline.checkpoint.find import all_whole
 from pipeline.config.load import dump_config
 from pipeline.config.sections import METRICS, Config
@@ -41,7 +40,7 @@ LEAST_BETTER, LEAST_FALL = 2.0, 0.02
 MOST_DRIFT = 0.25
 """AP by which training images may be ahead of validation before it is told."""
 SHARES = 4
-"""Inference tasks of a worker: more give smoother progress, and each loads the weights."""
+"""Parts that a worker's batches are given to it in: more give smoother progress, and each begins to decode anew."""
 
 
 def evaluate(
@@ -76,15 +75,16 @@ def evaluate(
     """
     out = config.folder.evaluation
     metrics: dict[str, Any] = {}
-    for path in _chosen(config, checkpoint):
-        verify = config.evaluate.verify and path == checkpoint
-        with claimed(path.name), disk_told(out, "runs"), _progress(path.name, manifest) as shown:
-            tasks = _Tasks(config, manifest, shown)
-            sample = (train, _Tasks(config, train, None)) if train else None
-            metrics, is_new = evaluate_checkpoint(
-                path, manifest, config.evaluate, out / path.name, tasks, verify=verify, train=sample
-            )
-        tell_scores(config.folder, path.name, metrics, is_new=is_new)
+    with _pool(config) as pool:
+        for path in _chosen(config, checkpoint):
+            verify = config.evaluate.verify and path == checkpoint
+            with claimed(path.name), disk_told(out, "runs"), _progress(path.name, manifest) as shown:
+                sample = (train, _Shares(pool, train, None)) if train else None
+                shares = _Shares(pool, manifest, shown)
+                metrics, is_new = evaluate_checkpoint(
+                    path, manifest, config.evaluate, out / path.name, shares, verify=verify, train=sample
+                )
+            tell_scores(config.folder, path.name, metrics, is_new=is_new)
     with disk_told(out, "runs"):
         _report(config, manifest, metrics, out / checkpoint.name, out)
     if tracker is not None:
@@ -133,10 +133,10 @@ def evaluate_weights(config: Config, weights: Path, manifest: Manifest, out: Pat
     make_folder(folder)
     with disk_told(out, "--out"):
         detector.save(folder)
-        with _progress(weights.name, manifest) as shown:
-            tasks = _Tasks(config, manifest, shown)
+        with _progress(weights.name, manifest) as shown, _pool(config) as pool:
+            shares = _Shares(pool, manifest, shown)
             metrics, _ = evaluate_checkpoint(
-                folder, manifest, config.evaluate, folder, tasks, verify=config.evaluate.verify
+                folder, manifest, config.evaluate, folder, shares, verify=config.evaluate.verify
             )
         _report(config, manifest, metrics, folder, out)
     return metrics
@@ -228,38 +228,29 @@ def _report(config: Config, manifest: Manifest, metrics: dict[str, Any], source:
     write_json(record, {"key": key, "config": settings, "code": code, "val": str(manifest.folder)})
 
 
-class _Tasks:
-    """Runs a checkpoint's network over batches as Ray tasks, `evaluate.workers` at once."""
+class _Shares:
+    """Runs a checkpoint's network over batches of a split, cut into shares for a pool."""
 
-    def __init__(self, config: Config, manifest: Manifest, shown: ProgressDisplay | None) -> None:
-        self._config = config
+    def __init__(self, pool: ScorerPool, manifest: Manifest, shown: ProgressDisplay | None) -> None:
+        self._pool = pool
         self._manifest = manifest
         self._shown = shown
 
     def __call__(self, checkpoint: Path, batches: list[list[int]]) -> Iterator[list[Detection]]:
-        config, scoring = self._config, scoring_of(self._config)
-        if scoring.custom:
-            wait_for_room(config.cluster, [1], scoring.resources, "evaluate")
-        workers = config.evaluate.workers or config.cluster.most_workers
-        count = min(len(batches), workers * SHARES)
+        count = min(len(batches), self._pool.at_once * SHARES)
         shares = [batches[index::count] for index in range(count)]
-        for share, detections in run_tasks(
-            partial(_detect_share, scoring, checkpoint.absolute(), self._manifest),
-            shares,
-            at_once=workers,
-            cpus=scoring.cpus,
-            gpus=scoring.gpus,
-            resources=scoring.custom,
-        ):
+        for share, detections in self._pool.detect(checkpoint.absolute(), self._manifest, shares):
             yield detections
             if self._shown is not None:
                 self._shown.advance(sum(len(batch) for batch in share))
 
 
-def _detect_share(scoring: Scoring, checkpoint: Path, manifest: Manifest, batches: list[list[int]]) -> list[Detection]:
-    """What one task does: it loads the weights once, for all its batches."""
-    with scoring.here(checkpoint) as path:
-        return scoring.detect(path, manifest, batches)
+def _pool(config: Config) -> ScorerPool:
+    """Processes for `evaluate.workers` at once, where there is room for one."""
+    scoring = scoring_of(config)
+    if scoring.custom:
+        wait_for_room(config.cluster, [1], scoring.resources, "evaluate")
+    return ScorerPool(scoring, config.evaluate.workers or config.cluster.most_workers)
 
 
 def _progress(name: str, manifest: Manifest) -> ProgressDisplay:

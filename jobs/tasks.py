@@ -58,7 +58,7 @@ def run_tasks(
             while waiting and len(running) < at_once:
                 argument = waiting.pop()
                 running[remote.remote(argument)] = argument
-            finished = _ended(list(running), 1, LOOK_SECONDS)
+            finished = ended_of(list(running), 1, LOOK_SECONDS)
             for done in finished:
                 yield running.pop(done), result_of(done)
             if not finished:
@@ -73,13 +73,13 @@ def _cancel(running: list[Any]) -> None:
     for force in (False, True):
         for reference in running:
             ray.cancel(reference, force=force)
-        ended = _ended(running, len(running), CANCEL_SECONDS)
+        ended = ended_of(running, len(running), CANCEL_SECONDS)
         running = [reference for reference in running if reference not in ended]
         if not running:
             return
 
 
-def _ended(running: list[Any], at_least: int, seconds: float) -> list[Any]:
+def ended_of(running: list[Any], at_least: int, seconds: float) -> list[Any]:
     """Those that have ended once there are so many or the time is up."""
     ended, _ = in_thread(lambda: ray.wait(running, num_returns=at_least, timeout=seconds), "ray-wait").result()
     return list(ended)

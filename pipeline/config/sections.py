@@ -346,11 +346,13 @@ class EvaluateSection(Section):
     batch_size: Annotated[int, Role.SCORES] = Field(2, ge=1)
     """Images that go through the network at once."""
     workers: int | None = Field(None, ge=1)
-    """Inference tasks at once, or with `--follow` checkpoints; the default is cluster.workers."""
+    """Processes that score at once, or with `--follow` checkpoints; the default is cluster.workers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the network runs when it is scored; auto is what cluster.device means."""
     gpus: float = Field(1, gt=0, le=1)
-    """Part of a GPU that Ray sets aside for an inference task: with 0.25 four tasks share one, and its memory."""
+    """Part of a GPU that Ray sets aside for each of them: with 0.25 four share one, and its memory."""
+    loader_workers: int | None = Field(None, ge=0)
+    """Processes that decode for each of them; the default is train.loader_workers."""
     precision: Annotated[Literal["fp32", "bf16"], Role.SCORES] = "fp32"
     """Arithmetic of the network when it is scored: fp32, or bf16 autocast. What is registered serves in fp32."""
     short_side: Annotated[int, Role.SCORES, Role.SERVES] = Field(800, ge=1)

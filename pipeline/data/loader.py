@@ -134,7 +134,9 @@ class TrainLoader:
         return len(self._steps)
 
     def __iter__(self) -> Iterator[Step]:
-        _refuse_small_memory(self._train)
+        train = self._train
+        pixels = train.micro_batch * train.augment.greatest_side**2
+        _refuse_small_memory(train.loader_workers, pixels, "train.loader_workers")
         batch, ahead = self._train.global_batch, self._manifest.fetch_ahead()
         wanted: list[int] = []
         items = iter(_data_loader(self._dataset, self._train.loader_workers))
@@ -179,6 +181,8 @@ class EvalLoader:
         evaluate: for the sizes.
         workers: decoding processes; 0 decodes here.
         on_error: whether an image that cannot be read raises `UserError` or is left out with a warning.
+
+    Iterating raises `UserError` where the worker processes may need more shared memory than is free, too.
     """
 
     def __init__(
@@ -191,11 +195,13 @@ class EvalLoader:
     ) -> None:
         self._dataset = _EvalDataset(manifest, batches, evaluate.short_side, evaluate.max_side, on_error)
         self._workers = workers
+        self._pixels = max((len(batch) for batch in batches), default=0) * evaluate.max_side**2
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __iter__(self) -> Iterator[EvalBatch]:
+        _refuse_small_memory(self._workers, self._pixels, "evaluate.loader_workers")
         items = iter(_data_loader(self._dataset, self._workers))
         try:
             for item in items:
@@ -332,18 +338,24 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _refuse_small_memory(train: TrainSection) -> None:
-    """Raise a UserError where the worker processes of this host's ranks may share more than there is room for."""
-    if train.loader_workers == 0 or not os.path.isdir(SHARED_MEMORY):
+def _refuse_small_memory(workers: int, pixels: int, setting: str) -> None:
+    """Raise a UserError where the worker processes of this host's ranks may share more than there is room for.
+
+    Args:
+        workers: of each rank.
+        pixels: of the most that an item can have.
+        setting: of the workers, for the message.
+    """
+    if workers == 0 or not os.path.isdir(SHARED_MEMORY):
         return
-    item = train.micro_batch * train.augment.greatest_side**2 * 4  # three colours and the mask
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    need, free = ranks * train.loader_workers * (PREFETCH + 1) * item, shutil.disk_usage(SHARED_MEMORY).free
+    need = ranks * workers * (PREFETCH + 1) * pixels * 4  # three colours and the mask
+    free = shutil.disk_usage(SHARED_MEMORY).free
     if need > free:
         raise UserError(
             f"{SHARED_MEMORY} on {socket.gethostname()} has {free / 2**20:.0f} MiB free, and {ranks} workers with "
-            f"train.loader_workers {train.loader_workers} may share {need / 2**20:.0f} MiB: make it larger "
-            "(`--shm-size` of a container, an emptyDir of medium Memory in Kubernetes), or set train.loader_workers: 0"
+            f"{setting} {workers} may share {need / 2**20:.0f} MiB: make it larger (`--shm-size` of a container, an "
+            f"emptyDir of medium Memory in Kubernetes), or set {setting}: 0"
         )
 
 
