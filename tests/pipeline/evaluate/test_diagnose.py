@@ -1,6 +1,7 @@
 """What stands behind a score, on scenes whose errors are known."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from pipeline.evaluate.diagnose import (
 )
 from pipeline.evaluate.documents import Found, Truth, detections_of, ground_truth_of
 from pipeline.evaluate.score import score
+from pipeline.files import read_json
 from tests.builders import CATEGORIES
 from tests.pipeline.evaluate.evaluations import DOG, FOUND, OBJECTS, PERFECT, make_detection
 from tests.pipeline.evaluate.scenes import make_scene
@@ -35,6 +37,33 @@ DOCUMENT: dict[str, Any] = {
 def read(document: dict[str, Any], detections: Sequence[dict[str, Any]]) -> tuple[Truth, Found]:
     truth = ground_truth_of(document, "bbox")
     return truth, detections_of(list(detections), truth, "bbox")
+
+
+def spoilt(truth: dict[str, Any]) -> list[dict[str, Any]]:
+    """Detections of a document with errors of each type."""
+    rng = np.random.default_rng(0)
+    categories = [category["id"] for category in truth["categories"]]
+    found = []
+    for entry in truth["annotations"]:
+        if rng.random() < 0.1:
+            continue
+        for _ in range(1 + int(rng.random() < 0.15)):
+            x, y, width, height = entry["bbox"]
+            off = rng.choice([0.03, 0.1, 0.25, 0.5])
+            box = [x + rng.normal() * off * width, y + rng.normal() * off * height]
+            box += [width * np.exp(rng.normal() * off), height * np.exp(rng.normal() * off)]
+            category = entry["category_id"] if rng.random() > 0.1 else int(rng.choice(categories))
+            found.append(_found(entry["image_id"], category, box, rng.random()))
+    for image in truth["images"]:
+        for _ in range(rng.integers(0, 4)):
+            category, sides = int(rng.choice(categories)), (image["width"], image["height"])
+            box = [*(rng.random() * side * 0.8 for side in sides), *(side * 0.1 for side in sides)]
+            found.append(_found(image["id"], category, box, rng.random()))
+    return found
+
+
+def _found(image_id: int, category_id: int, box: list[float], score: float) -> dict[str, Any]:
+    return {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +86,22 @@ class TestDiagnose:
         # What is wrong in both ways misses its object, too.
         assert counts == {"Cls": 1, "Loc": 1, "Both": 1, "Dupe": 1, "Bkg": 1, "Miss": 2}
         assert diagnosis.errors["Cls"].cost > 0
+
+    def test_types_of_errors_are_those_of_tidecv(self, shared_data: Path) -> None:
+        """The numbers are what tidecv 1.0.1 says of the same files; it counts AP in percent."""
+        truth = read_json(shared_data / "bccd" / "annotations" / "instances_val.json", "annotations")
+        found = diagnose(*read(truth, spoilt(truth)), 0.4)
+        tidecv = {
+            "Cls": (51, 5.439090369689236),
+            "Loc": (410, 26.597110291528054),
+            "Both": (65, 2.4796470117512186),
+            "Dupe": (46, 0.293330046632569),
+            "Bkg": (126, 2.630638989788789),
+            "Miss": (215, 4.415316277957224),
+        }
+        assert {name: cost.count for name, cost in found.errors.items()} == {name: n for name, (n, _) in tidecv.items()}
+        costs = {name: 100 * cost.cost for name, cost in found.errors.items()}
+        assert costs == pytest.approx({name: cost for name, (_, cost) in tidecv.items()}, abs=1e-9)
 
     def test_confusion(self, diagnosis: Diagnosis) -> None:
         """Rows are cat, dog, toothbrush and nothing; a duplicate and what is placed badly find nothing."""
