@@ -143,7 +143,8 @@ class ScorerPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        end_scorers([*self._idle, *self._running.values()])
+        end_scorers(self._running.values())
+        self._end_idle()
 
     def detect(
         self, checkpoint: Path, split: Manifest, shares: Sequence[list[list[int]]]
@@ -170,6 +171,11 @@ class ScorerPool:
                     yield given.pop(reference), found
             if not ended:
                 check_alive()
+                self._end_idle()  # a lost one may wait for the room to begin again
+
+    def _end_idle(self) -> None:
+        end_scorers(self._idle)
+        self._idle = []
 
 
 def scoring_of(config: Config) -> Scoring:

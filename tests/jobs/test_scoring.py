@@ -131,6 +131,18 @@ class TestPool:
         found = sort_detections([entry for _, part in ended for entry in part])
         assert found == sort_detections(detect(checkpoint, split, batches, SECTION, "cpu"))
 
+    def test_one_without_work_gives_its_room_to_another(
+        self, split: Manifest, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("jobs.scoring.LOOK_SECONDS", 0.2)
+        batches, counts = eval_batches(split, 1), []
+        with ScorerPool(SCORING, 2) as pool:
+            for _ in pool.detect(checkpoint, split, [[batches[0]]] * 4):  # both have begun, and have the network
+                counts.append(len(scorers()))
+            for _ in pool.detect(checkpoint, split, [batches * 30, [batches[0]]]):
+                counts.append(len(scorers()))
+        assert (max(counts), counts[-1]) == (2, 1)
+
     def test_a_users_error_ends_all(self, split: Manifest, checkpoint: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="neither a checkpoint"), ScorerPool(SCORING, 2) as pool:
             list(pool.detect(tmp_path, split, [[[0]], [[1]]]))
