@@ -1,8 +1,9 @@
 """How long a step takes: what the ranks tell each other, and what each computes.
 
 Collectives are rings: every rank sends its share of (ranks - 1) / ranks of the bytes in ranks - 1 messages, an
-all-reduce twice that (Patarasuk and Yuan, 2009). Ours wait for the computation, and it for them, as DeepSpeed does
-without `overlap_comm`; with it the reductions of stages 2 and 3 hide behind the backward pass.
+all-reduce twice that (Patarasuk and Yuan, 2009). At stage 0 reductions hide behind the backward pass of a step's last
+micro-batch, all but the last bucket's. At the others they wait for the computation, and it for them, as DeepSpeed does
+without `overlap_comm`; with it those of stages 2 and 3 hide behind the backward pass.
 """
 
 from collections.abc import Mapping
@@ -11,11 +12,10 @@ from math import ceil
 from typing import Any
 
 from pipeline.plan.memory import FLOAT, Layout
+from pipeline.train.reduce import BUCKETS
 
 BACKWARD = 2 / 3
 """Part of a micro-batch's time that its backward pass takes."""
-WHOLE_BUCKET = 500_000_000
-"""Elements of DeepSpeed's buffer at stage 0."""
 PERSISTENT = 100_000
 """Parameters with fewer elements stay gathered at stage 3, unless DeepSpeed is told otherwise."""
 
@@ -58,12 +58,13 @@ class Exchange:
             link: between the ranks.
         """
         gradients, bucket = FLOAT * self.layout.trained, self.zero["reduce_bucket_size"]
-        calls = ceil(self.layout.trained / (bucket if self.stage else WHOLE_BUCKET))
+        if self.stage == 0:
+            reduced = link.all_reduce(gradients, ranks, BUCKETS)
+            return max(reduced / BUCKETS, reduced - BACKWARD * compute)
+        calls = ceil(self.layout.trained / bucket)
         reduced = (link.gather if self.stage == 3 else link.all_reduce)(gradients, ranks, calls)
         if self.stage >= 2 and self.zero.get("overlap_comm"):
             reduced = max(0.0, reduced - BACKWARD * compute)
-        if self.stage == 0:
-            return reduced
         if self.stage < 3:
             times = 1 if self.stage == 1 else micro_batches
             return times * reduced + link.gather(gradients, ranks, len(self.layout.groups))

@@ -47,6 +47,10 @@ from pipeline.train.optim import (
     parameter_groups,
     set_learning_rates,
 )
+from pipeline.train.reduce import (
+    BUCKETS,
+    reduce_early,
+)
 from pipeline.train.replay import (
     Replayed,
     ReplayedPart,
@@ -66,6 +70,7 @@ from pipeline.train.stop import (
 )
 
 __all__ = [
+    "BUCKETS",
     "CARDS",
     "LEAST_STEPS",
     "LOOK_SECONDS",
@@ -103,6 +108,7 @@ __all__ = [
     "make_optimizer",
     "micro_batch",
     "parameter_groups",
+    "reduce_early",
     "resume_point",
     "set_learning_rates",
     "take_step",

@@ -16,6 +16,7 @@ from pipeline.log import get_logger
 from pipeline.train.initial import make_model
 from pipeline.train.loss_scale import install, loss_scale_of
 from pipeline.train.optim import make_optimizer, parameter_groups, set_learning_rates
+from pipeline.train.reduce import reduce_early
 from pipeline.train.run import Run
 
 logger = get_logger(__name__)
@@ -80,6 +81,7 @@ def make_engine(run: Run, found: tuple[Path, State] | None) -> Any:
     )
     scaling = (found[1].scaling if found else None) or Scaling()
     install(engine, scaling if job.train.precision == "fp16" else None, world.size)
+    reduce_early(engine, world)
     if found is not None:
         path, state = found
         set_learning_rates(engine.basic_optimizer, run.factor(state.step - 1))

@@ -1,9 +1,10 @@
-"""Training of the demo by two workers, against two bare processes side by side, in the same run.
+"""Training by two workers, against two bare processes side by side, in the same run: the demo, or another recipe.
 
     python tests/benchmarks/train_overhead.py
+    python tests/benchmarks/train_overhead.py --config jobs/configs/coco_r50.yaml --size 480 --batch 2 --steps 12
 
 The bare ones have their batches in memory and run forward, losses, backward, clipping and AdamW of the same steps; no
-loader, no DeepSpeed, nothing that one tells the other. Both take turns.
+loader, no DeepSpeed, nothing that one tells the other. Both take turns. Images are drawn, a micro-batch a worker.
 """
 
 import argparse
@@ -33,8 +34,8 @@ from pipeline.train.optim import make_optimizer, parameter_groups
 from pipeline.train.run import TrainJob
 
 LEAST = 0.8
-WINDOW = 10
-"""Steps between two points of the curves; the first is left out."""
+POINTS = 6
+"""Points of the curves, after equally many steps each; what is before the first is left out."""
 
 
 def ours(world: World, job: TrainJob) -> float:
@@ -51,6 +52,7 @@ def bare(world: World, job: TrainJob) -> float:
     steps = list(TrainLoader(manifest, order, settings, world.rank, world.size, 0, settings.max_steps))
     torch.manual_seed(settings.seed)
     model = build_model(job.model).train()
+    model.backbone.freeze(settings.freeze_backbone)
     optimizer, criterion = make_optimizer(parameter_groups(model, settings)), Criterion(settings.criterion, "focal")
     times: list[float] = []
     torch.distributed.barrier()
@@ -63,7 +65,7 @@ def bare(world: World, job: TrainJob) -> float:
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.perf_counter() - begin)
-    return len(times[WINDOW:]) / sum(times[WINDOW:])
+    return len(times[settings.log_steps :]) / sum(times[settings.log_steps :])
 
 
 def worker(rank: int, folder: Path, repeats: int, job: TrainJob) -> None:
@@ -85,15 +87,23 @@ def worker(rank: int, folder: Path, repeats: int, job: TrainJob) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="jobs/configs/demo.yaml", help="whose network and settings are trained")
+    parser.add_argument("--size", type=int, default=128, help="side of the images, in pixels")
+    parser.add_argument("--batch", type=int, default=8, help="images of a step")
     parser.add_argument("--steps", type=int, default=60, help="steps of a run")
     parser.add_argument("--repeats", type=int, default=3, help="runs of both")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        settings = [f"runs={folder}", f"dataset.root={folder}/data", "dataset.synthetic.train_images=400",
-                    "dataset.synthetic.val_images=8", f"train.max_steps={options.steps}",
-                    f"train.log_steps={WINDOW}"]  # fmt: skip
-        config = load_config("jobs/configs/demo.yaml", settings)
+        size = options.size
+        settings = [f"runs={folder}", f"dataset.root={folder}/data", "dataset.labels=contiguous",
+                    "dataset.synthetic.train_images=400", "dataset.synthetic.val_images=8",
+                    f"dataset.synthetic.image_size={size}", f"train.augment.short_sides=[{size}]",
+                    f"train.augment.max_side={size}", "train.augment.crop=0", "train.init.backbone=null",
+                    f"train.global_batch={options.batch}", f"train.micro_batch={options.batch // 2}",
+                    "train.loader_workers=0", "cluster.workers=2", f"train.max_steps={options.steps}",
+                    f"train.log_steps={options.steps // POINTS}"]  # fmt: skip
+        config = load_config(options.config, settings)
         draw_configured(config.dataset)
         source = open_split(config.dataset, config.dataset.train)
         manifest = shard_split(source, "train", config.shards_folder, config.dataset, config.shards)
