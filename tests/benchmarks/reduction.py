@@ -1,7 +1,7 @@
 """A step of two ranks whose gradients are reduced during the backward pass, against DeepSpeed's reduction after it.
 
     python tests/benchmarks/reduction.py
-    python tests/benchmarks/reduction.py --config jobs/configs/coco_r50.yaml --size 480 --images 1 --steps 8
+    python tests/benchmarks/reduction.py --config jobs/configs/coco_r50.yaml --size 480 --images 1 --steps 5
 
 Each rank has an image or more of random pixels, and one thread; the two take turns, step by step.
 """

@@ -1,7 +1,7 @@
 """Training by two workers, against two bare processes side by side, in the same run: the demo, or another recipe.
 
     python tests/benchmarks/train_overhead.py
-    python tests/benchmarks/train_overhead.py --config jobs/configs/coco_r50.yaml --size 480 --batch 2 --steps 12
+    python tests/benchmarks/train_overhead.py --config jobs/configs/coco_r50.yaml --size 480 --batch 2 --steps 6
 
 The bare ones have their batches in memory and run forward, losses, backward, clipping and AdamW of the same steps; no
 loader, no DeepSpeed, nothing that one tells the other. Both take turns. Images are drawn, a micro-batch a worker.
