@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -96,5 +95,7 @@ def _assign(costs: NDArray[np.floating]) -> tuple[Tensor, Tensor]:
     """Least-cost pairs of `costs` [queries, objects]. A cost that is not finite counts as prohibitive rather than
     raising here: the loss is not finite then either, and the training loop raises that on all ranks at once.
     """
+    from scipy.optimize import linear_sum_assignment  # with much else: who only builds a model does without
+
     query, target = linear_sum_assignment(np.nan_to_num(costs, nan=1e9, posinf=1e9, neginf=1e9))
     return torch.from_numpy(query.astype(np.int64)), torch.from_numpy(target.astype(np.int64))

@@ -1,4 +1,11 @@
-"""Reads: label maps, manifests, the order of samples, and the batches of training and evaluation."""
+"""Reads: label maps, manifests, the order of samples, and the batches of training and evaluation.
+
+Batches are torch's, which takes seconds to import: the loader comes when one of its names is first asked for (PEP 562),
+and whoever shards data does without.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from pipeline.data.augment import (
     Boxes,
@@ -36,15 +43,6 @@ from pipeline.data.labels import (
     Category,
     LabelMap,
 )
-from pipeline.data.loader import (
-    EvalBatch,
-    EvalLoader,
-    MicroBatch,
-    Step,
-    TrainLoader,
-    eval_batches,
-    prepare_workers,
-)
 from pipeline.data.manifest import (
     Manifest,
     Shard,
@@ -81,6 +79,11 @@ from pipeline.data.truth import (
     original_size,
     scaled_box,
 )
+
+if TYPE_CHECKING:
+    from pipeline.data.loader import EvalBatch, EvalLoader, MicroBatch, Step, TrainLoader, eval_batches, prepare_workers
+
+_LOADER = ("EvalBatch", "EvalLoader", "MicroBatch", "Step", "TrainLoader", "eval_batches", "prepare_workers")
 
 __all__ = [
     "DEFAULT_CACHE",
@@ -141,3 +144,13 @@ __all__ = [
     "write_manifest",
     "xyxy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LOADER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("pipeline.data.loader"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.batch import IMAGENET_MEAN
+from model.config import IMAGENET_MEAN
 from pipeline.config.sections import AugmentSection
 from pipeline.data.images import Pixels
 from pipeline.data.philox import pick

@@ -1,11 +1,10 @@
 """The samples of a step: which, how augmented, and read from the shards as an image with its targets."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipeline.config.sections import TrainSection
 from pipeline.data.augment import DRAWS, Plan, Plans, plan_train
@@ -16,6 +15,9 @@ from pipeline.data.labels import LabelMap
 from pipeline.data.manifest import Manifest, UnreadableSampleError, describe, read_annotations, read_image_bytes
 from pipeline.data.order import SampleOrder, seed_sequence
 from pipeline.data.philox import philox
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def load_image(manifest: Manifest, sample: Sample) -> Pixels:
 
 def load_train_sample(
     manifest: Manifest, sample: Sample, plan: Plan, out: Pixels | None = None
-) -> tuple[Pixels, dict[str, Tensor]]:
+) -> tuple[Pixels, "dict[str, Tensor]"]:
     """The augmented image, written to `out` where that is given, and its targets.
 
     Crowd regions and boxes without area are left out.
@@ -108,7 +110,7 @@ def label_list(labels: LabelMap, category_ids: list[int]) -> list[int]:
     return [labels.label(category_id) for category_id in category_ids]
 
 
-def make_targets(boxes: NDArray[np.float64], labels: list[int], size: tuple[int, int]) -> dict[str, Tensor]:
+def make_targets(boxes: NDArray[np.float64], labels: list[int], size: tuple[int, int]) -> "dict[str, Tensor]":
     """The targets of one image.
 
     Args:
@@ -119,6 +121,8 @@ def make_targets(boxes: NDArray[np.float64], labels: list[int], size: tuple[int,
     Returns:
         {"labels": int64 [n], "boxes": float32 [n, 4] cxcywh in 0..1}.
     """
+    import torch  # here, so that whoever shards or only plans does without
+
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2
     normalised = np.concatenate([centers, boxes[:, 2:] - boxes[:, :2]], axis=1) / np.array([*size, *size])
     return {

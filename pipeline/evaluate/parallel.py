@@ -5,10 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from pipeline.errors import printable
 
 MOST_TEXT = 24
@@ -28,6 +24,10 @@ def plot_parallel(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], metric
         metric: what the trials came to, 0 to 1.
         path: PNG file to write.
     """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     lines = [row for row in reversed(rows) if row[metric] is not None]  # the best is drawn over the others
     figure = Figure(figsize=(2.2 * (len(keys) + 1) + 1.5, 4.5), layout="constrained")
     FigureCanvasAgg(figure)

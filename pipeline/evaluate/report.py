@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
@@ -98,6 +96,9 @@ def plot_categories(metrics: Mapping[str, Any], path: Path) -> Path:
     ranked = sorted(known, key=lambda name: (known[name]["AP"], name))
     if len(ranked) > PLOTTED:
         ranked = ranked[: PLOTTED // 2] + ranked[-PLOTTED // 2 :]
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 1.6 + 0.28 * len(ranked)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

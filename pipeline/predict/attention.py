@@ -1,17 +1,15 @@
-"""Pictures of what a detection looked at: the points that its query samples, after arXiv 2010.04159, figure 6."""
+"""Pictures of what a detection looked at: the points that its query samples, after arXiv 2010.04159, figure 6.
+
+Matplotlib is imported by the first picture, not by this module: a driver that only trains does without.
+"""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import PathCollection
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -19,6 +17,11 @@ from model.deformable_detr import DeformableDetr
 from model.sampling import Sampling, record_sampling
 from pipeline.errors import UserError, shown
 from pipeline.predict.detector import Detector
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.collections import PathCollection
+    from matplotlib.figure import Figure
 
 MOST_NAME = 60
 """Characters of a category's name that are drawn."""
@@ -130,7 +133,7 @@ def save_look(pixels: NDArray[np.uint8], seen: Look, path: Path) -> Path:
     return path
 
 
-def draw_look(pixels: NDArray[np.uint8], seen: Look) -> Figure:
+def draw_look(pixels: NDArray[np.uint8], seen: Look) -> "Figure":
     """Draw the whole picture with all points, then for each level the part of the picture that was looked at.
 
     Points are circles, colored by their weights; the box is green, and so is the cross at the reference point.
@@ -139,6 +142,10 @@ def draw_look(pixels: NDArray[np.uint8], seen: Look) -> Figure:
         pixels: RGB uint8 [height, width, 3].
         seen: what `look` gives for this picture.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
     height, width = pixels.shape[:2]
     picture = Image.fromarray(pixels)
     picture.thumbnail((MOST_SIDE, MOST_SIDE))
@@ -168,9 +175,12 @@ def draw_look(pixels: NDArray[np.uint8], seen: Look) -> Figure:
 
 
 def _draw_panel(
-    axes: Axes, picture: Image.Image, seen: Look, levels: Sequence[int], window: tuple[float, float, float, float]
-) -> PathCollection:
+    axes: "Axes", picture: Image.Image, seen: Look, levels: Sequence[int], window: tuple[float, float, float, float]
+) -> "PathCollection":
     """Draw picture, points of some levels, reference point and box; `window` is the part of the picture to show."""
+    from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
+
     width, height = seen.size
     left, top, right, bottom = window
     axes.imshow(picture, extent=(0, width, height, 0))

@@ -2,6 +2,9 @@
 
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +97,23 @@ def import_deepspeed(world: World) -> Any:
     """Import DeepSpeed where it is needed only: it takes seconds, and picks its device from the environment."""
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
-    import deepspeed
+    with _without("mlflow"):  # its autotuner, which training does not use, would import it: most of DeepSpeed's seconds
+        import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # An all-reduce of its own for CPU inference, which would be compiled now and which training does not use.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextmanager
+def _without(module: str) -> Iterator[None]:
+    """In the block, a module that is not imported yet cannot be."""
+    hidden = module not in sys.modules
+    if hidden:
+        sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[module]

@@ -23,6 +23,10 @@ COMMANDS = [
 ]
 
 
+SECONDS = {"ray", "torch", "deepspeed", "mlflow", "matplotlib", "scipy"}
+"""Packages of which each takes a good part of a second to import, or more."""
+
+
 def raydetr(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "jobs", *arguments]
     return subprocess.run(command, cwd=folder or PROJECT, capture_output=True, text=True, timeout=120, check=False)
@@ -33,6 +37,17 @@ def test_help_shows_an_example(command: str) -> None:
     result = raydetr(*command.split(), "--help")
     assert result.returncode == 0
     assert f"raydetr {command}" in result.stdout.split("Example:")[1]
+
+
+@pytest.mark.parametrize(
+    ("module", "needed"),
+    [("jobs.cli", set()), ("jobs.submit", {"ray"}), ("jobs.shard", {"ray"}),
+     ("jobs.run", {"ray", "torch"})],
+)  # fmt: skip
+def test_nothing_that_takes_seconds_is_imported_before_it_is_needed(module: str, needed: set[str]) -> None:
+    code = f"import sys, {module}; print(*{SECONDS} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True, capture_output=True, text=True)
+    assert set(result.stdout.split()) <= needed
 
 
 def test_wrong_key_is_one_line_and_exit_code_2() -> None:

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.batch import IMAGENET_MEAN, IMAGENET_STD, PixelBatch
+from model.batch import PixelBatch
+from model.config import IMAGENET_MEAN, IMAGENET_STD
 from tests.builders import make_image
 
 

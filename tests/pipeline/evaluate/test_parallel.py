@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from pipeline.evaluate.parallel import axis_places, plot_parallel
@@ -33,14 +34,13 @@ def test_scores_stand_by_their_size() -> None:
 
 def test_the_plot_has_the_trials_that_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[list[float]] = []
-    plot = plot_parallel.__globals__["Figure"]
 
-    class Watched(plot):  # type: ignore[misc, valid-type]
+    class Watched(Figure):
         def savefig(self, *arguments: Any, **more: Any) -> None:
             drawn.extend([*map(float, line.get_ydata())] for line in self.axes[0].lines if len(line.get_xdata()) == 3)
             super().savefig(*arguments, **more)
 
-    monkeypatch.setitem(plot_parallel.__globals__, "Figure", Watched)
+    monkeypatch.setattr("matplotlib.figure.Figure", Watched)
     rows = [
         {"train.lr": 1e-3, "model.two_stage": "$mixed$", "AP": 0.5},
         {"train.lr": 1e-4, "model.two_stage": True, "AP": 0.1},

@@ -1,5 +1,7 @@
 """The DeepSpeed engine of a run."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,18 @@ def test_the_optimizer_may_lie_on_the_host() -> None:
     assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     with pytest.raises(ValueError, match="it needs zero_stage 1 to 3"):
         TrainSection(offload="cpu")
+
+
+def test_deepspeed_comes_without_mlflow_which_may_come_after_it() -> None:
+    code = (
+        "import sys\n"
+        "from pipeline.distributed import init_world\n"
+        "from pipeline.train.engine import import_deepspeed\n"
+        "import_deepspeed(init_world('cpu'))\n"
+        "assert 'mlflow' not in sys.modules\n"
+        "import mlflow"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize(("precision", "stage"), [("bf16", 0), ("bf16", 1), ("fp16", 0), ("fp16", 1)])
