@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import wait
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from jobs import evaluate, register, shard, track, train
 from jobs.beside import EvaluationBeside
 from jobs.cluster import connected
 from jobs.console import ProgressDisplay, make_console
-from jobs.interrupt import Interrupted, at_first_signal
+from jobs.interrupt import Interrupted, at_first_signal, in_thread
 from jobs.metrics import RunMetrics
 from jobs.options import Step, steps_between
 from pipeline.checkpoint.find import newest_whole
@@ -142,15 +143,17 @@ class Pipeline:
         mirror, spool = self._mirror, self.config.folder.train_spool
         manifest, val = self._manifest("train"), self._val_manifest()
         total = self.config.train.total_steps(len(manifest.samples))
-        self.tracker.log_points(spool)
-        self.tracker.log_points(self.config.folder.evaluate_spool)
-        track.tell_about(self.tracker, self.config, {"train": manifest} | ({"val": val} if val else {}))
+        told = in_thread(partial(self._tell_about, manifest, val), "tracking")  # for seconds, in which workers start
+        if self.config.tracking.required:
+            told.result()  # no step is done without the server
         uploaded, metrics = time.monotonic(), RunMetrics(self.config.name)
         with TrainingProgress(self.console, spool, total) as shown, self._evaluation_beside(val, manifest) as beside:
 
             def poll() -> None:
                 nonlocal uploaded
                 mirror.check()
+                if told.done():
+                    told.result()
                 self._take_home()
                 on_poll()
                 if newest := shown.update():
@@ -159,14 +162,25 @@ class Pipeline:
                     beside.collect()
                     if newest:  # all workers have their place
                         beside.begin()
-                if time.monotonic() - uploaded >= UPLOAD_SECONDS:
+                if told.done() and time.monotonic() - uploaded >= UPLOAD_SECONDS:
                     self.tracker.sync()
                     metrics.uploaded(self.tracker.waiting())
                     uploaded = time.monotonic()
 
-            last = train.train(self.config, manifest, on_poll=poll, sync=mirror.sync)
+            try:
+                last = train.train(self.config, manifest, on_poll=poll, sync=mirror.sync)
+            except Exception:
+                wait([told])  # what failed is told, too
+                raise
+        told.result()
         self.tracker.sync()
         return last
+
+    def _tell_about(self, manifest: Manifest, val: Manifest | None) -> None:
+        """Tell the MLflow run what is trained on which data, and that its points come."""
+        self.tracker.log_points(self.config.folder.train_spool)
+        self.tracker.log_points(self.config.folder.evaluate_spool)
+        track.tell_about(self.tracker, self.config, {"train": manifest} | ({"val": val} if val else {}))
 
     @contextmanager
     def _evaluation_beside(self, val: Manifest | None, train: Manifest) -> Iterator[EvaluationBeside | None]:

@@ -11,10 +11,10 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.train import (
     FailureConfig,
     LoggingConfig,
@@ -22,21 +22,18 @@ from ray.train import (
     ScalingConfig,
     TrainingFailedError,
 )
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.torch.config import _TorchBackend
 
 from jobs.cluster import check_alive, device_of, loss_told, resources_of
 from jobs.interrupt import Interrupted, in_thread
-from jobs.nodes import interface_of
 from jobs.room import Growth, Notice, wait_for_room
+from jobs.worker_group import ENVIRONMENT, ProcessGroup, Trainer
 from model.ops.operator import compiled
 from pipeline.checkpoint.state import latest
 from pipeline.config.sections import Config
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.log import get_logger, outcome
-from pipeline.predict.detector import WEIGHTS
-from pipeline.run_folder import RunFolder
+from pipeline.run_folder import WEIGHTS, RunFolder
 from pipeline.tracking.spool import SpoolReader
 from pipeline.train.initial import hindrance
 from pipeline.train.run import TrainJob, resume_point
@@ -57,18 +54,6 @@ STOP_POLL_SECONDS = 0.1
 """Seconds between two looks for that checkpoint."""
 
 NO_BETTER = "not been better for train.patience checkpoints"
-
-ENVIRONMENT = {
-    # How often the controller looks whether a worker failed or is done: 2 s by default.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-    # There was room a moment ago: where there is none now, a node was lost, and fewer can begin.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
-    # Workers stay in the directory that the driver runs in, so that relative paths mean the same.
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    # Telemetry is off.
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-}
-"""What Ray Train is told by the driver's environment, where the user has not set it."""
 
 
 def train(
@@ -182,17 +167,17 @@ def make_job(config: Config, manifest: Manifest) -> TrainJob:
     )
 
 
-def _make_trainer(config: Config, job: TrainJob, device: str, workers: int) -> TorchTrainer:
-    return TorchTrainer(
-        _worker,
-        train_loop_config={
-            "job": job,
-            "device": device,
-            "timeout": config.cluster.collective_timeout,
-            "threads": max(1, int(config.cluster.cpus_per_worker)),
-            "require_compiled": config.cluster.require_compiled,
-        },
-        torch_config=_HostTorchConfig(
+def _make_trainer(config: Config, job: TrainJob, device: str, workers: int) -> Trainer:
+    settings = {
+        "job": job,
+        "device": device,
+        "timeout": config.cluster.collective_timeout,
+        "threads": max(1, int(config.cluster.cpus_per_worker)),
+        "require_compiled": config.cluster.require_compiled,
+    }
+    return Trainer(
+        partial(_worker, settings),  # as `train_loop_config`, the controller would read them, and import torch for it
+        backend_config=ProcessGroup(
             backend="nccl" if device == "cuda" else "gloo",
             timeout_s=math.ceil(config.cluster.collective_timeout),
         ),
@@ -222,7 +207,7 @@ def refuse_plain_operator(device: str) -> None:
 
 
 def _fit(
-    config: Config, trainer: TorchTrainer, workers: int, on_poll: Callable[[], None], sync: Callable[[], None]
+    config: Config, trainer: Trainer, workers: int, on_poll: Callable[[], None], sync: Callable[[], None]
 ) -> dict[str, str] | None:
     """What rank 0 returns; None where it ended in order because more or fewer workers can go on, or none need to.
 
@@ -315,29 +300,3 @@ def _worker(settings: dict[str, Any]) -> dict[str, str]:
         return {"stopped": str(stopped)}
     except UserError as error:
         return {"user_error": str(error)}
-
-
-class _HostTorchConfig(TorchConfig):  # type: ignore[misc]
-    """Ray's process group, over the network interface that holds the node's address.
-
-    Gloo and NCCL would else take the one that the host's name resolves to, often 127.0.0.1, and hosts never meet.
-    """
-
-    @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        return _HostTorchBackend
-
-
-class _HostTorchBackend(_TorchBackend):  # type: ignore[misc]
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        if len({node["NodeID"] for node in ray.nodes() if node["Alive"]}) > 1:
-            worker_group.execute(_name_interface)
-        super().on_start(worker_group, backend_config)
-
-
-def _name_interface() -> None:
-    """Tell Gloo and NCCL this node's interface, unless the user has."""
-    interface = interface_of(ray.util.get_node_ip_address())
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        if interface is not None:
-            os.environ.setdefault(name, interface)

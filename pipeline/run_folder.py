@@ -10,6 +10,8 @@ from pipeline.store import Place, StorePath
 
 METRICS_FILE = "metrics.json"
 """Name of the file of scores in a folder of results."""
+WEIGHTS = "model.safetensors"
+"""Name of the file of weights in the folder of a detector."""
 
 
 @dataclass(frozen=True)

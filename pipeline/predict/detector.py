@@ -32,10 +32,10 @@ from pipeline.data.images import BadImageError, decode_image, shown_size
 from pipeline.data.labels import LabelMap
 from pipeline.errors import UserError
 from pipeline.files import write_json
+from pipeline.run_folder import WEIGHTS
 
 FORMAT = 1
 SETTINGS = "detector.json"
-WEIGHTS = "model.safetensors"
 
 Detection = dict[str, Any]
 """category_id, category, score, bbox (xywh pixels of the picture, not clipped)."""

@@ -102,7 +102,7 @@ class Tracker:
         self._experiment_id = ""
         self._client: MlflowClient | None = None
         self._lock = threading.Lock()
-        self._is_away = False
+        self._is_away = self._is_killed = False
         self._stuck: set[str] = set()
         self._next_try = 0.0
         self._results: dict[str, Any] = {}
@@ -123,8 +123,11 @@ class Tracker:
         return page(self.uri, self._experiment_id, self.run_id)
 
     def start(self) -> None:
-        """The run goes on: its status is RUNNING until `finish`."""
-        self._want("status", "", {"status": "RUNNING"})
+        """The run goes on: its status is RUNNING until `finish`, unless it has been killed by now."""
+        with self._lock:
+            if not self._is_killed:
+                self.outbox.add("status", "", {"status": "RUNNING"})
+        self.sync()
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log settings, nested mappings by dotted keys. One that differs from the run's first start becomes a tag.
@@ -169,6 +172,7 @@ class Tracker:
         The run is KILLED, unless another end is wanted by now. For a thread of its own, while another one may be in any
         call of this tracker.
         """
+        self._is_killed = True
         with self._lock:
             operation = self.outbox.last("status")
             if operation is None or operation.body["status"] == "RUNNING":
@@ -215,7 +219,7 @@ class Tracker:
             Whether nothing waits any more. What failed is tried again after `RETRY_SECONDS`.
         """
         with self._lock:
-            if time.monotonic() < self._next_try:
+            if time.monotonic() < self._next_try or (self._is_killed and self._client is None):
                 return False
             try:
                 self._find_run()
@@ -317,10 +321,11 @@ class Tracker:
             return uploaded
 
     def reach(self) -> None:
-        """Find the run, or make it, unless the server is away."""
+        """Find the run, or make it, unless the server is away or the run has been killed by now."""
         with self._lock:
             try:
-                self._find_run()
+                if not self._is_killed and self.client and not self._is_killed:  # to connect takes seconds
+                    self._find_run()
             except server_errors() as error:
                 if self._required:
                     self._next_try = time.monotonic() + RETRY_SECONDS

@@ -41,7 +41,7 @@ def test_help_shows_an_example(command: str) -> None:
 
 @pytest.mark.parametrize(
     ("module", "needed"),
-    [("jobs.cli", set()), ("jobs.submit", {"ray"}), ("jobs.shard", {"ray"}),
+    [("jobs.cli", set()), ("jobs.submit", {"ray"}), ("jobs.shard", {"ray"}), ("jobs.worker_group", {"ray"}),
      ("jobs.run", {"ray", "torch"})],
 )  # fmt: skip
 def test_nothing_that_takes_seconds_is_imported_before_it_is_needed(module: str, needed: set[str]) -> None:

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from pipeline.checkpoint.state import load_model_weights
 from pipeline.config.sections import RegisterSection
 from pipeline.errors import UserError
-from pipeline.predict.detector import WEIGHTS
 from pipeline.registry.catalogue import describe
 from pipeline.registry.parent import fetch_parent, read_parent
 from pipeline.registry.register import Registration, register
+from pipeline.run_folder import WEIGHTS
 from pipeline.tracking.tracker import Tracker
 from tests.builders import write_checkpoint
 from tests.pipeline.registry.registered import LABELS, SECTION, make_metrics, register_some

@@ -148,6 +148,20 @@ class TestTracker:
         tracker.kill()
         assert tracker.client.get_run(tracker.run_id).info.status == "FINISHED"
 
+    def test_a_run_that_is_killed_before_it_starts_stays_killed(self, uri: str, tmp_path: Path) -> None:
+        tracker = Tracker(uri, "experiment", "run", tmp_path / "mlflow_run.json")
+        tracker.kill()
+        tracker.start()
+        assert tracker.client.get_run(tracker.run_id).info.status == "KILLED"
+
+    def test_a_run_that_is_killed_before_it_is_made_is_not_made(self, uri: str, tmp_path: Path) -> None:
+        tracker = Tracker(uri, "experiment", "run", tmp_path / "mlflow_run.json", reach=False)
+        tracker.kill()
+        tracker.reach()
+        tracker.start()
+        assert not tracker.run_id
+        assert tracker.waiting() == 1, "its end, for the next command"
+
     def test_a_run_that_is_gone_is_made_anew(self, uri: str, tmp_path: Path) -> None:
         (tmp_path / "mlflow.json").write_text(json.dumps({"uri": uri, "experiment": "e", "run_id": "0" * 32}))
         assert Tracker(uri, "experiment", "run", tmp_path / "mlflow.json").run_id != "0" * 32
