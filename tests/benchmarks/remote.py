@@ -51,7 +51,7 @@ def main() -> None:
     """Print the ratio; the exit code is 1 where it is too great."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100, help="steps of a run")
-    parser.add_argument("--repeats", type=int, default=7, help="runs of both")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of both")
     options = parser.parse_args()
     torch.set_num_threads(1)
     server = S3Server()
