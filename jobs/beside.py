@@ -3,6 +3,7 @@
 Nothing waits for it: where there is no room while workers train, the checkpoint is scored when training has ended.
 """
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ import ray
 from ray.exceptions import RayError
 
 from jobs.cluster import check_alive
-from jobs.interrupt import in_thread
+from jobs.interrupt import RayLostError, in_thread
 from jobs.room import is_free
 from jobs.scoring import end_scorers, new_scorer, scoring_of
 from jobs.tasks import result_of
@@ -27,6 +28,8 @@ logger = get_logger(__name__)
 
 LOOK_SECONDS = 1.0
 """Between two looks for a result that is waited for."""
+IDLE_SECONDS = 10.0
+"""A process that has nothing to score is kept for so long: workers that were lost may need its room to begin again."""
 
 
 class EvaluationBeside:
@@ -69,6 +72,7 @@ class EvaluationBeside:
         """Checkpoints and who scores them."""
         self._idle: list[Any] = []
         """Kept while there is more to be scored: they would hold what others may need."""
+        self._idle_since = 0.0
 
     def __enter__(self) -> "EvaluationBeside":
         return self
@@ -121,16 +125,19 @@ class EvaluationBeside:
         return self._samples is None or self._config.scores_beside(step, self._samples)
 
     def collect(self, seconds: float = 0) -> None:
-        """Tell what has been scored, waiting so long for it. A task that failed is told; the end tries it again."""
+        """Tell what has been scored, waiting so long for it. What failed is told; the end tries it again."""
         subset = self._config.evaluate.subset
+        if self._idle and time.monotonic() - self._idle_since >= IDLE_SECONDS:
+            self._end_idle()
         done, _ = in_thread(lambda: ray.wait(list(self._running), timeout=seconds), "ray-wait").result()
         for reference in done:
             path, scorer = self._running.pop(reference)
             self._idle.append(scorer)
+            self._idle_since = time.monotonic()
             try:
                 metrics, detections = result_of(reference)
                 self._claims.keep(path.name, subset, metrics, detections)
-            except (UserError, RayError) as error:
+            except (UserError, RayError, RayLostError) as error:  # whether all of Ray is lost, others look
                 self._end_idle()  # it may be lost
                 if isinstance(error, StoreError):  # which may be there the next time
                     self._done.discard(path.name)

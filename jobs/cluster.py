@@ -95,7 +95,9 @@ def loss_told() -> Iterator[None]:
         yield
     except (LocalRayletDiedError, ActorDiedError) as error:
         told = str(error).strip().splitlines()
-        raise RayLostError(f"Ray has ended under the command ({told[0] if told else error!r})") from None
+        raise RayLostError(
+            f"Ray has ended under the command, or what ran there ({told[0] if told else error!r})"
+        ) from None
 
 
 def _leave() -> None:

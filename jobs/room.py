@@ -2,6 +2,7 @@
 
 import socket
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -58,7 +59,13 @@ def _free(worker: dict[str, float]) -> int:
     return sum(fits(node, worker) for node in state.available_resources_per_node().values())
 
 
-def wait_for_room(cluster: ClusterSection, sizes: list[int], worker: dict[str, float], step: str = "train") -> int:
+def wait_for_room(
+    cluster: ClusterSection,
+    sizes: list[int],
+    worker: dict[str, float],
+    step: str = "train",
+    on_look: Callable[[], None] = lambda: None,
+) -> int:
     """Workers to begin with: the most that have room, once one of the sizes has it.
 
     Args:
@@ -66,6 +73,7 @@ def wait_for_room(cluster: ClusterSection, sizes: list[int], worker: dict[str, f
         sizes: numbers of workers that may be, the greatest first.
         worker: the resources of one.
         step: whose they are.
+        on_look: called before each look that follows one without room.
 
     Raises:
         UserError: `cluster.wait` is over.
@@ -91,6 +99,7 @@ def wait_for_room(cluster: ClusterSection, sizes: list[int], worker: dict[str, f
                 request_resources(bundles=[worker] * sizes[-1])
             check_alive()
             time.sleep(LOOK_SECONDS)
+            on_look()
     finally:
         if is_told:  # an autoscaler keeps what nobody takes back; of a Ray that may be gone
             in_thread(partial(request_resources, bundles=[]), "ray-request")

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -143,11 +143,12 @@ class Pipeline:
         mirror, spool = self._mirror, self.config.folder.train_spool
         manifest, val = self._manifest("train"), self._val_manifest()
         total = self.config.train.total_steps(len(manifest.samples))
-        told = in_thread(partial(self._tell_about, manifest, val), "tracking")  # for seconds, in which workers start
-        if self.config.tracking.required:
-            told.result()  # no step is done without the server
         uploaded, metrics = time.monotonic(), RunMetrics(self.config.name)
-        with TrainingProgress(self.console, spool, total) as shown, self._evaluation_beside(val, manifest) as beside:
+        with (
+            self._tracking(manifest, val) as told,
+            TrainingProgress(self.console, spool, total) as shown,
+            self._evaluation_beside(val, manifest) as beside,
+        ):
 
             def poll() -> None:
                 nonlocal uploaded
@@ -167,14 +168,22 @@ class Pipeline:
                     metrics.uploaded(self.tracker.waiting())
                     uploaded = time.monotonic()
 
-            try:
-                last = train.train(self.config, manifest, on_poll=poll, sync=mirror.sync)
-            except Exception:
-                wait([told])  # what failed is told, too
-                raise
-        told.result()
+            last = train.train(self.config, manifest, on_poll=poll, sync=mirror.sync)
         self.tracker.sync()
         return last
+
+    @contextmanager
+    def _tracking(self, manifest: Manifest, val: Manifest | None) -> Iterator[Future[None]]:
+        """Telling the MLflow run in a thread what is trained takes seconds, in which workers start."""
+        told = in_thread(partial(self._tell_about, manifest, val), "tracking")
+        if self.config.tracking.required:
+            told.result()  # no step is done without the server
+        try:
+            yield told
+        except Exception:
+            wait([told])  # then that it has failed is the last that is told
+            raise
+        told.result()
 
     def _tell_about(self, manifest: Manifest, val: Manifest | None) -> None:
         """Tell the MLflow run what is trained on which data, and that its points come."""

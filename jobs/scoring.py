@@ -24,7 +24,7 @@ from pipeline.predict.detector import Detector
 from pipeline.run_folder import RunFolder
 
 RETRIES = 3
-"""Times that a share is done again whose process was lost."""
+"""Times that a share is done again whose process was lost, and that such a process begins again."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class ScorerPool:
                 reference = scorer.detect.remote(checkpoint, split, share)
                 self._running[reference], given[reference] = scorer, share
             while len(self._running) < min(self.at_once, len(given) + len(waiting)):
-                scorer = new_scorer(self._scoring, max_restarts=-1, max_task_retries=RETRIES)
+                scorer = new_scorer(self._scoring, max_restarts=RETRIES, max_task_retries=RETRIES)
                 self._running[scorer.__ray_ready__.remote()] = scorer
             ended = ended_of(list(self._running), 1, LOOK_SECONDS)
             for reference in ended:

@@ -67,7 +67,7 @@ def train(
     Args:
         config: the pipeline; `cluster.workers` workers run it, restarted `train.max_restarts` times.
         manifest: of the training split.
-        on_poll: called about every second while workers train, in this thread.
+        on_poll: called about every second while workers train, or room for them is waited for, in this thread.
         sync: makes the run's folder alike here and where the workers have it.
 
     Returns:
@@ -94,7 +94,8 @@ def train(
         logger.warning("train: %s", told)
     restarts = 0
     while True:
-        workers = wait_for_room(config.cluster, config.world_sizes, resources_of(config.cluster, device))
+        worker = resources_of(config.cluster, device)
+        workers = wait_for_room(config.cluster, config.world_sizes, worker, on_look=on_poll)
         before = latest(config.folder.checkpoints)
         going_on = f", going on from {config.folder.place(before)}" if before else ""
         logger.info("train: starting %d workers%s", workers, going_on)

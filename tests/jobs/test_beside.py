@@ -24,6 +24,7 @@ from pipeline.mirror import driver_mirror
 from pipeline.tracking.spool import SpoolReader
 from tests.builders import make_varied_manifest, write_checkpoint
 from tests.jobs.test_evaluate import make_config
+from tests.jobs.test_scoring import scorers
 
 WAIT_SECONDS = 120
 
@@ -161,6 +162,38 @@ def test_what_runs_at_the_end_is_waited_for(split: Manifest, checkpoints: Path) 
     with EvaluationBeside(config, split, scores) as beside:
         beside.begin()
     assert list(scores) == ["checkpoint-10"]
+
+
+def test_a_lost_process_stops_nothing(split: Manifest, checkpoints: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config, scores = make_config(checkpoints.parents[1]), Scores()
+    with caplog.at_level(logging.WARNING), EvaluationBeside(config, split, scores) as beside:
+        beside.begin()
+        while not (begun := scorers("evaluate")):
+            time.sleep(0.01)
+        begun[0].kill()
+        while not beside.is_idle:
+            beside.collect(1)
+        assert "evaluate: checkpoint-10 beside training: " in caplog.text
+        beside.begin()
+    assert list(scores) == ["checkpoint-5"]
+
+
+def test_one_that_waits_for_a_checkpoint_gives_its_room_back(
+    split: Manifest, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training may be what needs it, and look for room without asking for the next one to be scored."""
+    monkeypatch.setattr("jobs.beside.IDLE_SECONDS", 0.5)
+    config, scores = make_config(checkpoints.parents[1]), Scores()
+    with EvaluationBeside(config, split, scores) as beside:
+        beside.begin()
+        scores.wait(beside, 1)
+        assert scorers()
+        end = time.monotonic() + 60
+        while scorers() and time.monotonic() < end:
+            beside.collect(0.1)
+        assert not scorers()
+        beside.begin()
+    assert list(scores) == ["checkpoint-10", "checkpoint-5"]
 
 
 def test_without_room_nothing_begins(split: Manifest, checkpoints: Path) -> None:

@@ -68,11 +68,12 @@ def test_the_most_that_fit_begin(busy: int) -> None:
 
 
 def test_the_wait_is_limited(ray_here: int) -> None:
-    cluster = ClusterSection(workers=ray_here + 1, wait=1)
+    cluster, looks = ClusterSection(workers=ray_here + 1, wait=1), list[None]()
     room_for = f"room for {ray_here} of {ray_here + 1} workers: add nodes with CPU 1 for each"
     told = rf"^train: after 1 s \(cluster\.wait\) .* {room_for}"
     with pytest.raises(UserError, match=told):
-        wait_for_room(cluster, [ray_here + 1], WORKER)
+        wait_for_room(cluster, [ray_here + 1], WORKER, on_look=lambda: looks.append(None))
+    assert looks
 
 
 def test_room_that_lasts_is_for_growth(busy: int, monkeypatch: pytest.MonkeyPatch) -> None:

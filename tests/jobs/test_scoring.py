@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,10 +150,10 @@ class TestPool:
 
 
 def scorers(call: str = "") -> list[psutil.Process]:
-    """The processes of scorers, which Ray names by what they do."""
+    """The processes of scorers below this one, which Ray names by what they do."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        name = " ".join(process.info["cmdline"] or [])
-        if name.startswith(f"ray::Scorer.{call}" if call else "ray::Scorer"):
-            found.append(process)
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended
+            if " ".join(process.cmdline()).startswith(f"ray::Scorer.{call}" if call else "ray::Scorer"):
+                found.append(process)
     return found

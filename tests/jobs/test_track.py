@@ -1,6 +1,8 @@
 """`raydetr track sync`, and which checkpoint a run registers."""
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from pipeline.evaluate.results import weights_digest
 from pipeline.files import write_json
 from pipeline.registry.parent import VERSION_FILE
 from pipeline.tracking.provenance import user
-from tests.builders import make_manifest, write_checkpoint
+from pipeline.tracking.tracker import Tracker
+from tests.builders import make_manifest, make_varied_manifest, write_checkpoint
 from tests.jobs.test_cli import raydetr
 
 LABELS = LabelMap("contiguous", (Category(1, "cat"),))
@@ -139,6 +142,24 @@ class TestPipelineEnds:
             pipeline._tracker = None
         last = (pipeline.config.folder.outbox / "operations.jsonl").read_text().splitlines()[-1]
         assert json.loads(last)["body"] == {"status": "FAILED"}
+
+    def test_that_training_failed_is_told_last(
+        self, pipeline: running.Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Though a thread tells meanwhile that it is running."""
+        split, start = make_varied_manifest(tmp_path / "split", 3), Tracker.start
+        monkeypatch.setattr(pipeline, "_manifest", lambda name: split)
+        monkeypatch.setattr(Tracker, "start", lambda tracker: [time.sleep(0.5), start(tracker)])
+        monkeypatch.setattr(running, "RunMetrics", lambda name: None)
+        monkeypatch.setattr(pipeline, "_evaluation_beside", lambda val, train: 1 / 0)
+        with pytest.raises(ZeroDivisionError), pipeline:
+            pipeline.train()
+        for thread in threading.enumerate():
+            if thread.name == "tracking":
+                thread.join()
+        operations = map(json.loads, (pipeline.config.folder.outbox / "operations.jsonl").read_text().splitlines())
+        statuses = [operation["body"]["status"] for operation in operations if operation["kind"] == "status"]
+        assert statuses == ["RUNNING", "FAILED"]
 
 
 class TestWhich:
