@@ -3,8 +3,8 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -231,26 +231,34 @@ def _report(config: Config, manifest: Manifest, metrics: dict[str, Any], source:
 class _Shares:
     """Runs a checkpoint's network over batches of a split, cut into shares for a pool."""
 
-    def __init__(self, pool: ScorerPool, manifest: Manifest, shown: ProgressDisplay | None) -> None:
+    def __init__(self, pool: Callable[[], ScorerPool], manifest: Manifest, shown: ProgressDisplay | None) -> None:
         self._pool = pool
         self._manifest = manifest
         self._shown = shown
 
     def __call__(self, checkpoint: Path, batches: list[list[int]]) -> Iterator[list[Detection]]:
-        count = min(len(batches), self._pool.at_once * SHARES)
+        pool = self._pool()
+        count = min(len(batches), pool.at_once * SHARES)
         shares = [batches[index::count] for index in range(count)]
-        for share, detections in self._pool.detect(checkpoint.absolute(), self._manifest, shares):
+        for share, detections in pool.detect(checkpoint.absolute(), self._manifest, shares):
             yield detections
             if self._shown is not None:
                 self._shown.advance(sum(len(batch) for batch in share))
 
 
-def _pool(config: Config) -> ScorerPool:
-    """Processes for `evaluate.workers` at once, where there is room for one."""
-    scoring = scoring_of(config)
-    if scoring.custom:
-        wait_for_room(config.cluster, [1], scoring.resources, "evaluate")
-    return ScorerPool(scoring, config.evaluate.workers or config.cluster.most_workers)
+@contextmanager
+def _pool(config: Config) -> Iterator[Callable[[], ScorerPool]]:
+    """Gives processes for `evaluate.workers` at once, where there is room for one: what is scored by now needs none."""
+    with ExitStack() as stack:
+
+        @cache
+        def pool() -> ScorerPool:
+            scoring = scoring_of(config)
+            if scoring.custom:
+                wait_for_room(config.cluster, [1], scoring.resources, "evaluate")
+            return stack.enter_context(ScorerPool(scoring, config.evaluate.workers or config.cluster.most_workers))
+
+        yield pool
 
 
 def _progress(name: str, manifest: Manifest) -> ProgressDisplay:
