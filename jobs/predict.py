@@ -1,6 +1,8 @@
 """Draws a registered model's detections on pictures."""
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -10,7 +12,7 @@ from pipeline.predict.answers import THRESHOLD
 from pipeline.predict.draw import Drawn, draw_pictures
 from pipeline.predict.pictures import find_pictures
 from pipeline.registry.versions import open_detector
-from pipeline.store import Place
+from pipeline.store import Place, place
 
 
 def predict(
@@ -47,14 +49,19 @@ def predict(
         How many pictures were drawn, with how many detections, and the pictures that could not be used.
 
     Raises:
-        UserError: naming the model that cannot be used, `out` if it cannot be made or is the pictures' folder, or a
-            picture if none can be used.
+        UserError: naming the model that cannot be used, `out` if it cannot be made or is the pictures' folder, what
+            was given and would be written over, or a picture if none can be used.
     """
-    if table is not None and not table.absolute().parent.is_dir():
+    if table is not None and not os.path.isdir(table.absolute().parent):
         raise UserError(f"{table}: its folder does not exist; make it first, or choose another --csv")
-    if any(Path(given).is_dir() and out.exists() and Path(given).samefile(out) for given in images):
+    if os.path.isdir(out) and _is_given(out, images):
         raise UserError(f"{out}: is the folder of the pictures; give another --out")
+    for name in ("images.json", "detections.json"):
+        if _is_given(out / name, images):
+            raise UserError(f"{out / name}: was given, and would be written over; give another --out")
     pictures = find_pictures(images, root, out)
+    if table is not None and _is_given(table, [*images, *(str(picture.path) for picture in pictures if picture.path)]):
+        raise UserError(f"{table}: was given, and would be written over; give another --csv")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("torch finds no GPU here; give --device cpu, or install a CUDA build of torch")
     if device is None:
@@ -64,3 +71,15 @@ def predict(
         detector, pictures, out, score_threshold=score_threshold, show_attention=show_attention, queries=queries,
         table=table, batch_size=batch_size or (1 if device == "cpu" else 8),
     )  # fmt: skip
+
+
+def _is_given(path: Path, given: Sequence[str]) -> bool:
+    """Whether a file or folder that is there already is one of those that were given."""
+    if not os.path.exists(path):
+        return False
+    for name in given:
+        with suppress(OSError, ValueError):  # `find_pictures` tells what is wrong with it
+            named = place(name)
+            if isinstance(named, Path) and named.samefile(path):
+                return True
+    return False

@@ -228,6 +228,9 @@ def disk_error(path: Place, error: OSError, key: str) -> Exception:
     """The user's error for a full disk or a folder that cannot be written, mended by `key`; others as they are."""
     if error.errno in NO_SPACE:
         return FullDiskError(f"{path}: no space left ({error.strerror}); free some, or write elsewhere with {key}")
-    if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or error.errno == errno.EROFS:
-        return UserError(f"{error.filename or path}: cannot be written ({error.strerror}); set {key}")
+    refused = PermissionError | NotADirectoryError | IsADirectoryError | FileExistsError
+    if isinstance(error, refused) or error.errno in (errno.EROFS, errno.ENAMETOOLONG):
+        return UserError(
+            f"{error.filename2 or error.filename or path}: cannot be written ({error.strerror}); set {key}"
+        )
     return error

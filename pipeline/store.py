@@ -28,8 +28,13 @@ CHUNK = 16 * 2**20
 """Bytes of a request; one that is cut is asked for again, not the whole file."""
 AT_ONCE = 32
 """Requests at once where a store cannot list a folder."""
-FINAL = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "PERMISSION_DENIED")
-"""Codes of answers that another try does not change."""
+FINAL = (
+    "ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "PERMISSION_DENIED",
+    "401, message=", "403, message=",
+)  # fmt: skip
+"""What is in answers that another try does not change."""
+SILENCE = 30.0
+"""Seconds that a web server may take to accept a connection, or to send the next bytes."""
 GONE = (404, 410)
 """What a web server answers where there is no such file."""
 
@@ -174,8 +179,12 @@ class StorePath:
     @property
     def _path(self) -> str:
         base = _opened(self.root)[1]
-        below = quote(self.below) if self._is_web else self.below
-        return posixpath.join(base, below) if below else base
+        if not self.below:
+            return base
+        if not self._is_web:
+            return posixpath.join(base, self.below)
+        address, mark, options = base.partition("?")
+        return posixpath.join(address, quote(self.below)) + mark + options
 
     def _copy_to(self, file: Any) -> None:
         for block in self.blocks():
@@ -207,6 +216,7 @@ class StorePath:
 
     def _try(self, what: str, call: Callable[[], Result]) -> Result:
         """The result of a call, which is made again where the store fails."""
+        options = self.root.partition("?")[2]
         for pause in (*PAUSES, None):
             try:
                 return call()
@@ -214,6 +224,8 @@ class StorePath:
                 raise
             except _errors() as error:
                 told = " ".join(str(error).split()) or type(error).__name__
+                if options:  # they may be a token
+                    told = told.replace(f"?{options}", "")
                 if pause is None or any(code in told for code in FINAL):
                     raise StoreError(
                         f"{self}: cannot be {what} in its store ({shown(told, 300)}); check the address, the "
@@ -300,9 +312,12 @@ def _opened(root: str) -> tuple[Any, str]:
     import pyarrow.fs
 
     if root.startswith(WEB):
+        import aiohttp
         import fsspec
 
-        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fsspec.filesystem("http"))), root.rstrip("/")
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+        web = fsspec.filesystem("http", client_kwargs={"timeout": timeout})
+        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(web)), root.rstrip("/")
     try:
         files, path = pyarrow.fs.FileSystem.from_uri(root)
     except (ValueError, NotImplementedError) as error:  # ArrowInvalid is a ValueError

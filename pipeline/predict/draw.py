@@ -3,10 +3,12 @@
 import colorsys
 import csv
 import io
+import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +25,9 @@ from pipeline.predict.detector import Detection, Detector
 from pipeline.predict.pictures import AHEAD, Picture, read_ahead
 
 logger = get_logger(__name__)
+
+MOST_STEM = 200
+"""Bytes of a picture's name that are kept: a disk takes 255, and more is put behind it."""
 
 
 def draw_boxes(
@@ -118,9 +123,9 @@ def draw_pictures(
     make_folder(out)
     names, unusable = _Names(out, pictures), list[str]()
     began = time.perf_counter()
-    with disk_told(out, "--out"), ThreadPoolExecutor(AHEAD) as pool:
+    with disk_told(out, "--out"), _readers() as readers, ThreadPoolExecutor(AHEAD) as pool:
         drawing = _Drawing(pool, detector, out, names, score_threshold, (show_attention, queries))
-        for batch in _batches(read_ahead(pool, pictures), batch_size, unusable):
+        for batch in _batches(read_ahead(readers, pictures), batch_size, unusable):
             answers = detector.detect_in([pixels for _, pixels in batch])
             for (picture, pixels), found in zip(batch, answers, strict=True):
                 drawing.add(picture, pixels, found)
@@ -133,8 +138,20 @@ def draw_pictures(
         write_json(out / "detections.json", drawing.detections)
     if table is not None:
         with disk_told(table, "--csv"):
-            write_whole(table, _table(drawing.images, drawing.detections).encode())
+            write_whole(table, _table(drawing.images, drawing.detections).encode(errors="backslashreplace"))
     return Drawn(len(drawing.images), len(drawing.detections), drawing.best, tuple(unusable), seconds)
+
+
+@contextmanager
+def _readers() -> Iterator[ThreadPoolExecutor]:
+    """Threads that are not waited for where the block fails or is interrupted: a server may let them hang."""
+    pool = ThreadPoolExecutor(AHEAD)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 def _batches(
@@ -192,7 +209,7 @@ class _Drawing:
         entries = [_clipped(entry, width, height) for entry in found if entry["score"] >= self._threshold]
         if found:  # best first
             self.best = max(found[0]["score"], self.best or 0.0)
-        name = self._names.new(picture.stem)
+        name = self._names.new(_cut(picture.stem))
         self._running.append(self._pool.submit(self._draw, pixels, entries, self._out / f"{name}.png"))
         image = {"id": picture.id, "file_name": picture.name, "width": width, "height": height}
         self.images.append(image | {"drawn": f"{name}.png"})
@@ -240,6 +257,13 @@ class _Names:
             name += "_"
         self._taken.add(name)
         return name
+
+
+def _cut(stem: str) -> str:
+    """So much of it that it can be a file's name."""
+    while len(os.fsencode(stem)) > MOST_STEM:
+        stem = stem[:-1]
+    return stem
 
 
 def _identity(path: Path) -> tuple[int, int] | Path:

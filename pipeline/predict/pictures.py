@@ -1,6 +1,7 @@
 """The pictures that a command is given: files, folders, patterns and COCO files, of this machine or of a store."""
 
 import glob
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +51,8 @@ class Picture:
             return read_picture(self.read())
         except (OSError, BadImageError, UserError) as error:
             reason = "no such picture" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None)
-            raise UserError(f"{shown(self.name, 400)}: {reason or error}") from error
+            name, told = shown(self.name, 400), str(reason or error)
+            raise UserError(told if told.startswith(name) else f"{name}: {told}") from error
 
 
 def find_pictures(images: Sequence[str], root: Place | None = None, out: Path | None = None) -> list[Picture]:
@@ -64,15 +66,19 @@ def find_pictures(images: Sequence[str], root: Place | None = None, out: Path | 
         out: folder whose pictures are not those of a folder that it lies in.
 
     Raises:
-        UserError: there is no such file, no picture in a folder or of a pattern, a JSON file is not COCO's, or two
-            pictures have one id.
+        UserError: there is no such file, it may not be looked at, no picture is in a folder or of a pattern, a JSON
+            file is not COCO's, or two pictures have one id.
     """
     found: list[Picture] = []
     for given in images:
+        if not given:
+            raise UserError("a name of the pictures is empty; give a file, a folder or a pattern")
         try:
             found += _meant(place(given), root, out)
         except ValueError as error:
             raise UserError(f"{shown(given, 400)}: a picture's address {error}") from None
+        except OSError as error:
+            raise UserError(f"{shown(error.filename or given, 400)}: cannot be read ({error.strerror})") from error
     return _numbered(found)
 
 
@@ -111,11 +117,13 @@ def _file(path: Path) -> Picture:
 
 
 def _inside(folder: Path, out: Path | None) -> list[Path]:
-    """The pictures of a folder and those below it."""
-    try:
-        paths = sorted(path for path in folder.rglob("*") if path.name.lower().endswith(PICTURES) and not path.is_dir())
-    except OSError as error:
+    """The pictures of a folder and those below it, and the folders below it that cannot be read: no picture, either."""
+    refused: dict[Path, OSError] = {}
+    walked = os.walk(folder, onerror=lambda error: refused.update({Path(error.filename): error}))
+    paths = [Path(below, name) for below, _, names in walked for name in names if name.lower().endswith(PICTURES)]
+    if error := refused.get(folder):
         raise UserError(f"{folder}: this folder cannot be read: {error.strerror}") from error
+    paths = sorted([*paths, *refused])
     drawn = out.resolve() if out is not None else None
     paths = [path for path in paths if drawn not in path.resolve().parents]
     if not paths:
@@ -139,7 +147,7 @@ def _listed(file: Place, root: Place) -> list[Picture]:
     check_document(str(file), document, NEEDS)
     if not document["images"]:
         raise UserError(f"{file}: its list `images` is empty")
-    images = open_images(root)
+    images = open_images(root, "name the pictures' folder or archive with --images-in")
     return [
         Picture(
             images.where(image["file_name"]),

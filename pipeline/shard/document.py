@@ -118,7 +118,8 @@ def _unpacked(path: Place, what: str, mend: str) -> bytes:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: cannot unpack the {what}: {error}{mend}") from None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+        missing = "no such file" if isinstance(error, FileNotFoundError) else error  # of a store, which shows the token
+        reason = getattr(error, "strerror", None) or missing
         raise UserError(f"{path}: cannot read the {what}: {reason}{mend}") from error
     return content
 

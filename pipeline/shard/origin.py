@@ -46,13 +46,16 @@ class Images(Protocol):
         """A name that leads out of here, if one does."""
 
 
-def open_images(place: Place) -> Images:
+def open_images(place: Place, mend: str = "set dataset.root or the split's images") -> Images:
     """The images of a folder or an archive.
+
+    Args:
+        place: where they lie.
+        mend: what names another place, for messages.
 
     Raises:
         UserError: there is none, or it is packed so that it cannot be read in place.
     """
-    mend = "set dataset.root or the split's images"
     if place.name.lower().endswith(PACKED):
         raise UserError(f"{place}: a file in such an archive cannot be read in place; unpack it, and {mend}")
     if place.suffix.lower() in (".zip", ".tar"):
@@ -127,6 +130,8 @@ class StoreImages:
         return {name: None if size is None or size > MOST_BYTES else size for name, size in found.items()}
 
     def read(self, name: str) -> bytes:
+        if name.startswith("/"):
+            raise BadImageError("image_unreadable", "an absolute name, which no folder of a store has")
         return read_stored(self.folder / posixpath.normpath(name))
 
     def outside(self, names: Iterable[str]) -> str | None:

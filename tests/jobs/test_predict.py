@@ -12,6 +12,7 @@ from jobs.cli import app
 from jobs.predict import predict
 from pipeline.data.labels import Category, LabelMap
 from pipeline.errors import UserError
+from pipeline.files import write_json
 from pipeline.predict.detector import Detector
 from pipeline.store import StorePath
 from tests.builders import write_checkpoint, write_image
@@ -73,6 +74,37 @@ def test_a_table_without_a_folder(tmp_path: Path) -> None:
     image = write_image(tmp_path / "a.jpg")
     with pytest.raises(UserError, match=r"none/a\.csv: its folder does not exist; make it first"):
         predict(str(tmp_path), [str(image)], tmp_path / "out", tracking_uri="", table=tmp_path / "none" / "a.csv")
+
+
+@pytest.mark.parametrize(
+    ("given", "out", "table"),
+    [
+        pytest.param("images.json", "in", None, id="images"),
+        pytest.param("detections.json", "in", None, id="detections"),
+        pytest.param("listed.json", "out", "listed.json", id="table over the COCO file"),
+        pytest.param("listed.json", "out", "a.jpg", id="table over its picture"),
+        pytest.param("", "out", "a.jpg", id="table over a folder's picture"),
+    ],
+)
+def test_nothing_given_is_written_over(given: str, out: str, table: str | None, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    write_image(folder / "a.jpg")
+    if given:
+        write_json(folder / given, {"images": [{"id": 1, "file_name": "a.jpg"}]})
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match=r"was given, and would be written over; give another --(out|csv)"):
+        predict(
+            str(write_checkpoint(tmp_path, LABELS)), [str(folder / given)], tmp_path / out, tracking_uri="",
+            table=folder / table if table else None,
+        )  # fmt: skip
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_address_of_images_that_is_none(tmp_path: Path) -> None:
+    command = ["predict", "-m", "none", "--out", str(tmp_path), "--images-in", "ftp://host/x", "a.json"]
+    error = CliRunner().invoke(app, command).exception
+    assert isinstance(error, UserError)
+    assert str(error).startswith("--images-in ftp://host/x: must be a path or an address")
 
 
 def test_no_model(mlflow_uri: str, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import copy
 import csv
 import os
 import re
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.predict.detector import Detector
 from pipeline.predict.draw import category_color, draw_boxes, draw_pictures
-from pipeline.predict.pictures import find_pictures
+from pipeline.predict.pictures import Picture, find_pictures
 from tests.builders import make_image, write_checkpoint, write_coco, write_image
 
 LABELS = LabelMap("coco91", (Category(1, "cat"), Category(3, "dog"), Category(90, "toothbrush")))
@@ -118,6 +120,48 @@ class TestDrawPictures:
         with pytest.raises(UserError, match=r"out: no space left .* --out"):
             draw_pictures(detector, find_pictures([str(image)]), out, score_threshold=0.0)
         assert not (out / "detections.json").exists()
+
+    @pytest.mark.parametrize("name", ["a.png", "images.json", "found.csv"])
+    def test_a_folder_in_the_way(self, name: str, detector: Detector, tmp_path: Path) -> None:
+        pictures, out = find_pictures([str(write_image(tmp_path / "a.png"))]), tmp_path / "out"
+        (out / name).mkdir(parents=True)
+        with pytest.raises(UserError, match=rf"out/{re.escape(name)}: cannot be written \(Is a directory\); set --"):
+            draw_pictures(detector, pictures, out, score_threshold=0.0, table=out / "found.csv")
+
+    @pytest.mark.parametrize("letter", ["a", "日"])
+    def test_long_names(self, letter: str, detector: Detector, tmp_path: Path) -> None:
+        name = letter * (251 // len(letter.encode())) + ".png"
+        pictures = find_pictures([str(write_image(tmp_path / folder / name)) for folder in ("1", "2")])
+        draw_pictures(detector, pictures, tmp_path / "out", score_threshold=0.0, show_attention=1)
+        for image in found_in(tmp_path / "out")[0]:
+            for drawn in (image["drawn"], *image["attention"]):
+                assert (tmp_path / "out" / drawn).is_file()
+
+    def test_a_name_that_is_no_text(self, detector: Detector, tmp_path: Path) -> None:
+        pictures = find_pictures([str(write_image(tmp_path / os.fsdecode(b"\xff.png")))])
+        draw_pictures(detector, pictures, tmp_path / "out", score_threshold=0.0, table=tmp_path / "found.csv")
+        assert r"/\udcff.png,1," in (tmp_path / "found.csv").read_text(encoding="utf-8")
+
+    def test_an_interruption_does_not_wait_for_a_server(
+        self, detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        answers = threading.Event()
+
+        def hang() -> bytes:
+            assert answers.wait(60)
+            return b""
+
+        def interrupt(_: object) -> None:
+            raise KeyboardInterrupt
+
+        pictures = find_pictures([str(write_image(tmp_path / name)) for name in ("a.png", "b.png")])
+        pictures.append(Picture("c.png", hang, 3))
+        monkeypatch.setattr(detector, "detect_in", interrupt)
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            draw_pictures(detector, pictures, tmp_path / "out", score_threshold=0.0)
+        answers.set()
+        assert time.monotonic() - began < 30
 
     def test_not_a_picture(self, detector: Detector, tmp_path: Path) -> None:
         (tmp_path / "text.jpg").write_text("text")

@@ -1,5 +1,7 @@
 """Finding the pictures that a command is given, and reading them ahead."""
 
+import errno
+import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -78,6 +80,35 @@ class TestOfThisMachine:
         with pytest.raises(UserError, match=message):
             find_pictures([str(tmp_path / name)])
 
+    def test_folders_that_cannot_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One below is told with the pictures that cannot be used; as root reads all, scandir refuses."""
+        good = write_image(tmp_path / "a.jpg")
+        write_image(tmp_path / "deep" / "b.jpg")
+        scan = os.scandir
+
+        def refuse(path: str) -> object:
+            if Path(path).name == "deep":
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return scan(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        assert [picture.path for picture in find_pictures([str(tmp_path)])] == [good, tmp_path / "deep"]
+        with pytest.raises(UserError, match=r"deep: this folder cannot be read: Permission denied"):
+            find_pictures([str(tmp_path / "deep")])
+
+    @pytest.mark.parametrize("name", ["x" * 300 + ".jpg", "x" * 300 + ".json"])
+    def test_a_name_that_no_disk_takes(self, name: str) -> None:
+        with pytest.raises(UserError, match=r"cannot be read \(File name too long\)|no such picture"):
+            find_pictures([name])
+
+    def test_an_empty_name(self) -> None:
+        with pytest.raises(UserError, match="a name of the pictures is empty"):
+            find_pictures([""])
+
+    def test_no_folder_of_the_images(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"none: no such folder of images; .* --images-in"):
+            find_pictures([str(write_coco(tmp_path, (4,)).annotations)], tmp_path / "none")
+
     def test_an_address_of_nothing(self) -> None:
         with pytest.raises(UserError, match=r"ftp://host/a.jpg: a picture's address must be a path or an address"):
             find_pictures(["ftp://host/a.jpg"])
@@ -98,6 +129,10 @@ class TestOfAStore:
             find_pictures([f"{s3_folder}/none"])
         with pytest.raises(UserError, match=r"none\.json: cannot read the COCO file"):
             find_pictures([f"{s3_folder}/none.json"])
+        (s3_folder / "odd.json").write_bytes(b'{"images": [{"id": 1, "file_name": "/a.jpg"}]}')
+        (odd,) = find_pictures([f"{s3_folder}/odd.json"])
+        with pytest.raises(UserError, match=r"/a\.jpg: an absolute name, which no folder of a store has"):
+            odd.pixels()
 
     def test_a_web_server(self, tmp_path: Path) -> None:
         files = write_coco(tmp_path, (4, 2))
@@ -106,6 +141,10 @@ class TestOfAStore:
             name = f"{address}/{4:012d}.jpg"
             assert found_of(f"{name}?token=1") == [(1, name)]  # the token is not shown
             assert found_of(f"{address}/listed.json") == [(4, name), (2, f"{address}/{2:012d}.jpg")]
+            listed = [(4, name), (2, f"{address}/{2:012d}.jpg")]
+            assert found_of(f"{address}/listed.json?token=1") == listed  # which its pictures take, too
+            with pytest.raises(UserError, match=r"none\.json: cannot read the COCO file: no such file$"):
+                find_pictures([f"{address}/none.json?token=1"])
             (missing,) = find_pictures([f"{address}/none.jpg"])
             with pytest.raises(UserError, match=r"none\.jpg: no such picture"):
                 missing.pixels()
