@@ -84,7 +84,7 @@ class EvaluationBeside:
             self.collect(LOOK_SECONDS)
             check_alive()
         end_scorers(scorer for _, scorer in self._running.values())
-        self._end_idle()
+        self.end_idle()
 
     def begin(self) -> None:
         """Begin with the newest checkpoint that nobody has begun, if there is room: while all workers have theirs."""
@@ -92,7 +92,7 @@ class EvaluationBeside:
             return
         new, subset = self.due(), self._config.evaluate.subset
         if not new:
-            self._end_idle()
+            self.end_idle()
         if not new or not (self._idle or is_free(self._scoring.resources)):
             return
         path = None
@@ -111,7 +111,8 @@ class EvaluationBeside:
         self._done |= {path.name for path in new if self._claims.is_scored(path.name, self._config.evaluate.subset)}
         return [path for path in new if path.name not in self._done]
 
-    def _end_idle(self) -> None:
+    def end_idle(self) -> None:
+        """Give back the room of what scores nothing."""
         end_scorers(self._idle)
         self._idle = []
 
@@ -128,7 +129,7 @@ class EvaluationBeside:
         """Tell what has been scored, waiting so long for it. What failed is told; the end tries it again."""
         subset = self._config.evaluate.subset
         if self._idle and time.monotonic() - self._idle_since >= IDLE_SECONDS:
-            self._end_idle()
+            self.end_idle()
         done, _ = in_thread(lambda: ray.wait(list(self._running), timeout=seconds), "ray-wait").result()
         for reference in done:
             path, scorer = self._running.pop(reference)
@@ -138,7 +139,7 @@ class EvaluationBeside:
                 metrics, detections = result_of(reference)
                 self._claims.keep(path.name, subset, metrics, detections)
             except (UserError, RayError, RayLostError) as error:  # whether all of Ray is lost, others look
-                self._end_idle()  # it may be lost
+                self.end_idle()  # it may be lost
                 if isinstance(error, StoreError):  # which may be there the next time
                     self._done.discard(path.name)
                 if path in self._claims.checkpoints():  # and was not removed for newer ones

@@ -130,7 +130,12 @@ class Growth:
             self._since = None
         elif self._since is None:
             self._since = now
-        return self._since is not None and now - self._since >= GROW_SECONDS
+        return self.has_room and now - (self._since or now) >= GROW_SECONDS
+
+    @property
+    def has_room(self) -> bool:
+        """Whether there was, at the last look: what else would take it for a while waits."""
+        return self._since is not None
 
 
 class Notice:

@@ -137,7 +137,7 @@ class Pipeline:
         return shard.shard(self.config, verify=verify)
 
     def train(self, on_poll: Callable[[], None] = lambda: None) -> Path:
-        """Train to the end of the schedule; returns the last checkpoint. `on_poll` as of `jobs.train.train`."""
+        """Train to the end of the schedule; returns the last checkpoint. `on_poll` is called about every second."""
         assert self._mirror is not None, "training works on the run"
         self._connect()
         mirror, spool = self._mirror, self.config.folder.train_spool
@@ -150,7 +150,7 @@ class Pipeline:
             self._evaluation_beside(val, manifest) as beside,
         ):
 
-            def poll() -> None:
+            def poll(keeps_room: bool) -> None:
                 nonlocal uploaded
                 mirror.check()
                 if told.done():
@@ -161,7 +161,9 @@ class Pipeline:
                     metrics.trained(newest.step, newest.metrics)
                 if beside is not None:
                     beside.collect()
-                    if newest:  # all workers have their place
+                    if keeps_room:
+                        beside.end_idle()
+                    elif newest:  # all workers have their place
                         beside.begin()
                 if told.done() and time.monotonic() - uploaded >= UPLOAD_SECONDS:
                     self.tracker.sync()

@@ -59,7 +59,7 @@ NO_BETTER = "not been better for train.patience checkpoints"
 def train(
     config: Config,
     manifest: Manifest,
-    on_poll: Callable[[], None] = lambda: None,
+    on_poll: Callable[[bool], None] = lambda keeps_room: None,
     sync: Callable[[], None] = lambda: None,
 ) -> Path:
     """Train on the connected Ray to the end of the schedule, from the run's newest checkpoint.
@@ -67,7 +67,8 @@ def train(
     Args:
         config: the pipeline; `cluster.workers` workers run it, restarted `train.max_restarts` times.
         manifest: of the training split.
-        on_poll: called about every second while workers train, or room for them is waited for, in this thread.
+        on_poll: called about every second while workers train, or room for them is waited for, in this thread; with
+            whether what room there is is kept for workers.
         sync: makes the run's folder alike here and where the workers have it.
 
     Returns:
@@ -95,7 +96,7 @@ def train(
     restarts = 0
     while True:
         worker = resources_of(config.cluster, device)
-        workers = wait_for_room(config.cluster, config.world_sizes, worker, on_look=on_poll)
+        workers = wait_for_room(config.cluster, config.world_sizes, worker, on_look=partial(on_poll, True))
         before = latest(config.folder.checkpoints)
         going_on = f", going on from {config.folder.place(before)}" if before else ""
         logger.info("train: starting %d workers%s", workers, going_on)
@@ -208,7 +209,7 @@ def refuse_plain_operator(device: str) -> None:
 
 
 def _fit(
-    config: Config, trainer: Trainer, workers: int, on_poll: Callable[[], None], sync: Callable[[], None]
+    config: Config, trainer: Trainer, workers: int, on_poll: Callable[[bool], None], sync: Callable[[], None]
 ) -> dict[str, str] | None:
     """What rank 0 returns; None where it ended in order because more or fewer workers can go on, or none need to.
 
@@ -225,7 +226,7 @@ def _fit(
     future = in_thread(trainer.fit, "ray-train")
     try:
         while not wait([future], POLL_SECONDS).done:
-            on_poll()
+            on_poll(growth.has_room)
             check_alive()
             seen.tell()
             if ends:

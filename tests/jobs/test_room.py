@@ -86,11 +86,13 @@ def test_room_that_lasts_is_for_growth(busy: int, monkeypatch: pytest.MonkeyPatc
     }
     growth = Growth(Config.model_validate(sections), busy - 1)
     began, asked = time.monotonic(), 0
+    assert not growth.has_room
     while not growth.is_due():
         asked += 1
         assert time.monotonic() - began < 30
     assert time.monotonic() - began >= 0.3
     assert asked > 1
+    assert growth.has_room
     largest = Growth(Config.model_validate(sections), busy)
     time.sleep(0.4)
     assert not largest.is_due()

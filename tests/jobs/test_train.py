@@ -55,7 +55,7 @@ def trained(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> tup
     """A run that nothing disturbed, its last checkpoint, and how often it called back."""
     calls: list[None] = []
     config = make_config(tmp_path_factory.mktemp("runs"))
-    last = train(config, manifest, on_poll=lambda: calls.append(None))
+    last = train(config, manifest, on_poll=lambda _: calls.append(None))
     return config, last, len(calls)
 
 
