@@ -22,6 +22,8 @@ LOOK_SECONDS = 1.0
 """Between two looks at another's count."""
 SETTLE_SECONDS = 1.0
 """After which one of two that took it at the same moment finds the other's name there."""
+READS = 3
+"""Of a file that makes no sense: some stores give a mixture of two while one is written over."""
 
 logger = get_logger(__name__)
 
@@ -148,9 +150,13 @@ class Watch:
 
 
 def _read(path: StorePath, what: str) -> Holder | None:
-    try:
-        return Holder(**json.loads(path.read_bytes()))
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: says not who works on {what} ({error}); remove it") from error
+    for tries_left in reversed(range(READS)):
+        try:
+            return Holder(**json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            if not tries_left:
+                raise UserError(f"{path}: says not who works on {what} ({error}); remove it") from error
+            time.sleep(LOOK_SECONDS)
+    raise AssertionError

@@ -104,6 +104,14 @@ def test_a_holder_is_seen_from_elsewhere(path: StorePath) -> None:
     assert not watch.is_held()
 
 
+def test_a_file_that_is_being_written_over_is_read_again(path: StorePath) -> None:
+    first = taken(path)
+    content = path.read_bytes()
+    path.write_bytes(content + b"}")
+    threading.Timer(0.07, lambda: path.write_bytes(content)).start()
+    first.check()
+
+
 def test_a_file_that_is_none_is_told(path: StorePath) -> None:
     path.write_bytes(b"{]")
     with pytest.raises(UserError, match=r"lease\.json: says not who works on the run x"):
