@@ -25,7 +25,7 @@ from jobs.remote import jobs_app, submit
 from jobs.replay import replay
 from jobs.sweep import sweep
 from pipeline.config.address import without_secrets
-from pipeline.errors import TrackingError, UserError, shown
+from pipeline.errors import TrackingError, UserError
 from pipeline.log import set_up_logging
 
 if TYPE_CHECKING:
@@ -261,13 +261,8 @@ def predict(
         raise UserError("--query and --top choose what --show-attention draws: give that, too")
     from jobs.predict import predict as predict_pictures
     from pipeline.config.sections import default_tracking_uri
-    from pipeline.store import place
 
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri()
-    try:
-        root = place(images_in) if images_in else None
-    except ValueError as error:
-        raise UserError(f"--images-in {shown(images_in)}: {error}") from None
     drawn = predict_pictures(
         model,
         images,
@@ -277,7 +272,7 @@ def predict(
         show_attention=top if show_attention else 0,
         queries=query or (),
         table=csv,
-        root=root,
+        root=images_in,
         batch_size=batch_size,
         device=device,
     )

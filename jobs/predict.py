@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 from pipeline.predict.answers import THRESHOLD
 from pipeline.predict.draw import Drawn, draw_pictures
 from pipeline.predict.pictures import find_pictures
@@ -25,7 +25,7 @@ def predict(
     show_attention: int = 0,
     queries: Sequence[int] = (),
     table: Path | None = None,
-    root: Place | None = None,
+    root: str | None = None,
     batch_size: int | None = None,
     device: str | None = None,
 ) -> Drawn:
@@ -59,7 +59,7 @@ def predict(
     for name in ("images.json", "detections.json"):
         if _is_given(out / name, images):
             raise UserError(f"{out / name}: was given, and would be written over; give another --out")
-    pictures = find_pictures(images, root, out)
+    pictures = find_pictures(images, _root(root), out)
     if table is not None and _is_given(table, [*images, *(str(picture.path) for picture in pictures if picture.path)]):
         raise UserError(f"{table}: was given, and would be written over; give another --csv")
     if device == "cuda" and not torch.cuda.is_available():
@@ -71,6 +71,13 @@ def predict(
         detector, pictures, out, score_threshold=score_threshold, show_attention=show_attention, queries=queries,
         table=table, batch_size=batch_size or (1 if device == "cpu" else 8),
     )  # fmt: skip
+
+
+def _root(images_in: str | None) -> Place | None:
+    try:
+        return place(images_in) if images_in else None
+    except ValueError as error:
+        raise UserError(f"--images-in {shown(images_in)}: {error}") from None
 
 
 def _is_given(path: Path, given: Sequence[str]) -> bool:

@@ -1,7 +1,11 @@
 """Ranks of a training run for tests: processes that stay, so that torch and DeepSpeed are imported once."""
 
+import faulthandler
 import multiprocessing
 import os
+import signal
+import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,9 +59,18 @@ class Ranks:
     def _answers(self, seconds: float) -> list[Any]:
         answers = []
         for rank, pipe in enumerate(self._pipes):
-            assert pipe.poll(seconds), f"rank {rank} did not answer within {seconds} s"
+            if not pipe.poll(seconds):
+                self._tell_where_they_are()
+                raise AssertionError(f"rank {rank} did not answer within {seconds} s; those before it: {answers}")
             answers.append(pipe.recv())
         return answers
+
+    def _tell_where_they_are(self) -> None:
+        """Have each write the stacks of its threads to the error output, with its answer where it has given one."""
+        for rank, (pipe, process) in enumerate(zip(self._pipes, self._processes, strict=True)):
+            os.kill(process.pid, signal.SIGUSR1)
+            time.sleep(1)  # so that their stacks do not mix
+            print(f"rank {rank}:", pipe.recv() if pipe.poll() else "no answer", file=sys.stderr)
 
     def close(self) -> None:
         """End the processes."""
@@ -82,6 +95,7 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
 
     from pipeline.distributed import init_world
 
+    faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     world = init_world("cpu")
